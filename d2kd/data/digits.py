@@ -1,0 +1,183 @@
+"""The built-in dataset: handwritten digits on photographs, made on first use, never downloaded.
+
+    digits/meta.json                what it was made from; its absence marks a foreign directory
+    digits/annotations/train.json   COCO format: boxes, polygons and areas of the visible parts
+    digits/train/000000.jpg ...
+    (the same for val)
+
+`digits_tiny` is a small copy of the same make for tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .digits_render import Material, render_image
+from .files import build_directory
+from .polygons import mask_to_polygons
+
+logger = logging.getLogger(__name__)
+
+CLASSES = [str(digit) for digit in range(10)]
+SPLITS = ("train", "val")
+VERSION = 1  # raised whenever the same spec gives other bytes
+JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # thin coloured strokes need full chroma
+EMPTY_EVERY = 50  # each 50th image shows clutter only, in both splits
+
+
+@dataclass(frozen=True)
+class DigitsSpec:
+    """All that the content of a copy of the dataset depends on."""
+
+    size: int = 160  # side of the square images, px
+    train: int = 2000  # images
+    val: int = 400
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 48:
+            raise ValueError(f"digits: size is {self.size}, at least 48 px are needed")
+        if min(self.train, self.val) < 1 or self.seed < 0:
+            raise ValueError("digits: train and val must be at least 1, seed at least 0")
+
+
+SPECS = {
+    "digits": DigitsSpec(),
+    "digits_tiny": DigitsSpec(size=112, train=16, val=8, seed=1),
+}
+
+
+def make_digits(directory: Path, spec: DigitsSpec) -> bool:
+    """Makes exactly `spec` in `directory`; another make of digits there is replaced.
+
+    Returns:
+        Whether anything had to be made.
+
+    Raises:
+        ValueError: `directory` holds something that is not a digits dataset.
+    """
+
+    def fill(fresh: Path) -> None:
+        logger.info(f"Making {directory}: {spec.train} + {spec.val} images of {spec.size} px ...")
+        start = time.perf_counter()
+        for split in SPLITS:
+            _write_split(fresh, split, spec)
+        meta = {"version": VERSION, **dataclasses.asdict(spec)}
+        (fresh / "meta.json").write_text(json.dumps(meta) + "\n")
+        logger.info(f"Made {directory} in {time.perf_counter() - start:.0f} s.")
+
+    def is_current() -> bool:
+        return read_meta(directory) == (VERSION, spec)
+
+    return not is_current() and build_directory(directory, fill, is_current)
+
+
+def ensure_digits(directory: Path, spec: DigitsSpec) -> None:
+    """Makes the dataset where there is none, and anew where another version of d2kd made it.
+
+    A copy with a size, counts or seed of the user's own (`datasets/prepare_digits.py`) is kept;
+    `spec` serves only where there is nothing yet.
+    """
+    meta = read_meta(directory)
+    if meta is None:
+        make_digits(directory, spec)
+    elif meta[0] != VERSION:
+        logger.warning(f"{directory} was made by version {meta[0]} of digits; making it anew.")
+        make_digits(directory, meta[1])
+
+
+def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
+    """Version and spec of the copy in `directory`; None where the directory is absent or empty.
+
+    Raises:
+        ValueError: `directory` holds something that is not a digits dataset.
+    """
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return None
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        return meta.pop("version"), DigitsSpec(**meta)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{directory} exists but is no digits dataset (no readable meta.json): "
+            "move it away, or set DETECTRON2_DATASETS to another directory"
+        ) from error
+
+
+def json_path(directory: Path, split: str) -> Path:
+    return directory / "annotations" / f"{split}.json"
+
+
+def _write_split(directory: Path, split: str, spec: DigitsSpec) -> None:
+    material = Material.load(split)
+    count = getattr(spec, split)
+    (directory / split).mkdir()
+    images, annotations = [], []
+    for index in range(count):
+        # Seeded an image each: a bigger dataset begins with the smaller one.
+        rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
+        with_digits = index % EMPTY_EVERY != EMPTY_EVERY - 1
+        image, digits = render_image(rng, material, spec.size, with_digits)
+        name = f"{index:06d}.jpg"
+        Image.fromarray(image).save(directory / split / name, **JPEG)
+        record = {"id": index + 1, "file_name": name, "width": spec.size, "height": spec.size}
+        images.append(record)
+        for label, mask in digits:
+            annotation = {"id": len(annotations) + 1, "image_id": record["id"], "iscrowd": 0}
+            annotations.append(annotation | _annotation(label, mask))
+        if (index + 1) % 500 == 0:
+            logger.info(f"  {split}: {index + 1} of {count} images")
+    content = {
+        "info": {"description": f"digits, {split}", "version": str(VERSION)},
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
+        "images": images,
+        "annotations": annotations,
+    }
+    path = json_path(directory, split)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, separators=(",", ":")))
+
+
+def _annotation(label: int, mask: np.ndarray) -> dict:
+    """COCO fields of one digit with the visible `mask` (H, W); the box is tight around it."""
+    rows, columns = np.nonzero(mask)
+    left, top = int(columns.min()), int(rows.min())
+    return {
+        "category_id": label + 1,
+        "bbox": [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top],
+        "area": int(mask.sum()),
+        "segmentation": mask_to_polygons(mask),
+    }
+
+
+def contact_sheet(directory: Path, columns: int = 6, tile: int = 160) -> Image.Image:
+    """The first images of each split, once as they are and once with their annotations."""
+    sheet = Image.new("RGB", (columns * tile, 2 * len(SPLITS) * tile))
+    for row, split in enumerate(SPLITS):
+        content = json.loads(json_path(directory, split).read_text())
+        for column, record in enumerate(content["images"][:columns]):
+            with Image.open(directory / split / record["file_name"]) as image:
+                plain = image.resize((tile, tile))
+            sheet.paste(plain, (column * tile, 2 * row * tile))
+            own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
+            _draw_annotations(plain, own, tile / record["width"])
+            sheet.paste(plain, (column * tile, (2 * row + 1) * tile))
+    return sheet
+
+
+def _draw_annotations(image: Image.Image, annotations: list[dict], scale: float) -> None:
+    draw = ImageDraw.Draw(image)
+    for annotation in annotations:
+        x, y, width, height = (scale * value for value in annotation["bbox"])
+        for polygon in annotation["segmentation"]:
+            draw.polygon([scale * value for value in polygon], outline="cyan")
+        draw.rectangle((x, y, x + width, y + height), outline="yellow")
+        draw.text((x + 2, y - 1), CLASSES[annotation["category_id"] - 1], fill="yellow")
