@@ -1,0 +1,265 @@
+"""Every configuration key of d2kd, with what it does, and the checks that a config must pass."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+PRECISIONS = {
+    "": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+DECAYS = ("constant", "linear", "cosine", "step")
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, said in one line that names what is valid."""
+
+
+def add_distillation_config(cfg: CfgNode) -> None:
+    """Add d2kd's keys to Detectron2's ``cfg``; call it before merging any file."""
+    from .heads import DISTILL_HEAD_REGISTRY, node_name
+
+    _add_training(cfg)
+    _add_data(cfg)
+
+    cfg.DISTILL = CfgNode()
+    # The meta-architecture that is trained and saved: GeneralizedRCNN, RetinaNet, ... The student
+    # is the config itself: backbone, heads, input and solver keys are its own.
+    cfg.DISTILL.STUDENT_META_ARCH = "GeneralizedRCNN"
+    # Names of registered heads, e.g. ["DSIG", "SSIM"]. () trains the plain student.
+    cfg.DISTILL.HEADS = []
+    _add_teacher(cfg.DISTILL)
+    _add_ssim(cfg.DISTILL)
+    _add_feature_mimic(cfg.DISTILL)
+    _add_logits(cfg.DISTILL)
+    _add_dsig(cfg.DISTILL)
+    _add_drkd(cfg.DISTILL)
+    _add_global_knowledge(cfg.DISTILL)
+    _add_mar(cfg.DISTILL)
+    for name, head in DISTILL_HEAD_REGISTRY:  # heads that users registered before this call
+        node = node_name(name)
+        if node not in cfg.DISTILL:
+            cfg.DISTILL[node] = _head_node()
+            head.add_config(cfg.DISTILL[node])
+
+
+def _add_training(cfg: CfgNode) -> None:
+    # Precision of SOLVER.AMP.ENABLED: "fp16" (needs a GPU; losses are scaled) or "bf16".
+    cfg.SOLVER.AMP.PRECISION = "fp16"
+
+
+def _add_data(cfg: CfgNode) -> None:
+    """Keys of datasets."""
+
+
+def _add_teacher(distill: CfgNode) -> None:
+    distill.TEACHER = CfgNode()
+    # A YAML file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+    distill.TEACHER.CONFIG_FILE = ""
+    # Its checkpoint. "": the zoo's for a zoo name, else MODEL.WEIGHTS of CONFIG_FILE. "random": none,
+    # for tests only.
+    distill.TEACHER.WEIGHTS = ""
+    # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]].
+    distill.TEACHER.OPTS = []
+    # "": the student's (autocast when SOLVER.AMP is on). "fp32", "bf16", "fp16": the teacher's own.
+    distill.TEACHER.PRECISION = ""
+    # Evaluate the teacher on DATASETS.TEST before training, so that a broken one is seen at once.
+    distill.TEACHER.CHECK = True
+
+
+def _head_node(weight: float = 1.0) -> CfgNode:
+    """The keys that every head has."""
+    node = CfgNode()
+    # Factor of all of the head's terms.
+    node.WEIGHT = weight
+    node.SCHEDULE = CfgNode()
+    # First iteration of the head, and the first without it again (-1: until the end). Outside, the
+    # head is not computed.
+    node.SCHEDULE.START_ITER = 0
+    node.SCHEDULE.STOP_ITER = -1
+    # The factor grows linearly from 0 over this many iterations after START_ITER.
+    node.SCHEDULE.WARMUP_ITERS = 0
+    # After the warm-up: "constant"; "linear" or "cosine" to 0 at STOP_ITER; "step": times GAMMA at
+    # each of STEPS (iterations; []: SOLVER.STEPS).
+    node.SCHEDULE.DECAY = "constant"
+    node.SCHEDULE.STEPS = []
+    node.SCHEDULE.GAMMA = 0.1
+    return node
+
+
+def _add_ssim(distill: CfgNode) -> None:
+    """Structural Knowledge Distillation for Object Detection (NeurIPS 2022)."""
+    distill.SSIM = _head_node(weight=4.0)
+
+
+def _add_feature_mimic(distill: CfgNode) -> None:
+    """Plain feature distillation: L1 or L2 between the pyramids."""
+    distill.FEATURE_MIMIC = _head_node()
+
+
+def _add_logits(distill: CfgNode) -> None:
+    """Distillation of the class, box and mask outputs."""
+    distill.LOGITS = _head_node()
+
+
+def _add_dsig(distill: CfgNode) -> None:
+    """Deep Structured Instance Graph for Distilling Object Detectors (ICCV 2021)."""
+    distill.DSIG = _head_node()
+
+
+def _add_drkd(distill: CfgNode) -> None:
+    """Dual Relation Knowledge Distillation for Object Detection (IJCAI 2023)."""
+    distill.DRKD = _head_node()
+
+
+def _add_global_knowledge(distill: CfgNode) -> None:
+    """Distilling Object Detectors with Global Knowledge (ECCV 2022)."""
+    distill.GLOBAL_KNOWLEDGE = _head_node()
+
+
+def _add_mar(distill: CfgNode) -> None:
+    """Mask-guided and relation-based knowledge (IJCSE 2024), a reconstruction."""
+    distill.MAR = _head_node()
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def resolve_config_file(name: str, key: str = "--config-file") -> str:
+    """Path of a config: a file, or a name in Detectron2's model zoo.
+
+    Raises:
+        ConfigError: neither is there; names close matches.
+    """
+    if not name:
+        raise ConfigError(f"{key} is empty: give a YAML file or a model-zoo name")
+    if PathManager.isfile(name):
+        return name
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        close = difflib.get_close_matches(name, _zoo_names() + _files_beside(name), n=3, cutoff=0.5)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ConfigError(f"{key}: '{name}' is neither a file nor a model-zoo name{hint}") from None
+
+
+def _zoo_names() -> list[str]:
+    root = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
+    return [
+        os.path.relpath(os.path.join(folder, file), root)
+        for folder, _, files in os.walk(root)
+        for file in files
+        if file.endswith(".yaml") and folder != root
+    ]
+
+
+def _files_beside(path: str) -> list[str]:
+    folder = os.path.dirname(path)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    return [os.path.join(folder, name) for name in names if name.endswith(".yaml")]
+
+
+def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> None:
+    """Merge a YAML file or model-zoo entry into ``cfg``.
+
+    Files that ship with Detectron2 may contain Python expressions; a user's file is read safely.
+
+    Raises:
+        ConfigError: the file is missing or broken, or has a key that does not exist.
+    """
+    path = resolve_config_file(name, key)
+    shipped = os.path.dirname(os.path.abspath(model_zoo.__file__))
+    trusted = os.path.abspath(path).startswith(shipped + os.sep)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=trusted)
+    except KeyError as error:
+        raise ConfigError(f"{path}: {unknown_key(cfg, error)}") from error
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ConfigError(f"{path}: {type(error).__name__}: {first_line}") from error
+
+
+def unknown_key(cfg: CfgNode, error: KeyError) -> str:
+    """One line for yacs' complaint about a key that does not exist, with the closest that do."""
+    text = str(error.args[0]) if error.args else str(error)
+    key = text.split("Non-existent config key:")[-1].strip()
+    close = difflib.get_close_matches(key, _all_keys(cfg), n=3, cutoff=0.6)
+    return f"no config key '{key}'" + (f"; close: {', '.join(close)}" if close else "")
+
+
+def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in node.items():
+        keys.append(prefix + name)
+        if isinstance(value, CfgNode):
+            keys += _all_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+# --- checking -----------------------------------------------------------------------------------
+
+
+def validate_distillation_config(cfg: CfgNode) -> None:
+    """Check what can be checked of ``cfg.DISTILL`` without building a model.
+
+    Raises:
+        ConfigError: in one line that names the key and what is valid.
+    """
+    from .heads import DISTILL_HEAD_REGISTRY, node_name
+
+    known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
+    heads = list(cfg.DISTILL.HEADS)
+    for name in heads:
+        if name not in known:
+            raise ConfigError(f"DISTILL.HEADS: unknown head '{name}'; valid: {', '.join(known)}")
+        if heads.count(name) > 1:
+            raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
+        _validate_schedule(cfg, f"DISTILL.{node_name(name)}", cfg.DISTILL[node_name(name)])
+    if heads and not cfg.DISTILL.TEACHER.CONFIG_FILE:
+        raise ConfigError(
+            "DISTILL.TEACHER.CONFIG_FILE is empty: give the teacher's YAML file or model-zoo name"
+        )
+    if heads:
+        resolve_config_file(cfg.DISTILL.TEACHER.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE")
+    for key, value, valid in (
+        ("DISTILL.TEACHER.PRECISION", cfg.DISTILL.TEACHER.PRECISION, list(PRECISIONS)),
+        ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, ["fp16", "bf16"]),
+    ):
+        if value not in valid:
+            raise ConfigError(f"{key} is '{value}'; valid: {valid}")
+    if cfg.DISTILL.STUDENT_META_ARCH == "Distiller":
+        raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")
+
+
+def _validate_schedule(cfg: CfgNode, key: str, node: CfgNode) -> None:
+    schedule, max_iter = node.SCHEDULE, cfg.SOLVER.MAX_ITER
+    stop = max_iter if schedule.STOP_ITER < 0 else schedule.STOP_ITER
+    if schedule.DECAY not in DECAYS:
+        raise ConfigError(f"{key}.SCHEDULE.DECAY is '{schedule.DECAY}'; valid: {list(DECAYS)}")
+    if node.WEIGHT < 0:
+        raise ConfigError(f"{key}.WEIGHT is {node.WEIGHT}; it must not be negative")
+    if schedule.START_ITER < 0 or schedule.WARMUP_ITERS < 0:
+        raise ConfigError(f"{key}.SCHEDULE: START_ITER and WARMUP_ITERS must not be negative")
+    if schedule.START_ITER >= stop:
+        raise ConfigError(
+            f"{key}.SCHEDULE never runs: START_ITER {schedule.START_ITER} is not before "
+            f"{'STOP_ITER' if schedule.STOP_ITER >= 0 else 'SOLVER.MAX_ITER'} {stop}"
+        )
+
+
+def student_config(cfg: CfgNode) -> CfgNode:
+    """``cfg`` for the plain student: what ``--eval-only`` builds and a distilled checkpoint fits."""
+    student = cfg.clone()
+    student.defrost()
+    if student.MODEL.META_ARCHITECTURE == "Distiller":
+        student.MODEL.META_ARCHITECTURE = student.DISTILL.STUDENT_META_ARCH
+    student.freeze()
+    return student

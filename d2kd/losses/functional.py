@@ -1,0 +1,54 @@
+"""What every distillation loss shares: full precision, and a zero that stays connected to the graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _map_tensors(fn: Callable[[Tensor], Tensor], value):
+    """Apply ``fn`` to each tensor inside nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(fn, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(fn, item) for item in value)
+    return value
+
+
+def full_precision(loss: Callable) -> Callable:
+    """Decorator: run ``loss`` with autocast off and its half-precision tensors widened to float32.
+
+    Distances, cosines and variances of features lose their meaning in 8 or 11 bits of mantissa.
+    float64 passes through untouched, so that gradients can be checked numerically.
+    """
+
+    @functools.wraps(loss)
+    def wrapper(*args, **kwargs):
+        devices = set()
+
+        def widen(tensor: Tensor) -> Tensor:
+            devices.add(tensor.device.type)
+            return tensor.float() if tensor.dtype in _HALF else tensor
+
+        args, kwargs = _map_tensors(widen, args), _map_tensors(widen, kwargs)
+        device = next(iter(devices - {"cpu"}), "cpu")
+        with torch.autocast(device, enabled=False):
+            return loss(*args, **kwargs)
+
+    return wrapper
+
+
+def connected_zero(*tensors: Tensor) -> Tensor:
+    """A scalar zero whose gradient towards each of ``tensors`` is zero, not None.
+
+    Losses that have nothing to compare return it, so that distributed training sees the same
+    graph on every rank.
+    """
+    return sum((tensor[:0].sum() if tensor.dim() else tensor * 0) for tensor in tensors)

@@ -1,0 +1,193 @@
+"""The Distiller: a student detector that a hidden teacher helps to train.
+
+Three parts, and who touches which:
+
+* the **student** is an ordinary Detectron2 detector; it runs its own forward and never knows.
+* the **teacher** (:mod:`d2kd.teacher`) is frozen and outside the module tree; only heads ask it.
+* a **head** (:mod:`d2kd.heads`) reads both through bundles and returns loss terms; it is the one
+  thing that users write.
+
+The Distiller runs the student, shows both bundles to each head, and adds the terms, weighted and
+scheduled, to the student's losses. In evaluation, and in checkpoints, it is the student.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .bundle import Batch, describe_detector
+from .config import student_config, validate_distillation_config
+from .engine.schedules import Schedule
+from .heads import DistillHead, build_head, node_name
+from .taps import Taps
+from .teacher import Teacher
+
+STUDENT_PREFIX = "student."
+HEADS_PREFIX = "distill_heads."
+
+
+@META_ARCH_REGISTRY.register()
+class Distiller(nn.Module):
+    """Meta-architecture of a student in distillation.
+
+    Args:
+        student: a detector that returns a dict of losses in training.
+        teacher: the frozen teacher; None where there are no heads.
+        heads: name -> head, in the order in which they run.
+        schedules: name -> factor of the head by iteration.
+        max_iter: length of training, told to the heads.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher | None = None,
+        heads: dict[str, DistillHead] | None = None,
+        schedules: dict[str, Schedule] | None = None,
+        max_iter: int = 1,
+    ):
+        super().__init__()
+        self.student = student
+        self.distill_heads = nn.ModuleDict(heads or {})
+        self.schedules = schedules or {}
+        self.max_iter = max_iter
+        # In a tuple the teacher is no submodule, whatever it is.
+        self._hidden = (teacher,)
+        if len(self.distill_heads):
+            spec = describe_detector(student, "student")
+            self.teacher_spec = teacher.describe(spec)
+            self.taps = Taps(student, spec)
+        self.register_state_dict_post_hook(_drop_student_prefix)
+        self.register_load_state_dict_pre_hook(_add_student_prefix)
+        self.register_load_state_dict_post_hook(_report_student_keys)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        validate_distillation_config(cfg)
+        plain = student_config(cfg)
+        student = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)(plain)
+        built = {"student": student, "max_iter": cfg.SOLVER.MAX_ITER}
+        names = list(cfg.DISTILL.HEADS)
+        if names:
+            teacher = Teacher.from_config(cfg)
+            student_spec = describe_detector(student, "student")
+            teacher_spec = teacher.describe(student_spec)
+            # The student's random numbers, now and in training, are those of plain Detectron2.
+            with torch.random.fork_rng(devices=[]):
+                heads = {n: build_head(n, cfg, student_spec, teacher_spec) for n in names}
+            nodes = {n: cfg.DISTILL[node_name(n)] for n in names}
+            schedules = {n: Schedule.from_config(nodes[n], cfg.SOLVER) for n in names}
+            built.update(teacher=teacher, heads=heads, schedules=schedules)
+        return built
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._hidden[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def _apply(self, fn, recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return self
+
+    def forward(self, batched_inputs: list[dict]):
+        """In training: the student's losses and ``loss_kd_<head>[_<term>]``, each a scalar.
+        In evaluation: the student's output."""
+        if not self.training or not len(self.distill_heads):
+            return self.student(batched_inputs)
+        with self.taps:
+            losses = self.student(batched_inputs)
+        losses.update(self._distill(batched_inputs, losses))
+        # A head may have nothing to say in a step; its parameters still take part.
+        name = next(iter(losses))
+        losses[name] = _TouchParameters.apply(losses[name], *self.distill_heads.parameters())
+        return losses
+
+    def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        iteration = get_event_storage().iter
+        factors = {name: self.schedules[name](iteration) for name in self.distill_heads}
+        terms: dict[str, Tensor] = {}
+        if any(factors.values()):
+            batch = Batch.from_inputs(
+                batched_inputs,
+                self.device,
+                iteration=iteration,
+                max_iter=self.max_iter,
+                student_losses={name: loss.detach() for name, loss in losses.items()},
+            )
+            student = self.taps.bundle(batch)
+            teacher = self.teacher.bundle(batched_inputs, self.teacher_spec, student, self.taps)
+            for name, head in self.distill_heads.items():
+                if factors[name]:
+                    for term, loss in head(student, teacher, batch).items():
+                        terms[_loss_name(name, term)] = loss * factors[name]
+            student.release()
+            teacher.release()
+        self.taps.clear()
+        return terms
+
+    def inference(self, *args, **kwargs):
+        """The student's inference."""
+        return self.student.inference(*args, **kwargs)
+
+
+def _loss_name(head: str, term: str) -> str:
+    name = f"loss_kd_{node_name(head).lower()}"
+    return f"{name}_{term}" if term else name
+
+
+class _TouchParameters(torch.autograd.Function):
+    """The identity on a loss, with an edge of the graph to each parameter and no gradient along it.
+
+    DistributedDataParallel waits for every parameter of every step; this costs nothing, where a
+    zero-weighted sum would read and write each of them.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *([None] * ctx.count)
+
+
+# --- checkpoints: the state dict of a Distiller is the student's, plus "distill_heads." ----------
+
+
+def _drop_student_prefix(module: nn.Module, state_dict, prefix: str, local_metadata) -> None:
+    start = prefix + STUDENT_PREFIX
+    for key in [k for k in state_dict if k.startswith(start)]:
+        state_dict[prefix + key[len(start) :]] = state_dict.pop(key)
+    metadata = getattr(state_dict, "_metadata", {})
+    for key in [k for k in metadata if (k + ".").startswith(start)]:
+        metadata[(prefix + key[len(start) :]).rstrip(".")] = metadata.pop(key)
+
+
+def _add_student_prefix(module: nn.Module, state_dict, prefix: str, *_) -> None:
+    heads = prefix + HEADS_PREFIX
+    keys = [k for k in state_dict if k.startswith(prefix)]
+    module._loads_heads = any(k.startswith(heads) for k in keys)
+    for key in keys:
+        if not key.startswith(heads):
+            state_dict[prefix + STUDENT_PREFIX + key[len(prefix) :]] = state_dict.pop(key)
+
+
+def _report_student_keys(module: nn.Module, incompatible) -> None:
+    """Name keys as the file has them, and do not miss heads in a checkpoint of a plain student."""
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [k.removeprefix(STUDENT_PREFIX) for k in keys]
+    if not module._loads_heads:
+        missing = incompatible.missing_keys
+        missing[:] = [k for k in missing if not k.startswith(HEADS_PREFIX)]
