@@ -70,7 +70,7 @@ def render_image(
             alpha = _draw(rng, material.scans[index], side, max_tilt=14)
             _place(rng, scene, alpha, material.classes[index], material)
         elif rng.random() < 0.75:
-            alpha = _draw(rng, _scrambled_scan(rng, material), side, max_tilt=45)
+            alpha = _draw(rng, _lookalike(rng, material), side, max_tilt=25)
             _place(rng, scene, alpha, None, material)
         else:
             _place(rng, scene, _blob(rng, side), None, material)
@@ -103,7 +103,7 @@ def _side(rng: Rng, size: int) -> float:
 def _draw(rng: Rng, scan: np.ndarray, side: float, max_tilt: float) -> np.ndarray:
     """Enlarges an 8x8 scan smoothly. Returns opacity (h, w) in [0, 1], the longer side ~ `side`."""
     grey = cv2.resize(np.pad(scan, 1), (GRID, GRID), interpolation=cv2.INTER_CUBIC)
-    level, softness = rng.uniform(0.42, 0.62), rng.uniform(0.1, 0.2)
+    level, softness = rng.uniform(0.46, 0.64), rng.uniform(0.1, 0.2)
     ink = _smoothstep((grey - level) / (2 * softness) + 0.5)
     rows, columns = np.nonzero(ink > 0.5)
     if len(rows) == 0:
@@ -125,14 +125,21 @@ def _draw(rng: Rng, scan: np.ndarray, side: float, max_tilt: float) -> np.ndarra
     return _trim(cv2.resize(large, (n, n), interpolation=cv2.INTER_AREA))
 
 
-def _scrambled_scan(rng: Rng, material: Material) -> np.ndarray:
-    """Quarters of four scans, each turned by 90 degrees: pen strokes, but no digit."""
+def _lookalike(rng: Rng, material: Material) -> np.ndarray:
+    """Pen strokes (8, 8) that are no digit.
+
+    Either a scan lying on its side, of a class that is nothing like a digit then; or quarters of
+    four scans, upside down each, so that what curved around the middle curves away from it and no
+    loop closes, and laid on the side, so that no upright stroke is taken for a 1.
+    """
+    chosen = rng.integers(len(material.scans), size=4)
+    if material.classes[chosen[0]] in (3, 4, 7):
+        return np.rot90(material.scans[chosen[0]], int(rng.choice([1, 3]))).copy()
     scan = np.zeros((8, 8), np.float32)
-    for row in (slice(0, 4), slice(4, 8)):
-        for column in (slice(0, 4), slice(4, 8)):
-            source = material.scans[int(rng.integers(len(material.scans)))]
-            scan[row, column] = np.rot90(source[row, column], int(rng.choice([1, 3])))
-    return scan
+    for quarter, index in enumerate(chosen):
+        row, column = (slice(4 * part, 4 * part + 4) for part in divmod(quarter, 2))
+        scan[row, column] = material.scans[index][row, column][::-1, ::-1]
+    return np.rot90(scan).copy()
 
 
 def _blob(rng: Rng, side: float) -> np.ndarray:
