@@ -1,0 +1,54 @@
+# `make demo` and `make test` do all the set-up they need; `make help` says what else there is.
+SHELL := bash
+.DEFAULT_GOAL := help
+
+# Both are for the command line: VENV=folder puts d2kd's own environment elsewhere,
+# PYTHON=interpreter uses an environment of yours, as it is.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+# The stamp's name holds what the set-up depends on, so a change of it calls for a new set-up,
+# and a mere touch does not.
+SETUP_FILES := pyproject.toml constraints.txt tools/install_detectron2.py tools/setup_venv.sh
+SETUP_KEY := $(shell { pwd; cat $(SETUP_FILES); } | cksum | cut -d' ' -f1)
+ifneq ($(origin PYTHON),command line)
+READY := $(VENV)/.set-up-$(SETUP_KEY)
+endif
+
+.PHONY: help setup test demo lint clean distclean
+
+help:
+	@echo 'make demo       train a teacher, a student alone and a distilled student on digits'
+	@echo 'make test       check the code style and run the tests'
+	@echo 'make lint       check the code style only'
+	@echo 'make setup      set up $(VENV) only (the others do it by themselves, once)'
+	@echo 'make clean      remove caches; data, trained models and $(VENV) stay'
+	@echo 'make distclean  remove caches and .venv'
+	@echo
+	@echo 'VENV=folder     set up and use that folder instead of .venv'
+	@echo 'PYTHON=python   use an environment of your own, as it is, and set nothing up; it needs'
+	@echo "                pip install -e '.[dev,timm]' && python tools/install_detectron2.py"
+
+$(READY):
+	@tools/setup_venv.sh '$(VENV)'
+	@rm -f '$(VENV)'/.set-up-* && touch '$@'
+
+setup: $(READY)
+	@echo 'd2kd runs with $(PYTHON)'
+
+lint: $(READY)
+	@$(PYTHON) -m ruff check --quiet .
+
+# pytest's closing line is the last one that this prints.
+test: lint
+	@$(PYTHON) -m pytest
+
+demo: $(READY)
+	@$(PYTHON) tools/demo.py
+
+clean:
+	@rm -rf .pytest_cache .ruff_cache build *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf .venv
