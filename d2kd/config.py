@@ -111,8 +111,49 @@ def _add_logits(distill: CfgNode) -> None:
 
 
 def _add_dsig(distill: CfgNode) -> None:
-    """Deep Structured Instance Graph for Distilling Object Detectors (ICCV 2021)."""
+    """Deep Structured Instance Graph for Distilling Object Detectors (ICCV 2021).
+
+    Defaults are the authors' for a light two-stage student (R18 from R50, 2 images a GPU).
+    """
     distill.DSIG = _head_node()
+    # Node and edge terms of the images of a GPU: "mean", so that their strength does not depend on
+    # the batch, or "sum", the authors' code. At 2 images a GPU the default "mean" with the three
+    # default weights below equals their "sum" with half of them (0.5, 0.5, 2.0).
+    distill.DSIG.IMAGE_REDUCTION = "mean"
+    # Mean squared error of foreground nodes (lambda_1 in the paper); 0 switches a term off.
+    distill.DSIG.FOREGROUND_WEIGHT = 1.0
+    # Mean squared error of background nodes (lambda_2), times ALPHA * foreground / background
+    # count of the image. Dense students have no background nodes.
+    distill.DSIG.BACKGROUND_WEIGHT = 1.0
+    distill.DSIG.BACKGROUND_ALPHA = 7.5
+    # Half the mean squared difference of the cosine similarities of all pairs of nodes (lambda_3).
+    # Authors: 4.0 for light two-stage students, 2.0 for R50 and up and for RetinaNet.
+    distill.DSIG.EDGE_WEIGHT = 4.0
+    # Background samples mining: a background RoI has edges where the teacher's cross-entropy with
+    # "background" reaches the threshold. False: edges between foreground nodes only.
+    distill.DSIG.MINE_BACKGROUND = True
+    distill.DSIG.MINING_THRESHOLD = 0.6
+    # KL divergence of class probabilities, averaged over all logits: softmax with this temperature,
+    # over the K sigmoid logits for dense students too. Authors: 3.0, or 1.0 for RetinaNet, or off.
+    distill.DSIG.CLASS_WEIGHT = 3.0
+    distill.DSIG.CLASS_TEMPERATURE = 1.0
+    # L1 distance of the box deltas of foreground predictions.
+    distill.DSIG.BOX_WEIGHT = 1.0
+    # Mean squared error of all pyramid levels that both detectors have. Authors: off for R50 and up.
+    distill.DSIG.PYRAMID_WEIGHT = 0.5
+    # Mask logits of the labelled class on foreground RoIs (not in the paper).
+    distill.DSIG.MASK_WEIGHT = 0.0
+    # Foreground nodes from the mask branch's pooled features too, with FOREGROUND_WEIGHT (an
+    # experiment of the authors that their configs never used).
+    distill.DSIG.MASK_NODES = False
+    # The stage of a cascade whose RoIs are the nodes.
+    distill.DSIG.STAGE = 0
+    # Nodes of a dense student: its best (location, class) pairs a level, through class-wise NMS,
+    # the best of all levels, pooled to POOL_RESOLUTION squared cells.
+    distill.DSIG.PREDICTIONS_PER_LEVEL = 1000
+    distill.DSIG.PREDICTIONS_NMS = 0.5
+    distill.DSIG.PREDICTIONS_PER_IMAGE = 100
+    distill.DSIG.POOL_RESOLUTION = 7
 
 
 def _add_drkd(distill: CfgNode) -> None:
@@ -126,8 +167,54 @@ def _add_global_knowledge(distill: CfgNode) -> None:
 
 
 def _add_mar(distill: CfgNode) -> None:
-    """Mask-guided and relation-based knowledge (IJCSE 2024), a reconstruction."""
+    """Distilling object detectors with mask-guided feature and relation-based knowledge (IJCSE
+    2024). A reconstruction: only the abstract is public, see docs/methods/mar.md."""
     distill.MAR = _head_node()
+    # FGFI, whose masks this method generalises, skips the first 400 iterations.
+    distill.MAR.SCHEDULE.WARMUP_ITERS = 500
+    # Strides of the pyramid levels to distil; []: all that both detectors have.
+    distill.MAR.STRIDES = []
+    # Convolution on the student's levels: "always", "auto" (only where channels differ), "never".
+    distill.MAR.ADAPTER = "always"
+    # Its kernel, 1 or 3 (FGFI and DeFeat: 3), and its first weights: "identity" (where channels
+    # agree, else PyTorch's default), "default" or "small" (FGFI and DeFeat).
+    distill.MAR.ADAPTER_KERNEL = 1
+    distill.MAR.ADAPTER_INIT = "identity"
+
+    distill.MAR.MASK = CfgNode()
+    # w_m, weight of the mask-guided term; 0 turns it off.
+    distill.MAR.MASK.WEIGHT = 3.0
+    # What a position is worth: "count", "binary", "iou", "gauss", "zones" or "roi_level", see
+    # d2kd/anchor_masks.py.
+    distill.MAR.MASK.KIND = "count"
+    # psi: an anchor is near an object if its IoU exceeds this share of the level's best IoU.
+    distill.MAR.MASK.IOU_RATIO = 0.5
+    # kappa: an object takes part in the levels whose best IoU is at least this share of its best.
+    distill.MAR.MASK.PARTICIPATION = 0.1
+    # Whose anchors: "detector" (the student's own); "pseudo" (three of side 8 strides on each
+    # cell); "auto": pseudo for anchor-free students and those with a single anchor a location,
+    # which is how Detectron2 represents the points of FCOS.
+    distill.MAR.MASK.ANCHORS = "auto"
+    # Keep the values at the number of anchors a location, however many objects overlap.
+    distill.MAR.MASK.CAP = False
+    # eta, weight of the features outside the mask against those inside.
+    distill.MAR.MASK.BACKGROUND = 0.0
+
+    distill.MAR.RELATION = CfgNode()
+    # Where pixels are related: "class_tower" (dense students); "roi_pixels" (the cells of each
+    # positive RoI), "rpn_dense" (the RPN's hidden map), "roi_vectors" (the box head's outputs of an
+    # image's RoIs) for two-stage ones. "auto": class_tower or roi_pixels.
+    distill.MAR.RELATION.SITE = "auto"
+    # w_r, weight of the relation term; 0 turns it off. None: 10 for maps (class_tower, rpn_dense)
+    # and 1 for RoIs (roi_pixels, roi_vectors).
+    distill.MAR.RELATION.WEIGHT = None
+    # Weights of the pixels of a map: "balanced" (half of the mass near objects) or "uniform".
+    distill.MAR.RELATION.PIXEL_WEIGHTS = "balanced"
+
+    # After this many iterations a log line says which share of the detection loss each term has,
+    # and which weight would bring it into the range that the method asks for. It is advice: nothing
+    # is rescaled. 0: no advice.
+    distill.MAR.ADVICE_ITER = 1000
 
 
 # --- reading ------------------------------------------------------------------------------------
