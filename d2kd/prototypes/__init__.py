@@ -1,0 +1,1 @@
+"""Prototypes of Global Knowledge: which training objects they are, kept as tensors."""
