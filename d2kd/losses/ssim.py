@@ -1,0 +1,380 @@
+"""Structural distillation of a feature pyramid: min-max rescaling followed by local SSIM.
+
+De Rijk et al., "Structural Knowledge Distillation for Object Detection", NeurIPS 2022
+(arXiv 2211.13133). Instead of a distance per element, student and teacher are compared on local
+patches: their mean (luminance l), their contrast c and their correlation (structure k).
+
+Shape legend, used throughout this file:
+    B: images    C: channels    H, W: height and width of one pyramid level
+    N: planes, that is B*C      G: groups of elements that share one minimum and maximum
+    s, t: rescaled features of student and teacher
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from d2kd.losses.functional import connected_zero, full_precision
+
+RESCALE_SCOPES = ("image", "tensor", "channel")
+
+# Below this range a map counts as constant; also the fraction of a level's range below which one
+# of its channels counts as dead.
+_MIN_RANGE = 1e-6
+_EPS = 1e-12
+
+# The fused loss works through the planes in blocks of about this many elements. On a CPU the
+# dozen temporaries of a block then stay in the cache; on a GPU blocks only bound the memory.
+_BLOCK_ELEMENTS_CPU = 2**17
+_BLOCK_ELEMENTS_GPU = 2**22
+
+
+# ------------------------------------------------------------------------------------------------
+# psi: min-max rescaling
+# ------------------------------------------------------------------------------------------------
+
+
+class _MinMaxRescale(torch.autograd.Function):
+    """(x - min) / max(max - min, 1e-6) a row, keeping nothing but ``x`` for the backward pass.
+
+    The minimum and the maximum route their gradient to one element each. A row whose range is
+    below 1e-6 has no direction worth following, only a factor of 1e6 on it: its gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, detach_range: bool) -> Tensor:
+        """x: (G, E) -> (G, E) in [0, 1]."""
+        lowest, highest = x.argmin(1, keepdim=True), x.argmax(1, keepdim=True)
+        low = x.gather(1, lowest)
+        spread = x.gather(1, highest) - low
+        scale = 1 / spread.clamp(min=_MIN_RANGE)
+        ctx.save_for_backward(x, lowest, highest, low, scale * (spread >= _MIN_RANGE))
+        ctx.detach_range = detach_range
+        return (x - low).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, lowest, highest, low, scale = ctx.saved_tensors
+        grad_x = grad * scale
+        if not ctx.detach_range:
+            # With y = (x - low) * scale: dy/dlow = scale * (y - 1), dy/dhigh = -scale * y.
+            grad_sum = grad_x.sum(1, keepdim=True)
+            grad_high = -scale * ((grad_x * x).sum(1, keepdim=True) - low * grad_sum)
+            grad_x.scatter_add_(1, highest, grad_high)
+            grad_x.scatter_add_(1, lowest, -grad_high - grad_sum)
+        return grad_x, None
+
+
+@full_precision
+def min_max_rescale(x: Tensor, scope: str = "image", detach_range: bool = False) -> Tensor:
+    """The paper's psi: rescale to [0, 1] by the minimum and maximum of each group of elements.
+
+    Args:
+        x: (B, C, H, W), not empty.
+        scope: what shares one minimum and maximum: "image" (C, H, W of one image), "tensor" (the
+            whole batch) or "channel" (H, W of one image and channel).
+        detach_range: treat minimum and maximum as constants in the backward pass.
+
+    Returns:
+        (B, C, H, W). A map with max = min becomes 0, with zero gradient.
+    """
+    groups = {"image": x.shape[0], "tensor": 1, "channel": x.shape[0] * x.shape[1]}
+    if scope not in groups:
+        raise ValueError(f"unknown rescaling scope {scope!r}; valid: {', '.join(RESCALE_SCOPES)}")
+    return _MinMaxRescale.apply(x.reshape(groups[scope], -1), detach_range).view(x.shape)
+
+
+def live_channels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1) bool: channels whose range is not lost in that of their level.
+
+    Rescaling a channel on its own would blow up the noise of a dead one to [0, 1].
+    """
+    low, high = x.detach().amin((2, 3), keepdim=True), x.detach().amax((2, 3), keepdim=True)
+    level_range = high.amax(1, keepdim=True) - low.amin(1, keepdim=True)
+    return high - low >= _MIN_RANGE * level_range
+
+
+# ------------------------------------------------------------------------------------------------
+# Gaussian window
+# ------------------------------------------------------------------------------------------------
+
+
+def gaussian_window(window_size: int, sigma: float) -> Tensor:
+    """One-dimensional Gaussian of ``window_size`` taps that sums to 1, in float64."""
+    offsets = torch.arange(window_size, dtype=torch.float64) - (window_size - 1) / 2
+    window = torch.exp(-(offsets**2) / (2 * sigma**2))
+    return window / window.sum()
+
+
+@functools.lru_cache(maxsize=128)
+def blur_matrix(
+    size: int,
+    window_size: int,
+    sigma: float,
+    reflect: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The (size, size) banded matrix that blurs one axis, with its padding folded in.
+
+    A blur with reflected or replicated borders is linear, so ``rows @ x @ cols.T`` is the separable
+    2-D blur of (..., H, W): two matrix products, which on a CPU are an order of magnitude faster
+    than a depth-wise convolution.
+    """
+    radius = window_size // 2
+    # An inference-mode tensor in the cache would break the backward pass of a later step.
+    with torch.inference_mode(False), torch.no_grad():
+        outputs = torch.arange(size)[:, None]
+        inputs = outputs + torch.arange(window_size) - radius
+        if reflect:
+            inputs = inputs.abs()
+            inputs = (size - 1) - (size - 1 - inputs).abs()
+        inputs = inputs.clamp(0, size - 1)
+        taps = gaussian_window(window_size, sigma).expand(size, -1)
+        matrix = torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, inputs, taps)
+        return matrix.to(device=device, dtype=dtype)
+
+
+def _blur_matrices(x: Tensor, window_size: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """Blur matrices for the rows and columns of ``x`` (..., H, W).
+
+    Reflection needs more rows and columns than half a window; smaller levels replicate their
+    border. (No padding by zeros: it would fabricate the same structure in both maps.)
+    """
+    height, width = x.shape[-2:]
+    reflect = min(height, width) > window_size // 2
+    rows = blur_matrix(height, window_size, sigma, reflect, x.dtype, x.device)
+    cols = blur_matrix(width, window_size, sigma, reflect, x.dtype, x.device)
+    return rows, cols
+
+
+# ------------------------------------------------------------------------------------------------
+# SSIM map: the formulas as they are written, differentiated by autograd
+# ------------------------------------------------------------------------------------------------
+
+
+def patch_statistics(
+    s: Tensor, t: Tensor, window_size: int = 11, sigma: float = 1.5
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gaussian-weighted mean, variance and covariance of the patch around each position.
+
+    Args:
+        s, t: (B, C, H, W).
+
+    Returns:
+        mu_s, mu_t, var_s, var_t, cov, each (B, C, H, W).
+    """
+    rows, cols = _blur_matrices(s, window_size, sigma)
+
+    def blur(x: Tensor) -> Tensor:
+        return rows @ (x @ cols.T)
+
+    mu_s, mu_t = blur(s), blur(t)
+    var_s = (blur(s * s) - mu_s * mu_s).clamp(min=0)
+    var_t = (blur(t * t) - mu_t * mu_t).clamp(min=0)
+    return mu_s, mu_t, var_s, var_t, blur(s * t) - mu_s * mu_t
+
+
+def _luminance(mu_s: Tensor, mu_t: Tensor, c1: float) -> Tensor:
+    return (2 * mu_s * mu_t + c1) / (mu_s * mu_s + mu_t * mu_t + c1 + _EPS)
+
+
+def ssim_factors(
+    s: Tensor,
+    t: Tensor,
+    window_size: int = 11,
+    sigma: float = 1.5,
+    k1: float = 0.01,
+    k2: float = 0.03,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Luminance l, contrast c and structure k of each patch, each (B, C, H, W).
+
+    Contrast and structure apart need standard deviations, whose gradient is steep where a patch
+    is flat. Their product does not; :func:`ssim_map` uses it wherever both take part.
+    """
+    mu_s, mu_t, var_s, var_t, cov = patch_statistics(s, t, window_size, sigma)
+    c2 = k2**2
+    std_product = (var_s + _EPS).sqrt() * (var_t + _EPS).sqrt()
+    contrast = (2 * std_product + c2) / (var_s + var_t + c2 + _EPS)
+    structure = (cov + c2 / 2) / (std_product + c2 / 2 + _EPS)
+    return _luminance(mu_s, mu_t, k1**2), contrast, structure
+
+
+def ssim_map(
+    s: Tensor,
+    t: Tensor,
+    exponents: tuple[int, int, int] = (1, 1, 1),
+    window_size: int = 11,
+    sigma: float = 1.5,
+    k1: float = 0.01,
+    k2: float = 0.03,
+) -> Tensor:
+    """l^alpha * c^beta * k^gamma of the patch around each position, (B, C, H, W) in [-1, 1].
+
+    Args:
+        s, t: (B, C, H, W) with values in [0, 1].
+        exponents: (alpha, beta, gamma), each 0 or 1 (k may be negative, which leaves other powers
+            undefined), not all 0.
+    """
+    alpha, beta, gamma = exponents
+    if set(exponents) - {0, 1} or not any(exponents):
+        raise ValueError(f"SSIM exponents must be 0 or 1 and not all 0, got {tuple(exponents)}")
+    if beta and gamma:
+        mu_s, mu_t, var_s, var_t, cov = patch_statistics(s, t, window_size, sigma)
+        merged = (2 * cov + k2**2) / (var_s + var_t + k2**2 + _EPS)
+        return merged * _luminance(mu_s, mu_t, k1**2) if alpha else merged
+    factors = ssim_factors(s, t, window_size, sigma, k1, k2)
+    return math.prod(factor for factor, used in zip(factors, exponents, strict=True) if used)
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss: all three factors, value and gradient in one sweep over blocks of planes
+# ------------------------------------------------------------------------------------------------
+
+
+def _dissimilarity(
+    s: Tensor, t: Tensor, rows: Tensor, cols: Tensor, c1: float, c2: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of (1 - l*c*k) / 2 over a block of planes, and its gradient with respect to ``s``.
+
+    With d = s - t, both factors are one minus a fraction that vanishes with d, so equal maps give
+    exactly zero, and four blurs do instead of five::
+
+        1 - l   = mu_d^2 / (mu_s^2 + mu_t^2 + C1)
+        1 - c*k = var_d  / (var_s + var_t + C2)
+
+    Args:
+        s, t: (n, H, W).
+        rows, cols: blur matrices (H, H) and (W, W).
+    """
+    d = s - t
+    blurred = rows @ (torch.stack([d, t, d * d, (s * s).addcmul_(t, t)]) @ cols.T)
+    mu_d, mu_t, mean_dd, mean_pp = blurred
+    mu_s = mu_d + mu_t
+    mu_dd = mu_d * mu_d
+    mu_pp = (mu_s * mu_s).addcmul_(mu_t, mu_t)
+    # Variances are clamped against rounding only; the gradient below need not know.
+    inverse_1 = (mu_pp + (c1 + _EPS)).reciprocal_()
+    inverse_2 = mean_pp.sub_(mu_pp).clamp_(min=0).add_(c2 + _EPS).reciprocal_()
+    not_l = mu_dd * inverse_1
+    not_ck = mean_dd.sub_(mu_dd).clamp_(min=0).mul_(inverse_2)
+    total = (not_l + not_ck).addcmul_(not_l, not_ck, value=-1).sum() / 2
+    if not with_gradient:
+        return total, None
+
+    # Gradients towards the blurred maps of d*d, of s*s and of s itself; then back through the blur.
+    grad_dd = (1 - not_l).mul_(inverse_2)
+    grad_mu = torch.addcmul(mu_d, not_l, mu_s, value=-1).mul_(inverse_1).mul_(1 - not_ck)
+    grad_mu.addcmul_(grad_dd, (not_ck * mu_s).sub_(mu_d))
+    grad_pp = grad_dd * not_ck
+    back = rows.T @ (torch.stack([grad_mu, grad_dd, grad_pp]) @ cols)
+    return total, back[0].addcmul_(back[1], d).addcmul_(back[2], s, value=-1)
+
+
+class _MeanDissimilarity(torch.autograd.Function):
+    """Mean of (1 - l*c*k) / 2; see :func:`_dissimilarity` for the mathematics.
+
+    The gradient is computed together with the value, block by block, so one map is kept for the
+    backward pass where autograd would keep about ten.
+    """
+
+    @staticmethod
+    def forward(ctx, s: Tensor, t: Tensor, rows: Tensor, cols: Tensor, c1: float, c2: float):
+        """s, t: (N, H, W) -> scalar."""
+        with_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(s) if with_gradient else None
+        total = s.new_zeros(())
+        block_elements = _BLOCK_ELEMENTS_GPU if s.is_cuda else _BLOCK_ELEMENTS_CPU
+        block = max(1, block_elements // s[0].numel())
+        for start in range(0, len(s), block):
+            planes = slice(start, start + block)
+            value, block_gradient = _dissimilarity(
+                s[planes], t[planes], rows, cols, c1, c2, with_gradient
+            )
+            total += value
+            if with_gradient:
+                gradient[planes] = block_gradient
+        if with_gradient:
+            ctx.save_for_backward(gradient)
+        return total / s.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grad / gradient.numel()), None, None, None, None, None
+
+
+@full_precision
+def ssim_loss(
+    student: Tensor,
+    teacher: Tensor,
+    rescale: str | None = "image",
+    detach_range: bool = False,
+    exponents: tuple[int, int, int] = (1, 1, 1),
+    window_size: int = 11,
+    sigma: float = 1.5,
+    k1: float = 0.01,
+    k2: float = 0.03,
+) -> Tensor:
+    """Mean of (1 - l^alpha * c^beta * k^gamma) / 2 over one pyramid level.
+
+    Args:
+        student: (B, C, H, W), any scale; after its adapter.
+        teacher: (B, C, H, W), a constant.
+        rescale: scope of the min-max rescaling, see :func:`min_max_rescale`. Student and teacher
+            are rescaled separately. With "channel", channels that are dead in either map are left
+            out of the mean. None if both maps are in [0, 1] already.
+        detach_range: no gradient through the student's minimum and maximum.
+        exponents: (alpha, beta, gamma), each 0 or 1. Other choices than (1, 1, 1) are meant for
+            ablations: they go through autograd and keep every intermediate map.
+        window_size: taps of the Gaussian patch along each axis, odd.
+        sigma: standard deviation of the Gaussian, in positions.
+        k1, k2: stabilisers, C1 = k1^2 and C2 = k2^2 for the dynamic range 1 of rescaled maps.
+
+    Returns:
+        Scalar in [0, 1]. Zero for an empty batch and where no channel is live.
+
+    Raises:
+        ValueError: shapes differ, or an unknown scope or exponent.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
+        )
+    if student.numel() == 0:
+        return connected_zero(student)
+    s, t, share = student, teacher.detach(), None
+    if rescale is not None:
+        s = min_max_rescale(s, rescale, detach_range)
+        t = min_max_rescale(t, rescale)
+    if rescale == "channel":
+        live = live_channels(student) & live_channels(teacher)
+        s, t = s * live, t * live
+        # Dead channels are 0 in both maps and add nothing; the mean must not count them either.
+        share = live.to(s.dtype).mean().clamp(min=_EPS)
+
+    if tuple(exponents) == (1, 1, 1):
+        rows, cols = _blur_matrices(s, window_size, sigma)
+        loss = _MeanDissimilarity.apply(s.flatten(0, 1), t.flatten(0, 1), rows, cols, k1**2, k2**2)
+    else:
+        ssim = ssim_map(s, t, exponents, window_size, sigma, k1, k2)
+        loss = ((1 - ssim) / 2).clamp(0, 1).mean()
+    return loss if share is None else loss / share
+
+
+def pyramid_ssim_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], **options) -> Tensor:
+    """Sum over pyramid levels of :func:`ssim_loss`: each level counts the same, whatever its size.
+
+    Args:
+        students, teachers: one (B, C, H_r, W_r) a level, in the same order.
+        options: passed to :func:`ssim_loss`.
+    """
+    return sum(ssim_loss(s, t, **options) for s, t in zip(students, teachers, strict=True))
