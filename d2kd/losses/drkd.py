@@ -1,0 +1,128 @@
+"""Losses of DRKD, "Dual Relation Knowledge Distillation for Object Detection" (IJCAI 2023).
+
+They measure *gaps*: adapted student tensor minus teacher tensor. How the compared tensors arise
+(graph units, relation units, RoIAlign) is the business of ``d2kd.heads.drkd_units``.
+
+Shapes: B images, C channels of the teacher, H x W pixels of one pyramid level, R instances of the
+batch (all images concatenated), n_b instances of image b, n = max n_b.
+
+Two profiles. ``code`` follows the authors' released code: un-squared, un-averaged L2 norms.
+``paper`` follows the formulas of the paper: squared and averaged distances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .functional import connected_zero, full_precision
+
+PROFILES = ("code", "paper")
+REFERENCE_BATCH_SIZE = 2  # images per GPU for which the published weights were chosen
+
+
+@full_precision
+def pixel_relation_loss(gaps: Sequence[Tensor], profile: str = "code") -> Tensor:
+    """Pixel-wise relation distillation, L_PR.
+
+    ``code``: sum over levels of ||gap||_2, one norm over the whole (B, C, H, W) tensor.
+    ``paper``: sum over levels of the mean of gap^2.
+
+    Args:
+        gaps: per level (B, C, H, W): the adapted output of the student's graph unit minus the
+            output of the teacher-side graph unit.
+        profile: one of ``PROFILES``.
+
+    Returns:
+        Scalar >= 0. The gradient at a zero gap is zero.
+    """
+    _check_profile(profile)
+    if profile == "paper":
+        terms = [gap.square().sum() / max(gap.numel(), 1) for gap in gaps]
+    else:
+        terms = [_norm(gap) for gap in gaps]
+    return torch.stack(terms).sum()
+
+
+@full_precision
+def instance_loss(
+    gaps: Sequence[Tensor], image_index: Tensor, num_images: int, profile: str = "code"
+) -> Tensor:
+    """Distance between instance features: L_INS, and L_IR on relation-refined features.
+
+    ``code``: sum over levels and images of the norm of all gaps of an image, ||gap_b||_2.
+    ``paper``: sum over levels of (1/R) sum_i ||gap_i||_2^2.
+
+    Args:
+        gaps: per level (R, ...): adapted student instance minus teacher instance.
+        image_index: (R,) long, the image of each instance.
+        num_images: B.
+        profile: one of ``PROFILES``.
+
+    Returns:
+        Scalar >= 0. The gradient at a zero gap is zero; without instances the result is a zero
+        that is connected to ``gaps``.
+    """
+    _check_profile(profile)
+    if image_index.numel() == 0:
+        return connected_zero(*gaps)
+    # (L, R): squared length of each instance's gap.
+    squared = torch.stack([gap.flatten(1).square().sum(1) for gap in gaps])
+    if profile == "paper":
+        return squared.sum() / image_index.numel()
+    per_image = squared.new_zeros(len(gaps), num_images).index_add(1, image_index, squared)
+    return _sqrt_with_zero_gradient_at_zero(per_image).sum()
+
+
+@full_precision
+def relation_matrix_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+    """Instance-wise relation distillation on the relation matrices themselves (profile ``paper``).
+
+    Mean over the images that have instances of (1/n_b^2) sum_ij (student_ij - teacher_ij)^2; the
+    paper's sum is divided by n_b^2 so that its size does not depend on the number of instances.
+
+    Args:
+        student, teacher: (B, n, n) relation matrices psi, zero in padded rows and columns.
+        counts: (B,) the number of instances n_b of each image.
+
+    Returns:
+        Scalar >= 0, a connected zero where no image has an instance.
+    """
+    counts = counts.to(student.dtype)
+    squared = (student - teacher).square().flatten(1).sum(1)
+    per_image = squared / counts.square().clamp(min=1)
+    return per_image.sum() / (counts > 0).sum().clamp(min=1)
+
+
+def batch_size_factors(num_images: int) -> tuple[float, float]:
+    """Factors that keep the published weights' meaning for a batch of another size.
+
+    The norms of profile ``code`` grow with the images per GPU B: L_PR like sqrt(B), L_IR and
+    L_INS like B. The published weights are for B = 2.
+
+    Returns:
+        (factor of L_PR, factor of L_IR and of L_INS).
+    """
+    ratio = REFERENCE_BATCH_SIZE / num_images
+    return math.sqrt(ratio), ratio
+
+
+def _check_profile(profile: str) -> None:
+    if profile not in PROFILES:
+        raise ValueError(f"DRKD profile must be one of {PROFILES}, got {profile!r}")
+
+
+def _norm(gap: Tensor) -> Tensor:
+    """||gap||_2 over all elements of (B, C, H, W); its gradient at zero is zero, not NaN."""
+    # Row by row, then over the rows: one float32 accumulator over the 34 million elements of a
+    # large level would lose the third digit.
+    rows = torch.linalg.vector_norm(gap.flatten(2), dim=2)
+    return torch.linalg.vector_norm(rows)
+
+
+def _sqrt_with_zero_gradient_at_zero(squared: Tensor) -> Tensor:
+    positive = squared > 0
+    return torch.where(positive, squared.where(positive, squared.new_ones(())).sqrt(), 0.0)
