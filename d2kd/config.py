@@ -139,7 +139,7 @@ def _add_dsig(distill: CfgNode) -> None:
     distill.DSIG.CLASS_TEMPERATURE = 1.0
     # L1 distance of the box deltas of foreground predictions.
     distill.DSIG.BOX_WEIGHT = 1.0
-    # Mean squared error of all pyramid levels that both detectors have. Authors: off for R50 and up.
+    # Mean squared error of the pyramid levels that both detectors have. Authors: off from R50 up.
     distill.DSIG.PYRAMID_WEIGHT = 0.5
     # Mask logits of the labelled class on foreground RoIs (not in the paper).
     distill.DSIG.MASK_WEIGHT = 0.0

@@ -5,7 +5,8 @@ are pooled RoI features, edges their cosine similarities. Student and teacher no
 compared, and beside them the detectors' logits and pyramids in the authors' own normalisation.
 
 Shapes: B images, R nodes (RoIs of all images, in any order), D node dimension (channels x pooled
-cells), M nodes of the largest packed image, N predictions, K classes, C channels, H x W map.
+cells), M nodes of the largest packed image, N predictions, K classes, C channels, H x W map,
+F foreground RoIs.
 
 "reduction" is over images: the authors sum, "mean" makes the loss independent of the batch size.
 """
@@ -245,6 +246,30 @@ def box_delta_loss(
     if average_over == "all":
         return distance.sum() / max(len(distance), 1)
     return distance.sum() / foreground.sum().clamp(min=1)
+
+
+@full_precision
+def mask_logit_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KL(teacher || student) of the pixels of each foreground RoI's mask, averaged over pixels.
+
+    Not in the paper: with it the mask branch is distilled, not only the features it reads. Each
+    pixel is a Bernoulli variable; the average is that of Detectron2's own mask loss.
+
+    Args:
+        student, teacher: (F, K, H, W) mask logits, or (F, 1, H, W) when class-agnostic.
+        labels: (F,) long, the class whose mask is compared.
+    """
+    student, teacher = _select_masks(student, labels), _select_masks(teacher.detach(), labels)
+    target = teacher.sigmoid()
+    divergence = F.binary_cross_entropy_with_logits(student, target, reduction="none")
+    divergence = divergence - F.binary_cross_entropy_with_logits(teacher, target, reduction="none")
+    return divergence.sum() / max(divergence.numel(), 1)
+
+
+def _select_masks(logits: Tensor, labels: Tensor) -> Tensor:
+    """(F, K or 1, H, W) -> (F, H, W), the mask of each RoI's label."""
+    channel = labels.clamp(max=logits.shape[1] - 1)
+    return logits[torch.arange(len(labels), device=labels.device), channel]
 
 
 @full_precision

@@ -1,0 +1,447 @@
+"""DSIG: "Deep Structured Instance Graph for Distilling Object Detectors" (ICCV 2021).
+
+Student and teacher each span a graph over the same boxes of an image: pooled features are its
+nodes, cosine similarities its edges. A two-stage student is compared on its own sampled RoIs, a
+dense one on its own best predictions. The mathematics is in :mod:`d2kd.losses.dsig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+from ..adapters import Adapters, build_adapters, pair_levels
+from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle, RoIView, image_index
+from ..config import ConfigError
+from ..losses import dsig as losses
+from .base import DISTILL_HEAD_REGISTRY, DistillHead
+
+# Terms and the keys of DISTILL.DSIG that hold their weights.
+WEIGHT_KEYS = {
+    "foreground": "FOREGROUND_WEIGHT",
+    "background": "BACKGROUND_WEIGHT",
+    "edge": "EDGE_WEIGHT",
+    "class": "CLASS_WEIGHT",
+    "box": "BOX_WEIGHT",
+    "mask": "MASK_WEIGHT",
+    "pyramid": "PYRAMID_WEIGHT",
+}
+GRAPH_TERMS = {"foreground", "background", "edge"}
+OUTPUT_TERMS = {"class", "box"}
+MASK_TERMS = {"mask", "mask_node"}
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """The best boxes that a dense detector currently predicts: the nodes of its graph.
+
+    There is no score threshold, so a graph has its nodes from the first iteration on.
+
+    Attributes:
+        per_level: (location, class) pairs that a pyramid level may propose for an image.
+        nms_threshold: IoU of the class-wise non-maximum suppression.
+        per_image: boxes that are kept over all levels.
+    """
+
+    per_level: int = 1000
+    nms_threshold: float = 0.5
+    per_image: int = 100
+
+    @torch.no_grad()
+    def __call__(self, dense: DenseView, image_sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """Per image (n_i, 4) xyxy boxes, best first, clipped to the image; constants."""
+        levels = [self._decode(dense, stride) for stride in dense.logits]
+        boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        kept = []
+        for *image, size in zip(boxes, scores, classes, image_sizes, strict=True):
+            kept.append(Boxes(image[0][batched_nms(*image, self.nms_threshold)[: self.per_image]]))
+            kept[-1].clip(size)
+        return [b.tensor for b in kept]
+
+    def _decode(self, dense: DenseView, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (B, n, 4), scores (B, n) and classes (B, n) of a level's best pairs."""
+        logits, deltas = dense.logits[stride], dense.deltas[stride].float()
+        num_classes = logits.shape[-1]
+        pairs = logits.float().flatten(1)
+        # The sigmoid is monotonic: ranking logits leaves it to the few that are chosen.
+        best, index = pairs.topk(min(self.per_level, pairs.shape[1]), dim=1)
+        location = index.div(num_classes, rounding_mode="floor")
+        deltas = deltas.gather(1, location[:, :, None].expand(-1, -1, 4))
+        anchors = dense.anchors[stride][location]
+        boxes = dense.decode(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
+        return boxes, best.sigmoid(), index % num_classes
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """The R boxes of a batch on which student and teacher are compared.
+
+    Attributes:
+        student, teacher: (R, C, P, P) pooled features.
+        foreground, has_edges: (R,) bool.
+        image_index: (R,) long.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    foreground: Tensor
+    has_edges: Tensor
+    image_index: Tensor
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class DSIG(DistillHead):
+    """Structured instance graphs of student and teacher, and the authors' logit and pyramid terms.
+
+    Args:
+        weights: term -> weight, terms as in ``WEIGHT_KEYS``; what is absent is not computed.
+        two_stage: nodes are the student's sampled RoIs; else its top predictions.
+        num_classes: K of the student.
+        node_adapter: student -> teacher channels of pooled features (R, C, P, P).
+        pyramid_adapters: student -> teacher channels of the levels of the "pyramid" term.
+        pyramid_strides: those levels.
+        node_strides: levels that nodes are pooled from, each detector on its own pyramid; () where
+            the bundles have the student's RoIs pooled already.
+        node_resolution: P, with ``node_strides``.
+        stage: the box-head stage whose RoIs are the nodes (a cascade has several).
+        alpha: strength of the adaptive background weight.
+        mining_threshold: teacher's loss from which a background RoI has edges; None: none has.
+        temperature: T of the "class" term.
+        predictions: what the nodes of a dense student are.
+        image_reduction: "mean" or "sum" over images, of node and edge terms.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        weights: dict[str, float],
+        two_stage: bool,
+        num_classes: int,
+        node_adapter: nn.Module,
+        pyramid_adapters: Adapters,
+        pyramid_strides: tuple[int, ...] = (),
+        node_strides: tuple[int, ...] = (),
+        node_resolution: int = 7,
+        stage: int = 0,
+        alpha: float = 7.5,
+        mining_threshold: float | None = 0.6,
+        temperature: float = 1.0,
+        predictions: TopPredictions | None = None,
+        image_reduction: str = "mean",
+    ):
+        super().__init__()
+        self.weights = weights
+        self.two_stage = two_stage
+        self.num_classes = num_classes
+        self.node_adapter = node_adapter
+        self.pyramid_adapters = pyramid_adapters
+        self.pyramid_strides = pyramid_strides
+        self.node_strides = node_strides
+        self.node_resolution = node_resolution
+        self.stage = stage
+        self.alpha = alpha
+        self.mining_threshold = mining_threshold
+        self.temperature = temperature
+        self.predictions = predictions or TopPredictions()
+        self.image_reduction = image_reduction
+        self._declare_reads()
+
+    @classmethod
+    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
+        node = cfg.DISTILL.DSIG
+        _check_values(node, student_spec)
+        weights = _weights(node, student_spec)
+        mining_threshold = node.MINING_THRESHOLD if node.MINE_BACKGROUND else None
+        _check_pair(weights, mining_threshold, student_spec, teacher_spec)
+
+        # Dense students pool their predictions from the levels that both pyramids have, and so do
+        # students whose box head pools from a level that the teacher lacks.
+        pooled = "roi.features" in student_spec.fields & teacher_spec.fields
+        node_strides = () if pooled else pair_levels(student_spec, teacher_spec)
+        pyramid_strides = pair_levels(student_spec, teacher_spec) if "pyramid" in weights else ()
+        return {
+            "weights": weights,
+            "two_stage": student_spec.two_stage,
+            "num_classes": student_spec.num_classes,
+            "node_adapter": _build_node_adapter(weights, student_spec, teacher_spec),
+            "pyramid_adapters": build_adapters(student_spec, teacher_spec, pyramid_strides),
+            "pyramid_strides": pyramid_strides,
+            "node_strides": node_strides,
+            "node_resolution": student_spec.roi_resolution or node.POOL_RESOLUTION,
+            "stage": node.STAGE,
+            "alpha": node.BACKGROUND_ALPHA,
+            "mining_threshold": mining_threshold,
+            "temperature": node.CLASS_TEMPERATURE,
+            "predictions": TopPredictions(
+                node.PREDICTIONS_PER_LEVEL, node.PREDICTIONS_NMS, node.PREDICTIONS_PER_IMAGE
+            ),
+            "image_reduction": node.IMAGE_REDUCTION,
+        }
+
+    def _declare_reads(self) -> None:
+        """Set ``reads`` and its siblings to what the terms in use read."""
+        terms, outputs = self.weights.keys(), "roi" if self.two_stage else "dense"
+        fields = {
+            "class": f"{outputs}.logits",
+            "box": f"{outputs}.deltas",
+            "mask": "mask.logits",
+            "mask_node": "mask.features",
+            "pyramid": "pyramid",
+        }
+        both = {field for term, field in fields.items() if term in terms}
+        student, teacher = {"roi"} if self.two_stage else set(), set()
+        if terms & GRAPH_TERMS:
+            both.add("pyramid" if self.node_strides else "roi.features")
+            if not self.two_stage:
+                student |= {"dense.logits", "dense.deltas", "dense.anchors"}
+        if terms & OUTPUT_TERMS and not self.two_stage:
+            student.add("dense.labels")
+        if "edge" in terms and self.two_stage and self.mining_threshold is not None:
+            teacher.add("roi.logits")
+        self.reads, self.student_reads, self.teacher_reads = both, student, teacher
+
+    def forward(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        if self._any(OUTPUT_TERMS):
+            compare = self._compare_rois if self.two_stage else self._compare_anchors
+            terms |= compare(student, teacher)
+        if self._any(MASK_TERMS):
+            terms |= self._compare_masks(student, teacher)
+        if self._any({"pyramid"}):
+            terms["pyramid"] = self._compare_pyramids(student, teacher)
+        if self._any(GRAPH_TERMS):
+            graph = self._roi_graph if self.two_stage else self._prediction_graph
+            terms |= self._compare_graphs(graph(student, teacher), len(student.image_sizes))
+        return {term: self.weights[term] * loss for term, loss in terms.items()}
+
+    def _any(self, terms: Iterable[str]) -> bool:
+        return not self.weights.keys().isdisjoint(terms)
+
+    # --- graphs ----------------------------------------------------------------------------------
+
+    def _roi_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> _Graph:
+        """The student's sampled RoIs; background has edges where the teacher finds it hard."""
+        mine, theirs = student.rois[self.stage], teacher.rois[self.stage]
+        if self.node_strides:
+            nodes = self._pool(student, mine.boxes), self._pool(teacher, mine.boxes)
+        else:
+            nodes = mine.features, theirs.features
+        foreground = has_edges = mine.labels < self.num_classes
+        if "edge" in self.weights and self.mining_threshold is not None:
+            mined = losses.mine_background(theirs.logits, foreground, self.mining_threshold)
+            has_edges = foreground | mined
+        return _Graph(*nodes, foreground, has_edges, mine.image_index)
+
+    def _prediction_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> _Graph:
+        """The student's top predictions, all of them foreground."""
+        boxes = self.predictions(student.dense, student.image_sizes)
+        index = image_index(boxes)
+        every = torch.ones_like(index, dtype=torch.bool)
+        return _Graph(self._pool(student, boxes), self._pool(teacher, boxes), every, every, index)
+
+    def _pool(self, bundle: FeatureBundle, boxes: list[Tensor]) -> Tensor:
+        return bundle.pool(boxes, self.node_resolution, strides=self.node_strides)
+
+    def _compare_graphs(self, graph: _Graph, num_images: int) -> dict[str, Tensor]:
+        terms = {}
+        if self._any({"foreground", "background"}):
+            foreground, background = losses.node_losses(
+                self.node_adapter(graph.student),
+                graph.teacher,
+                graph.foreground,
+                graph.image_index,
+                num_images,
+                alpha=self.alpha,
+                image_reduction=self.image_reduction,
+            )
+            terms = {"foreground": foreground, "background": background}
+            terms = {term: loss for term, loss in terms.items() if term in self.weights}
+        if "edge" in self.weights:
+            terms["edge"] = self._compare_edges(graph, num_images)
+        return terms
+
+    def _compare_edges(self, graph: _Graph, num_images: int) -> Tensor:
+        """Edge loss of the nodes that have edges, packed: most background RoIs have none."""
+        # The one place that waits for the device: how large the largest graph is decides shapes.
+        counts = torch.bincount(graph.image_index[graph.has_edges], minlength=num_images)
+        index, valid = losses.pack_nodes(
+            graph.has_edges, graph.image_index, num_images, capacity=int(counts.max())
+        )
+        nodes = (
+            features.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
+            for features in (graph.student, graph.teacher)
+        )
+        return losses.edge_loss(*nodes, valid, image_reduction=self.image_reduction)
+
+    # --- outputs, masks and pyramids -------------------------------------------------------------
+
+    def _compare_rois(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+        """Class and box outputs on the sampled RoIs."""
+        mine, theirs = student.rois[self.stage], teacher.rois[self.stage]
+        terms = {}
+        if "class" in self.weights:
+            terms["class"] = losses.class_logit_loss(
+                mine.logits, theirs.logits, temperature=self.temperature
+            )
+        if "box" in self.weights:
+            terms["box"] = losses.box_delta_loss(
+                losses.select_class_deltas(mine.deltas, mine.labels),
+                losses.select_class_deltas(_coded_alike(theirs, mine), mine.labels),
+                mine.labels < self.num_classes,
+                average_over="all",
+            )
+        return terms
+
+    def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+        """Class outputs of a dense pair on anchors that are not ignored, boxes on foreground."""
+        labels = student.dense.labels.flatten()
+        valid = labels >= 0
+
+        def rows(maps: dict[int, Tensor]) -> Tensor:
+            return torch.cat([maps[stride] for stride in student.dense.logits], dim=1).flatten(0, 1)
+
+        terms = {}
+        if "class" in self.weights:
+            terms["class"] = losses.class_logit_loss(
+                rows(student.dense.logits),
+                rows(teacher.dense.logits),
+                valid,
+                temperature=self.temperature,
+            )
+        if "box" in self.weights:
+            terms["box"] = losses.box_delta_loss(
+                rows(student.dense.deltas),
+                rows(teacher.dense.deltas),
+                valid & (labels < self.num_classes),
+                average_over="foreground",
+            )
+        return terms
+
+    def _compare_masks(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+        """The mask branch on the foreground RoIs: its pooled features as nodes, its logits."""
+        mine, theirs = student.mask, teacher.mask
+        terms = {}
+        if "mask" in self.weights:
+            terms["mask"] = losses.mask_logit_loss(mine.logits, theirs.logits, mine.labels)
+        if "mask_node" in self.weights:
+            terms["mask_node"], _ = losses.node_losses(
+                self.node_adapter(mine.features),
+                theirs.features,
+                torch.ones_like(mine.labels, dtype=torch.bool),
+                mine.image_index,
+                len(student.image_sizes),
+                image_reduction=self.image_reduction,
+            )
+        return terms
+
+    def _compare_pyramids(self, student: FeatureBundle, teacher: FeatureBundle) -> Tensor:
+        """All levels that both pyramids have, padding included."""
+        return losses.pyramid_loss(
+            [self.pyramid_adapters(s, student.pyramid[s]) for s in self.pyramid_strides],
+            [teacher.pyramid[s] for s in self.pyramid_strides],
+        )
+
+
+def _coded_alike(theirs: RoIView, mine: RoIView) -> Tensor:
+    """The teacher's deltas in the student's weights: later stages of a cascade scale them up."""
+    deltas, target = theirs.deltas, mine.delta_weights
+    if theirs.delta_weights == target:
+        return deltas
+    scale = [to / of for to, of in zip(target, theirs.delta_weights, strict=True)]
+    return (deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(scale)).flatten(1)
+
+
+def _build_node_adapter(
+    weights: dict[str, float], student: DetectorSpec, teacher: DetectorSpec
+) -> nn.Module:
+    """1x1 convolution student -> teacher on pooled features; the identity for equal channels.
+
+    The levels that RoIs are pooled from share one, as their pooled features share one set of nodes.
+    """
+    if not weights.keys() & {"foreground", "background", "mask_node"}:
+        return nn.Identity()
+    stride = pair_levels(student, teacher)[0]
+    adapters = build_adapters(student, teacher, (stride,))
+    return adapters[str(stride)] if len(adapters) else nn.Identity()
+
+
+def _check_values(node: CfgNode, student: DetectorSpec) -> None:
+    """Refuse values of ``DISTILL.DSIG`` that make no sense for this student."""
+    for key in WEIGHT_KEYS.values():
+        if node[key] < 0:
+            raise ConfigError(f"DISTILL.DSIG.{key} is {node[key]}; it must not be negative")
+    if node.IMAGE_REDUCTION not in losses.IMAGE_REDUCTIONS:
+        raise ConfigError(
+            f"DISTILL.DSIG.IMAGE_REDUCTION is '{node.IMAGE_REDUCTION}'; "
+            f"valid: {list(losses.IMAGE_REDUCTIONS)}"
+        )
+    if node.CLASS_TEMPERATURE <= 0:
+        raise ConfigError(
+            f"DISTILL.DSIG.CLASS_TEMPERATURE is {node.CLASS_TEMPERATURE}; it must be positive"
+        )
+    if student.two_stage and not 0 <= node.STAGE < student.num_stages:
+        raise ConfigError(
+            f"DISTILL.DSIG.STAGE is {node.STAGE}; "
+            f"the student's box head has the stages {list(range(student.num_stages))}"
+        )
+
+
+def _weights(node: CfgNode, student: DetectorSpec) -> dict[str, float]:
+    """Weight of each term that is switched on and that a student of this kind has."""
+    weights = {term: node[key] for term, key in WEIGHT_KEYS.items()}
+    weights["mask_node"] = node.FOREGROUND_WEIGHT if node.MASK_NODES else 0.0
+    if not student.two_stage:
+        weights["background"] = 0.0  # all top predictions are foreground
+    return {term: weight for term, weight in weights.items() if weight}
+
+
+def _check_pair(
+    weights: dict[str, float],
+    mining_threshold: float | None,
+    student: DetectorSpec,
+    teacher: DetectorSpec,
+) -> None:
+    """Refuse terms that this pair cannot serve, with the key that switches them off.
+
+    Outputs can only be compared where both detectors have them, for the same things and in the
+    same code.
+    """
+    outputs = "roi" if student.two_stage else "dense"
+    alike = ("num_classes",) if student.two_stage else ("num_classes", "anchors_per_location")
+    needs: dict[str, tuple[str, str, tuple[str, ...]]] = {
+        "class": (f"{outputs}.logits", "CLASS_WEIGHT 0", alike),
+        "box": (f"{outputs}.deltas", "BOX_WEIGHT 0", (*alike, "box_coding")),
+        "mask": ("mask.logits", "MASK_WEIGHT 0", ("num_classes", "mask_resolution")),
+        "mask_node": ("mask.features", "MASK_NODES False", ()),
+    }
+    for term, (field, remedy, names) in needs.items():
+        if term not in weights:
+            continue
+        for spec in (student, teacher):
+            if field not in spec.fields:
+                raise ConfigError(
+                    f"the term '{term}' reads {field} of the {spec.role}, and a {spec.meta_arch} "
+                    f"has none here; without the term: DISTILL.DSIG.{remedy}"
+                )
+        for name in names:
+            mine, theirs = getattr(student, name), getattr(teacher, name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"the term '{term}' needs detectors of the same {name}; the student has "
+                    f"{mine}, the teacher {theirs}; without the term: DISTILL.DSIG.{remedy}"
+                )
+    mines = student.two_stage and "edge" in weights and mining_threshold is not None
+    if mines and "roi.logits" not in teacher.fields:
+        raise ConfigError(
+            f"mining background RoIs needs a teacher with a box head, and a {teacher.meta_arch} "
+            "has none; without mining: DISTILL.DSIG.MINE_BACKGROUND False"
+        )
