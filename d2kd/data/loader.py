@@ -1,0 +1,152 @@
+"""A training loader whose every batch is a function of (seed, iteration, rank) alone.
+
+So a run that is stopped and resumed sees the images and augmentations that it would have seen
+without the stop, and two runs with one seed (a student alone and a distilled one) see the same,
+whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.utils.data as torchdata
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+
+from ..config import ConfigError
+
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
+
+
+def seed_of(*numbers: int) -> int:
+    """A well-mixed 63-bit seed from a few numbers (seed, iteration, rank, ...)."""
+    high, low = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return (int(high) << 31) ^ int(low)
+
+
+class _SeededMap(torchdata.Dataset):
+    """Maps (index, seed) to a sample; the mapper's random augmentation is drawn from the seed."""
+
+    def __init__(self, records: torchdata.Dataset, mapper: Callable):
+        self.records = records
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, seed = key
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            return self.mapper(self.records[index])
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+class BatchSampler(torchdata.Sampler):
+    """An endless stream of batches of (index, seed), from any iteration on.
+
+    Args:
+        aspect: (n,) bool, whether an image is wide; with ``group`` a batch holds one kind only.
+        batch_size: images a batch, over all ranks.
+        repeats: (n,) how often an image comes in an epoch; fractions are drawn. None: once.
+        start: the first batch to yield.
+
+    Each rank takes its share of every batch.
+    """
+
+    def __init__(
+        self,
+        aspect: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        group: bool = True,
+        repeats: np.ndarray | None = None,
+        start: int = 0,
+    ):
+        self.aspect, self.batch_size, self.seed = aspect, batch_size, seed
+        self.group, self.repeats, self.start = group, repeats, start
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        generator = np.random.default_rng(seed_of(self.seed, epoch))
+        indices = np.arange(len(self.aspect))
+        if self.repeats is not None:
+            whole = np.floor(self.repeats)
+            extra = generator.random(len(indices)) < self.repeats - whole
+            indices = np.repeat(indices, (whole + extra).astype(int))
+        return generator.permutation(indices)
+
+    def _batches(self) -> Iterator[list[int]]:
+        buckets: dict[bool, list[int]] = {False: [], True: []}
+        for epoch in itertools.count():
+            for index in self._epoch(epoch):
+                bucket = buckets[bool(self.aspect[index]) and self.group]
+                bucket.append(int(index))
+                if len(bucket) == self.batch_size:
+                    yield bucket[:]
+                    bucket.clear()
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number, batch in enumerate(self._batches()):
+            if number >= self.start:
+                keys = [(i, seed_of(self.seed, number, slot)) for slot, i in enumerate(batch)]
+                yield keys[self.rank :: self.world_size]
+
+
+def _identity(batch: list) -> list:
+    return batch
+
+
+def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.DataLoader:
+    """Detectron2's training loader for ``cfg``, as a function of ``seed``, from batch ``start`` on.
+
+    Raises:
+        ConfigError: the batch does not divide over the ranks, or the sampler is not supported.
+    """
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by the "
+            f"{world_size} processes"
+        )
+    if cfg.DATALOADER.SAMPLER_TRAIN not in SAMPLERS:
+        raise ConfigError(
+            f"DATALOADER.SAMPLER_TRAIN is '{cfg.DATALOADER.SAMPLER_TRAIN}'; valid: {list(SAMPLERS)}"
+        )
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    repeats = None
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        repeats = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD
+        ).numpy()
+    sampler = BatchSampler(
+        np.array([record["width"] > record["height"] for record in records]),
+        cfg.SOLVER.IMS_PER_BATCH,
+        seed,
+        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        repeats=repeats,
+        start=start,
+    )
+    return torchdata.DataLoader(
+        _SeededMap(DatasetFromList(records, copy=False), DatasetMapper(cfg, True)),
+        batch_sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_identity,
+        persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
+    )

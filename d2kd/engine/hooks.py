@@ -1,0 +1,90 @@
+"""Hooks of the trainer, and the check of the teacher before it starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from torch import nn
+
+from ..teacher import Teacher
+from .checkpoint import save_student, write_atomically
+from .summary import summarise
+
+logger = logging.getLogger(__name__)
+
+TEACHER_RESULTS = "teacher_results.json"
+STUDENT_FILE = "student_final.pth"
+
+
+def write_json(data, path: str) -> None:
+    """Write ``data`` to ``path``, whole or not at all."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w") as file:
+            json.dump(data, file, indent=1)
+            file.write("\n")
+
+    write_atomically(path, write)
+
+
+class FinishHook(HookBase):
+    """At the end of a complete training: the student's file, the results, and a summary."""
+
+    def after_train(self) -> None:
+        trainer = self.trainer
+        if trainer.iter + 1 < trainer.max_iter or not comm.is_main_process():
+            return
+        output = trainer.cfg.OUTPUT_DIR
+        save_student(trainer.checkpointer.model, os.path.join(output, STUDENT_FILE))
+        times = trainer.storage.histories().get("time")
+        step_seconds = times.median(len(times.values())) if times else None
+        results = {"results": trainer.last_results, "step_seconds": step_seconds}
+        write_json(results, os.path.join(output, "results.json"))
+        teacher_results = read_teacher_results(output)
+        logger.info(
+            "\n%s", summarise(trainer.cfg, trainer.last_results, teacher_results, step_seconds)
+        )
+
+
+class _OnStudentInput(nn.Module):
+    """The teacher on images that were loaded for the student."""
+
+    def __init__(self, teacher: Teacher):
+        super().__init__()
+        self.teacher = teacher
+        self.detector = teacher.model
+
+    def forward(self, inputs: list[dict]):
+        if self.teacher.flip_channels:
+            inputs = [{**item, "image": item["image"].flip(0)} for item in inputs]
+        with self.teacher.context():
+            return self.detector(inputs)
+
+
+def read_teacher_results(output_dir: str) -> dict:
+    """What :func:`check_teacher` found for this output folder; {} if it did not run."""
+    path = os.path.join(output_dir, TEACHER_RESULTS)
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class) -> None:
+    """Evaluate the teacher on ``DATASETS.TEST`` as the student's data feeds it, and keep the result."""
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
+        evaluator = trainer_class.build_evaluator(cfg, name)
+        loader = trainer_class.build_test_loader(cfg, name)
+        results[name] = inference_on_dataset(_OnStudentInput(teacher), loader, evaluator) or {}
+    if comm.is_main_process():
+        if len(results) == 1:
+            results = next(iter(results.values()))
+        write_json(results, os.path.join(cfg.OUTPUT_DIR, TEACHER_RESULTS))

@@ -1,0 +1,85 @@
+"""From the command line to a config, a model and a logger, with every check before anything is
+written."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..config import (
+    ConfigError,
+    add_distillation_config,
+    load_config,
+    unknown_key,
+    validate_distillation_config,
+)
+from ..data.custom import check_datasets
+
+logger = logging.getLogger(__name__)
+
+
+def import_user_module(name: str) -> None:
+    """Import a user's module, by dotted name or by file, so that what it registers is known.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    if not name.endswith(".py"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"--import: {error}") from error
+        return
+    if not os.path.isfile(name):
+        raise ConfigError(f"--import: no file '{name}'")
+    module_name = os.path.splitext(os.path.basename(name))[0]
+    if module_name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module_name, name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The checked config of ``--config-file`` and the KEY VALUE overrides.
+
+    Raises:
+        ConfigError: in one line, for whatever is wrong with them.
+    """
+    for name in getattr(args, "imports", []):
+        import_user_module(name)
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    load_config(cfg, args.config_file)
+    try:
+        cfg.merge_from_list(args.opts)
+    except KeyError as error:
+        raise ConfigError(unknown_key(cfg, error)) from error
+    except (AssertionError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"KEY VALUE overrides {args.opts}: {error}") from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
+        validate_distillation_config(cfg)
+    check_datasets(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Detectron2's set-up of a job (it makes the output folder), and d2kd's own logger beside it."""
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")

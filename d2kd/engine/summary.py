@@ -1,0 +1,48 @@
+"""The one screen that a training ends with."""
+
+from __future__ import annotations
+
+import math
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from ..heads.base import node_name
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def _rows(name: str, results: dict) -> list[list]:
+    """One row a task: ``results`` maps a task to its metrics, or a dataset to such a map."""
+    rows = []
+    for task, metrics in results.items():
+        if metrics and isinstance(next(iter(metrics.values())), dict):
+            rows += _rows(f"{name} on {task}", metrics)
+        elif metrics:
+            values = [metrics.get(metric, math.nan) for metric in METRICS]
+            rows.append([name, task, *(f"{v:.1f}" if math.isfinite(v) else "-" for v in values)])
+    return rows
+
+
+def summarise(cfg: CfgNode, student: dict, teacher: dict, step_seconds: float | None = None) -> str:
+    """AP of student and teacher, what was distilled, the time of a step and where the files are.
+
+    Args:
+        student, teacher: results of Detectron2's evaluators; {} where there are none.
+        step_seconds: median time of a training step.
+    """
+    lines = []
+    rows = _rows("student", student) + _rows("teacher", teacher)
+    if rows:
+        lines.append(tabulate(rows, headers=["", "task", *METRICS], disable_numparse=True))
+    heads = cfg.DISTILL.HEADS if cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
+    if heads:
+        parts = [f"{name} x {cfg.DISTILL[node_name(name)].WEIGHT:g}" for name in heads]
+        lines.append(f"distilled: {', '.join(parts)}   from: {cfg.DISTILL.TEACHER.CONFIG_FILE}")
+    else:
+        lines.append("distilled: nothing (the student alone)")
+    if step_seconds is not None:
+        lines.append(f"time a step: {step_seconds:.3f} s   iterations: {cfg.SOLVER.MAX_ITER}")
+    lines.append(f"weights: {cfg.OUTPUT_DIR}/student_final.pth (plain Detectron2 student)")
+    lines.append(f"         {cfg.OUTPUT_DIR}/model_final.pth (the same with the heads' state)")
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""The trainer: Detectron2's DefaultTrainer on CPU and GPU, resumable to the bit, in bf16 or fp16."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..config import PRECISIONS, ConfigError
+from ..data.loader import build_train_loader, seed_of
+from ..meta_arch import Distiller
+from .checkpoint import AtomicCheckpointer
+from .hooks import FinishHook
+
+EVALUATORS = {
+    "coco": COCOEvaluator,
+    "lvis": LVISEvaluator,
+    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+class StepTrainer(TrainerBase):
+    """One training step: data, forward, backward, update.
+
+    Args:
+        make_loader: (seed, first batch) -> iterable of batches.
+        precision: "" for float32; "bf16"; "fp16", which needs a GPU and scales the loss.
+        seed: random numbers of a step are a function of the seed, the iteration and the rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        make_loader: Callable[[int, int], Iterable],
+        *,
+        precision: str = "",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model = model.train()
+        self.optimizer = optimizer
+        self.make_loader = make_loader
+        self.data_loader = None
+        self.precision = precision
+        self.seed = seed
+        self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        if self.data_loader is None:
+            self.data_loader = self.make_loader(self.seed, self.iter)
+            self._batches = iter(self.data_loader)
+        data = next(self._batches)
+        data_time = time.perf_counter() - start
+
+        torch.manual_seed(seed_of(self.seed, self.iter, comm.get_rank()))
+        device = unwrap(self.model).device.type
+        with torch.autocast(device, PRECISIONS[self.precision], enabled=bool(self.precision)):
+            losses = self.model(data)
+        total = sum(losses.values())
+        self.optimizer.zero_grad()
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        write_losses(losses, data_time, self.iter)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def state_dict(self) -> dict:
+        state = {
+            **super().state_dict(),
+            "seed": self.seed,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.seed = state_dict["seed"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        if self.scaler is not None and "scaler" in state_dict:
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+
+def write_losses(losses: dict[str, Tensor], data_time: float, iteration: int) -> None:
+    """Log each loss, averaged over the ranks, with one copy from the device for all of them.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+    ranks = comm.gather((dict(zip(losses, values, strict=True)), data_time))
+    if not comm.is_main_process():
+        return
+    storage = get_event_storage()
+    storage.put_scalar("data_time", max(seconds for _, seconds in ranks))
+    mean = {name: sum(rank[name] for rank, _ in ranks) / len(ranks) for name in losses}
+    if not all(math.isfinite(value) for value in mean.values()):
+        raise FloatingPointError(f"a loss is not finite at iteration {iteration}: {mean}")
+    distilled = [value for name, value in mean.items() if name.startswith("loss_kd_")]
+    storage.put_scalar("total_loss", sum(mean.values()))
+    storage.put_scalars(**mean)
+    if distilled:
+        storage.put_scalar("total_kd_loss", sum(distilled))
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains what ``cfg`` says: a plain detector or a Distiller.
+
+    Args:
+        cfg: the full config.
+        seed: of data order, augmentation and sampling; a resumed run takes its own again.
+        model: built by the caller where that was needed before; default: built here.
+    """
+
+    def __init__(self, cfg: CfgNode, seed: int = 0, model: nn.Module | None = None):
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg) if model is None else model
+        optimizer = self.build_optimizer(cfg, model)
+        on_gpu = unwrap(model).device.type == "cuda"
+        model = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=[comm.get_local_rank()] if on_gpu else None,
+        )
+        self._trainer = StepTrainer(
+            model,
+            optimizer,
+            lambda seed, start: build_train_loader(cfg, seed, start),
+            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
+            seed=seed,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list:
+        """Detectron2's hooks; before them those of the heads, behind them the end of training."""
+        model, hooks = unwrap(self.model), []
+        if isinstance(model, Distiller):
+            for head in model.distill_heads.values():
+                hooks += head.build_hooks(self.cfg)
+        return [*hooks, *super().build_hooks(), FinishHook()]
+
+    @property
+    def last_results(self) -> dict:
+        """Results of the last evaluation; {} before the first."""
+        return getattr(self, "_last_eval_results", None) or {}
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_train_loader(cfg, seed=max(cfg.SEED, 0))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+        if kind not in EVALUATORS:
+            raise ConfigError(
+                f"dataset '{dataset_name}' has evaluator_type '{kind}'; valid: {list(EVALUATORS)}"
+            )
+        return EVALUATORS[kind](dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/inference")

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Train, distil and evaluate detectors.
+
+python train_net.py --config-file configs/digits/faster_rcnn_R18_ssim.yaml
+python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../student_final.pth
+python train_net.py --config-file ... --resume SOLVER.MAX_ITER 9000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import default_argument_parser, launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+
+from d2kd.config import ConfigError, student_config
+from d2kd.engine.hooks import check_teacher, read_teacher_results
+from d2kd.engine.setup import read_config, start_logging
+from d2kd.engine.trainer import DistillTrainer
+from d2kd.meta_arch import Distiller
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, and ``--import``."""
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a file or module to import first, e.g. one that registers a head of yours",
+    )
+    return parser
+
+
+def evaluate(cfg, args) -> dict:
+    """Evaluate the plain student of ``cfg``; no teacher is built."""
+    cfg = student_config(cfg)
+    model = build_model(cfg)
+    start_logging(cfg, args)
+    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        cfg.MODEL.WEIGHTS, resume=args.resume
+    )
+    return DistillTrainer.test(cfg, model)
+
+
+def train(cfg, args) -> dict:
+    """Train ``cfg``, from the last checkpoint with ``--resume``."""
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
+    seed_all_rng(seed)
+    model = build_model(cfg)  # before the output folder is made: a head may refuse the pair
+    start_logging(cfg, args)
+    trainer = DistillTrainer(cfg, seed, model)
+    trainer.resume_or_load(resume=args.resume)
+    if isinstance(model, Distiller) and model.teacher is not None and cfg.DISTILL.TEACHER.CHECK:
+        if trainer.start_iter == 0 or not read_teacher_results(cfg.OUTPUT_DIR):
+            check_teacher(cfg, model.teacher, DistillTrainer)
+    trainer.train()
+    return trainer.last_results
+
+
+def main(args) -> dict:
+    """One process of a job."""
+    cfg = read_config(args)
+    return evaluate(cfg, args) if args.eval_only else train(cfg, args)
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Check the arguments once, then launch the processes."""
+    args = build_parser().parse_args(argv)
+    try:
+        read_config(args)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run()
