@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from d2kd.losses.functional import connected_zero, full_precision
+from .functional import connected_zero, full_precision
 
 RESCALE_SCOPES = ("image", "tensor", "channel")
 
@@ -99,6 +99,28 @@ def live_channels(x: Tensor) -> Tensor:
     low, high = x.detach().amin((2, 3), keepdim=True), x.detach().amax((2, 3), keepdim=True)
     level_range = high.amax(1, keepdim=True) - low.amin(1, keepdim=True)
     return high - low >= _MIN_RANGE * level_range
+
+
+def rescale_pair(
+    student: Tensor, teacher: Tensor, scope: str = "image", detach_range: bool = False
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Rescale both maps of a level, each by its own minima and maxima.
+
+    Args:
+        student, teacher: (B, C, H, W), not empty.
+        scope, detach_range: see :func:`min_max_rescale`.
+
+    Returns:
+        s, t (B, C, H, W), and the share of the elements that count, by which a mean over all
+        elements must be divided. It is 1 except for scope "channel", where channels that are dead
+        in either map are 0 in both and do not count.
+    """
+    s = min_max_rescale(student, scope, detach_range)
+    t = min_max_rescale(teacher.detach(), scope)
+    if scope != "channel":
+        return s, t, 1.0
+    live = live_channels(student) & live_channels(teacher)
+    return s * live, t * live, live.to(s.dtype).mean().clamp(min=_EPS)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -351,23 +373,16 @@ def ssim_loss(
         )
     if student.numel() == 0:
         return connected_zero(student)
-    s, t, share = student, teacher.detach(), None
+    s, t, share = student, teacher.detach(), 1.0
     if rescale is not None:
-        s = min_max_rescale(s, rescale, detach_range)
-        t = min_max_rescale(t, rescale)
-    if rescale == "channel":
-        live = live_channels(student) & live_channels(teacher)
-        s, t = s * live, t * live
-        # Dead channels are 0 in both maps and add nothing; the mean must not count them either.
-        share = live.to(s.dtype).mean().clamp(min=_EPS)
-
+        s, t, share = rescale_pair(student, teacher, rescale, detach_range)
     if tuple(exponents) == (1, 1, 1):
         rows, cols = _blur_matrices(s, window_size, sigma)
         loss = _MeanDissimilarity.apply(s.flatten(0, 1), t.flatten(0, 1), rows, cols, k1**2, k2**2)
     else:
         ssim = ssim_map(s, t, exponents, window_size, sigma, k1, k2)
         loss = ((1 - ssim) / 2).clamp(0, 1).mean()
-    return loss if share is None else loss / share
+    return loss / share
 
 
 def pyramid_ssim_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], **options) -> Tensor:
