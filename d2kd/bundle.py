@@ -212,6 +212,7 @@ class DenseView(View):
 
     Attributes:
         logits: (B, H W A, K) before the sigmoid. deltas: (B, H W A, 4).
+        delta_weights: (wx, wy, ww, wh) that the deltas are multiplied by.
         class_tower, box_tower: (B, C, H, W), the maps that the final convolutions read.
         anchors: (H W A, 4), ordered y, x, anchor.
         labels: (B, N) over all levels, K for background, -1 to ignore: the student's own matching.
@@ -221,6 +222,7 @@ class DenseView(View):
 
     logits: dict[int, Tensor]
     deltas: dict[int, Tensor]
+    delta_weights: tuple[float, ...]
     class_tower: dict[int, Tensor]
     box_tower: dict[int, Tensor]
     anchors: dict[int, Tensor]
@@ -307,6 +309,11 @@ def box_stages(roi_heads: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
         pairs = enumerate(zip(head, predictor, strict=True))
         return [(f".{k}", h, p) for k, (h, p) in pairs]
     return [("", head, predictor)]
+
+
+def dense_delta_weights(model: nn.Module) -> tuple[float, ...]:
+    """Factors of a dense detector's box deltas; ones for a transform that has none (FCOS)."""
+    return tuple(getattr(model.box2box_transform, "weights", (1.0, 1.0, 1.0, 1.0)))
 
 
 def _pooled_strides(model: nn.Module, in_features: Sequence[str]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from .bundle import (
     RoIView,
     RPNView,
     box_stages,
+    dense_delta_weights,
     feature_strides,
     image_index,
 )
@@ -203,6 +204,7 @@ class Taps:
             logits=Lazy(lambda: flatten_maps(strides, logits, student.num_classes)),
             deltas=Lazy(lambda: flatten_maps(strides, deltas, 4)),
             anchors=_by_stride(strides, [a.tensor for a in anchors]),
+            delta_weights=dense_delta_weights(student),
             decode=student.box2box_transform.apply_deltas,
             **fields,
         )

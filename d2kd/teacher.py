@@ -31,6 +31,7 @@ from .bundle import (
     RoIView,
     RPNView,
     box_stages,
+    dense_delta_weights,
     describe_detector,
     feature_strides,
 )
@@ -314,6 +315,7 @@ class _TeacherStep:
             logits=self.lazy(lambda: flatten_maps(strides, logits(), model.num_classes)),
             deltas=self.lazy(lambda: flatten_maps(strides, deltas(), 4)),
             anchors=self.lazy(anchors),
+            delta_weights=dense_delta_weights(model),
             decode=model.box2box_transform.apply_deltas,
             **fields,
         )
