@@ -395,7 +395,9 @@ class _StrictCheckpointer(DetectionCheckpointer):
     """Loads weights, and raises where Detectron2 would only warn."""
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = [f"{key} (not in the file)" for key in incompatible.missing_keys]
+        misfits = {key for key, *_ in incompatible.incorrect_shapes}
+        missing = set(incompatible.missing_keys) - misfits
+        wrong = [f"{key} (not in the file)" for key in missing]
         wrong += [
             f"{key} ({tuple(found)} in the file, {tuple(wanted)} in the model)"
             for key, found, wanted in incompatible.incorrect_shapes

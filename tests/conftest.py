@@ -1,0 +1,30 @@
+"""Fixtures, and a toy head, that the tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from d2kd import DISTILL_HEAD_REGISTRY
+
+from .detectors import ARCHS, detector_config, write_config
+from .toy_head import ToyMimic
+
+if ToyMimic.__name__ not in DISTILL_HEAD_REGISTRY:
+    DISTILL_HEAD_REGISTRY.register(ToyMimic)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """Small tensors are slower on more threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def teacher_files(tmp_path_factory) -> dict[str, str]:
+    """arch -> YAML file of a teacher that is wider than the default student."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        arch: write_config(detector_config(arch, width=24), folder / f"{arch}.yaml")
+        for arch in ARCHS
+    }
