@@ -95,19 +95,76 @@ def _head_node(weight: float = 1.0) -> CfgNode:
     return node
 
 
+def _add_pyramid_keys(node: CfgNode) -> None:
+    """Keys of heads that compare whole pyramids."""
+    # Strides of the pyramid levels to distil; []: all that both detectors have.
+    node.STRIDES = []
+    # 1x1 convolution on the student's levels (phi): "auto" (where channels differ, and everywhere
+    # if the detectors differ in meta-architecture or number of box stages), "always" or "never".
+    node.ADAPTER = "auto"
+    # Its first weights: "default" (PyTorch's), "identity" (starts as no adapter, where channels
+    # agree) or "small" (near zero).
+    node.ADAPTER_INIT = "default"
+
+
 def _add_ssim(distill: CfgNode) -> None:
     """Structural Knowledge Distillation for Object Detection (NeurIPS 2022)."""
+    # lambda. The paper found 2 and 4 best; 4 for pairs of one kind, 2 for two-stage pairs of
+    # different kinds, and {1, 2, 4, 8} is the grid to try.
     distill.SSIM = _head_node(weight=4.0)
+    _add_pyramid_keys(distill.SSIM)
+    # psi: what shares one minimum and maximum when a map is rescaled to [0, 1]: "image" (one image
+    # of a level), "tensor" (the batch) or "channel" (one channel of an image). Not in the paper.
+    distill.SSIM.RESCALE = "image"
+    # Treat the student's minimum and maximum as constants in the backward pass.
+    distill.SSIM.DETACH_RANGE = False
+    # alpha, beta, gamma of luminance, contrast and structure, each 0 or 1. Others than 1, 1, 1 are
+    # for ablations: they take about ten times the memory.
+    distill.SSIM.EXPONENTS = [1, 1, 1]
+    # Side (odd) and standard deviation of the Gaussian patch, in positions of the level (paper).
+    distill.SSIM.WINDOW_SIZE = 11
+    distill.SSIM.SIGMA = 1.5
+    # Stabilisers C1 = K1^2 and C2 = K2^2 (paper). Contrast below K2 counts little.
+    distill.SSIM.K1 = 0.01
+    distill.SSIM.K2 = 0.03
+    # Every so many iterations, log the median local standard deviation of the teacher's rescaled
+    # levels as ssim/teacher_std_<stride>: below 0.02, K2 masks the structure, and RESCALE
+    # "channel", a larger WEIGHT or a smaller K2 may help. 0: never.
+    distill.SSIM.STATS_PERIOD = 500
 
 
 def _add_feature_mimic(distill: CfgNode) -> None:
     """Plain feature distillation: L1 or L2 between the pyramids."""
     distill.FEATURE_MIMIC = _head_node()
+    _add_pyramid_keys(distill.FEATURE_MIMIC)
+    # "l1" or "l2": |s - t| or (s - t)^2, mean over a level, sum over levels.
+    distill.FEATURE_MIMIC.DISTANCE = "l2"
+    # "none": features as they are (FitNets). "image", "tensor" or "channel": both maps rescaled to
+    # [0, 1] first, the frame in which the SSIM paper compares L1 and L2; raise WEIGHT accordingly.
+    distill.FEATURE_MIMIC.RESCALE = "none"
 
 
 def _add_logits(distill: CfgNode) -> None:
-    """Distillation of the class, box and mask outputs."""
+    """Distillation of the class, box and mask outputs.
+
+    Each term is normalised as Detectron2 normalises its own loss of that output.
+    """
     distill.LOGITS = _head_node()
+    # Class outputs: KL divergence of softmax outputs on the student's RoIs (Hinton et al., 2015),
+    # or a binary divergence for each sigmoid output of a dense detector; 0 switches a term off.
+    distill.LOGITS.CLASS_WEIGHT = 1.0
+    # Box deltas of foreground RoIs or anchors: smooth L1, plain L1 for BOX_BETA 0.
+    distill.LOGITS.BOX_WEIGHT = 1.0
+    distill.LOGITS.BOX_BETA = 0.0
+    # Mask logits of the labelled class on foreground RoIs; ignored by students without masks.
+    distill.LOGITS.MASK_WEIGHT = 1.0
+    # T, by which class and mask logits are divided; terms are multiplied by T^2. 1: the
+    # probabilities as the detectors predict them.
+    distill.LOGITS.TEMPERATURE = 1.0
+    # Exponent of |p - q|, the weight of a dense class logit, from the quality focal loss (Li et
+    # al., 2020; with exponent 1 as a distillation loss in Yang et al., ICCV 2023). 0: plain
+    # divergence, in which easy background anchors dominate.
+    distill.LOGITS.DENSE_FOCUS = 1.0
 
 
 def _add_dsig(distill: CfgNode) -> None:

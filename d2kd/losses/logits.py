@@ -8,6 +8,9 @@ Bernoulli distribution of its own: a softmax over such logits would compare some
 detector predicts, and is blind to a shift of all logits of an anchor, which is what tells an object
 from background.
 
+Each loss is normalised as Detectron2 normalises its own loss of that output, so that a weight of 1
+gives both the same standing.
+
 Shape legend, used throughout this file:
     R: sampled RoIs of the batch    F: foreground RoIs    K: classes, K also labels background
     B: images    N: anchors of an image over all levels    M: side of a mask
@@ -75,10 +78,11 @@ def roi_box_loss(
     teacher_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     beta: float = 0.0,
 ) -> Tensor:
-    """Smooth L1 between the box deltas of the labelled class, mean over foreground RoIs.
+    """Smooth L1 between the box deltas of the labelled class, summed over foreground RoIs, over R.
 
     Both detectors regress from the same RoI, so their deltas describe the same box once they are in
-    the same units. The four coordinates are summed.
+    the same units. The four coordinates are summed. The sum is divided by the number of all RoIs,
+    as in Detectron2's Fast R-CNN: each foreground RoI counts the same, however many there are.
 
     Args:
         student, teacher: (R, 4 K), or (R, 4) from a class-agnostic predictor; each on its own.
@@ -93,8 +97,9 @@ def roi_box_loss(
     """
     s = _labelled(student.unflatten(1, (-1, 4)), labels)
     t = _labelled(teacher.detach().unflatten(1, (-1, 4)), labels)
-    ratio = [own / other for own, other in zip(student_weights, teacher_weights, strict=True)]
-    return _foreground_box_loss(s, t * t.new_tensor(ratio), labels, num_classes, beta)
+    foreground = labels < num_classes
+    total = _foreground_distance(s, t, foreground, student_weights, teacher_weights, beta)
+    return total / max(len(labels), 1)
 
 
 @full_precision
@@ -185,9 +190,11 @@ def dense_box_loss(
     Returns:
         Scalar; zero without foreground.
     """
-    ratio = [own / other for own, other in zip(student_weights, teacher_weights, strict=True)]
-    t = teacher.detach() * teacher.new_tensor(ratio)
-    return _foreground_box_loss(student, t, labels, num_classes, beta)
+    foreground = _foreground(labels, num_classes)
+    total = _foreground_distance(
+        student, teacher.detach(), foreground, student_weights, teacher_weights, beta
+    )
+    return total / foreground.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -205,10 +212,16 @@ def _foreground(labels: Tensor, num_classes: int) -> Tensor:
     return (labels >= 0) & (labels < num_classes)
 
 
-def _foreground_box_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, num_classes: int, beta: float
+def _foreground_distance(
+    student: Tensor,
+    teacher: Tensor,
+    foreground: Tensor,
+    student_weights: Sequence[float],
+    teacher_weights: Sequence[float],
+    beta: float,
 ) -> Tensor:
-    """Smooth L1 of deltas (..., 4): sum over coordinates, mean over foreground ``labels``."""
-    foreground = _foreground(labels, num_classes)
+    """Sum of smooth L1 between deltas (..., 4) where ``foreground`` (...); student's units."""
+    units = [own / other for own, other in zip(student_weights, teacher_weights, strict=True)]
+    teacher = teacher * teacher.new_tensor(units)
     distance = F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).sum(-1)
-    return torch.where(foreground, distance, 0.0).sum() / foreground.sum().clamp(min=1)
+    return torch.where(foreground, distance, 0.0).sum()

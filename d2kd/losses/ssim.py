@@ -204,6 +204,20 @@ def patch_statistics(
     return mu_s, mu_t, var_s, var_t, blur(s * t) - mu_s * mu_t
 
 
+@torch.no_grad()
+@full_precision
+def median_patch_std(
+    x: Tensor, rescale: str = "image", window_size: int = 11, sigma: float = 1.5
+) -> Tensor:
+    """Median over all patches of the standard deviation of the rescaled map (B, C, H, W); scalar.
+
+    Below about sqrt(C2) = 0.03 the constant C2 masks the structure term.
+    """
+    s = min_max_rescale(x, rescale)
+    _, _, variance, _, _ = patch_statistics(s, s, window_size, sigma)
+    return variance.median().sqrt()
+
+
 def _luminance(mu_s: Tensor, mu_t: Tensor, c1: float) -> Tensor:
     return (2 * mu_s * mu_t + c1) / (mu_s * mu_s + mu_t * mu_t + c1 + _EPS)
 

@@ -1,0 +1,229 @@
+"""Logits: the student's class, box and mask outputs follow the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from ..adapters import pair_levels
+from ..bundle import Batch, DetectorSpec, FeatureBundle
+from ..config import ConfigError
+from ..losses.logits import (
+    dense_box_loss,
+    dense_class_loss,
+    mask_loss,
+    roi_box_loss,
+    roi_class_loss,
+)
+from .base import DISTILL_HEAD_REGISTRY, DistillHead
+
+# Term -> the config key of its weight.
+WEIGHT_KEYS = {"cls": "CLASS_WEIGHT", "box": "BOX_WEIGHT", "mask": "MASK_WEIGHT"}
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class Logits(DistillHead):
+    """Distillation of outputs, on the student's RoIs (two-stage) or anchors (dense).
+
+    Args:
+        weights: term -> weight, of "cls", "box" and "mask"; what is absent is not computed.
+        two_stage: the pair has box heads on RoIs; else it is dense.
+        num_classes: K, of both.
+        temperature: T of the class and mask terms.
+        box_beta: where smooth L1 of box deltas turns linear; 0 for L1.
+        focus: exponent of the weight |p - q| of a dense class logit.
+        sigmoid_classes: the box heads are trained with a sigmoid a class instead of softmax.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        weights: dict[str, float],
+        two_stage: bool,
+        num_classes: int,
+        temperature: float = 1.0,
+        box_beta: float = 0.0,
+        focus: float = 1.0,
+        sigmoid_classes: bool = False,
+    ):
+        super().__init__()
+        self.weights = weights
+        self.two_stage = two_stage
+        self.num_classes = num_classes
+        self.temperature = temperature
+        self.box_beta = box_beta
+        self.focus = focus
+        self.sigmoid_classes = sigmoid_classes
+        self.reads = _fields(weights, two_stage)
+        self.student_reads = ("roi",) if two_stage else ("dense.labels", "dense.anchors")
+        self.teacher_reads = () if two_stage else ("dense.anchors",)
+        self._anchors_agree = two_stage
+
+    @classmethod
+    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
+        node = cfg.DISTILL.LOGITS
+        _check_values(node)
+        weights = {term: node[key] for term, key in WEIGHT_KEYS.items() if node[key]}
+        if student_spec.mask_resolution is None:
+            weights.pop("mask", None)
+        if not weights:
+            keys = " and ".join(f"DISTILL.LOGITS.{key}" for key in WEIGHT_KEYS.values())
+            raise ConfigError(f"{keys} leave a {student_spec.meta_arch} nothing to distil")
+        _check_pair(weights, student_spec, teacher_spec)
+        return {
+            "weights": weights,
+            "two_stage": student_spec.two_stage,
+            "num_classes": student_spec.num_classes,
+            "temperature": node.TEMPERATURE,
+            "box_beta": node.BOX_BETA,
+            "focus": node.DENSE_FOCUS,
+            "sigmoid_classes": cfg.MODEL.ROI_BOX_HEAD.get("USE_SIGMOID_CE", False),
+        }
+
+    def forward(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> dict[str, Tensor]:
+        compare = self._compare_rois if self.two_stage else self._compare_anchors
+        terms = compare(student, teacher)
+        if "mask" in self.weights:
+            labels = student.mask.labels
+            terms["mask"] = mask_loss(
+                student.mask.logits, teacher.mask.logits, labels, self.temperature
+            )
+        return {term: self.weights[term] * loss for term, loss in terms.items()}
+
+    def _compare_rois(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+        """Class and box terms, summed over the stages of a cascade as its own losses are."""
+        terms: dict[str, Tensor] = {}
+        for mine, theirs in zip(student.rois, teacher.rois, strict=True):
+            if "cls" in self.weights:
+                loss = roi_class_loss(
+                    mine.logits, theirs.logits, self.temperature, self.sigmoid_classes
+                )
+                terms["cls"] = terms.get("cls", 0) + loss
+            if "box" in self.weights:
+                loss = roi_box_loss(
+                    mine.deltas,
+                    theirs.deltas,
+                    mine.labels,
+                    self.num_classes,
+                    mine.delta_weights,
+                    theirs.delta_weights,
+                    self.box_beta,
+                )
+                terms["box"] = terms.get("box", 0) + loss
+        return terms
+
+    def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+        """Class and box terms on the anchors of the levels that both detectors have."""
+        mine, theirs = student.dense, teacher.dense
+        strides = [s for s in mine.anchors if s in theirs.anchors]
+        self._check_anchors(student, teacher, strides)
+        counts = [len(anchors) for anchors in mine.anchors.values()]
+        labels = dict(zip(mine.anchors, mine.labels.split(counts, dim=1), strict=True))
+
+        def gather(maps: dict[int, Tensor]) -> Tensor:
+            return torch.cat([maps[s] for s in strides], dim=1)
+
+        terms = {}
+        if "cls" in self.weights:
+            terms["cls"] = dense_class_loss(
+                gather(mine.logits),
+                gather(theirs.logits),
+                gather(labels),
+                self.num_classes,
+                self.temperature,
+                self.focus,
+            )
+        if "box" in self.weights:
+            terms["box"] = dense_box_loss(
+                gather(mine.deltas),
+                gather(theirs.deltas),
+                gather(labels),
+                self.num_classes,
+                mine.delta_weights,
+                theirs.delta_weights,
+                self.box_beta,
+            )
+        return terms
+
+    def _check_anchors(
+        self, student: FeatureBundle, teacher: FeatureBundle, strides: list[int]
+    ) -> None:
+        """Refuse a pair whose anchors differ; once, in the first step, when anchors exist.
+
+        Raises:
+            ConfigError: names the first level where they differ.
+        """
+        if self._anchors_agree:
+            return
+        for stride in strides:
+            mine, theirs = student.dense.anchors[stride], teacher.dense.anchors[stride]
+            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=1e-3):
+                raise ConfigError(
+                    f"Logits: student and teacher have different anchors at stride {stride}; "
+                    "MODEL.ANCHOR_GENERATOR must be the same in both configs"
+                )
+        self._anchors_agree = True
+
+
+def _fields(weights: dict[str, float], two_stage: bool) -> tuple[str, ...]:
+    """The bundle fields that the terms in use read of both detectors."""
+    outputs = "roi" if two_stage else "dense"
+    fields = {"cls": f"{outputs}.logits", "box": f"{outputs}.deltas", "mask": "mask.logits"}
+    return tuple(field for term, field in fields.items() if term in weights)
+
+
+def _check_values(node: CfgNode) -> None:
+    """Refuse values that the losses are not defined for.
+
+    Raises:
+        ConfigError: names the key and what is valid.
+    """
+    focus = node.DENSE_FOCUS
+    checks = [(key, node[key] >= 0, "0 or positive") for key in WEIGHT_KEYS.values()]
+    checks += [
+        ("TEMPERATURE", node.TEMPERATURE > 0, "positive"),
+        ("BOX_BETA", node.BOX_BETA >= 0, "0 or positive"),
+        ("DENSE_FOCUS", focus == 0 or focus >= 1, "0 or at least 1"),
+    ]
+    for key, good, valid in checks:
+        if not good:
+            raise ConfigError(f"DISTILL.LOGITS.{key} is {node[key]}; it must be {valid}")
+
+
+def _check_pair(weights: dict[str, float], student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Refuse a pair whose outputs do not mean the same.
+
+    Raises:
+        ConfigError: says what differs.
+    """
+    if student.two_stage != teacher.two_stage:
+        raise ConfigError(
+            f"outputs of a {student.meta_arch} student and a {teacher.meta_arch} teacher cannot be "
+            "compared: both must be two-stage or both dense"
+        )
+    if student.num_classes != teacher.num_classes:
+        raise ConfigError(
+            f"the student has {student.num_classes} classes, the teacher {teacher.num_classes}: "
+            "class outputs can only be compared for the same classes"
+        )
+    if "mask" in weights and "mask.logits" not in teacher.fields:
+        raise ConfigError(
+            f"the student has a mask branch, the teacher, a {teacher.meta_arch}, no mask logits: "
+            "set DISTILL.LOGITS.MASK_WEIGHT 0"
+        )
+    if "box" in weights and student.box_coding != teacher.box_coding:
+        raise ConfigError(
+            f"the student codes boxes with {student.box_coding}, the teacher with "
+            f"{teacher.box_coding}: set DISTILL.LOGITS.BOX_WEIGHT 0"
+        )
+    if not student.two_stage:
+        pair_levels(student, teacher)
+        if student.anchors_per_location != teacher.anchors_per_location:
+            raise ConfigError(
+                f"the student has {student.anchors_per_location} anchors a location, the teacher "
+                f"{teacher.anchors_per_location}: MODEL.ANCHOR_GENERATOR must be the same in both"
+            )
