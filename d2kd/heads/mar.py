@@ -17,6 +17,7 @@ from ..bundle import Batch, DetectorSpec, FeatureBundle, RoIView
 from ..config import ConfigError
 from ..losses.mar import PIXEL_WEIGHTS, mask_guided_loss, pixel_weights, relation_loss
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from .pyramid import adapted_levels
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class MAR(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.MAR
-        _check_choices(node)
+        _check_values(node)
         site, weight = node.RELATION.SITE, node.RELATION.WEIGHT
         if site == "auto":
             site = "roi_pixels" if student_spec.two_stage else "class_tower"
@@ -125,12 +126,9 @@ class MAR(DistillHead):
         masks = self.build_masks(student, batch.gt_boxes)
         terms = {}
         if self.mask_weight:
-            terms["mask"] = self.mask_weight * mask_guided_loss(
-                [self.adapters(s, student.pyramid[s]) for s in self.strides],
-                [teacher.pyramid[s] for s in self.strides],
-                [masks[s] for s in self.strides],
-                self.background_weight,
-            )
+            levels = adapted_levels(student, teacher, self.strides, self.adapters)
+            loss = mask_guided_loss(*levels, list(masks.values()), self.background_weight)
+            terms["mask"] = self.mask_weight * loss
         if self.relation_weight:
             terms["relation"] = self.relation_weight * self._relate(student, teacher, masks)
         if self.advice is not None:
@@ -282,12 +280,30 @@ def _anchor_field(anchors: str, student: DetectorSpec) -> str:
     return "" if anchors == "pseudo" or anchor_free else own
 
 
-def _check_choices(node) -> None:
-    for key, value, valid in (
-        ("MASK.KIND", node.MASK.KIND, MASK_KINDS),
-        ("MASK.ANCHORS", node.MASK.ANCHORS, ANCHORS),
-        ("RELATION.SITE", node.RELATION.SITE, ("auto", *SITES)),
-        ("RELATION.PIXEL_WEIGHTS", node.RELATION.PIXEL_WEIGHTS, PIXEL_WEIGHTS),
+def _check_values(node) -> None:
+    """Refuse values that the losses are not defined for.
+
+    Raises:
+        ConfigError: names the key and what is valid.
+    """
+    mask, relation = node.MASK, node.RELATION
+    sites = ("auto", *SITES)
+    for key, value, good, valid in (
+        ("ADAPTER_KERNEL", node.ADAPTER_KERNEL, node.ADAPTER_KERNEL in (1, 3), "1 or 3"),
+        ("MASK.WEIGHT", mask.WEIGHT, mask.WEIGHT >= 0, "0 or positive"),
+        ("MASK.KIND", mask.KIND, mask.KIND in MASK_KINDS, f"one of {list(MASK_KINDS)}"),
+        ("MASK.IOU_RATIO", mask.IOU_RATIO, 0 <= mask.IOU_RATIO < 1, "from 0 to below 1"),
+        ("MASK.PARTICIPATION", mask.PARTICIPATION, 0 <= mask.PARTICIPATION <= 1, "from 0 to 1"),
+        ("MASK.ANCHORS", mask.ANCHORS, mask.ANCHORS in ANCHORS, f"one of {list(ANCHORS)}"),
+        ("MASK.BACKGROUND", mask.BACKGROUND, mask.BACKGROUND >= 0, "0 or positive"),
+        ("RELATION.SITE", relation.SITE, relation.SITE in sites, f"one of {list(sites)}"),
+        ("RELATION.WEIGHT", relation.WEIGHT, (relation.WEIGHT or 0) >= 0, "None, 0 or positive"),
+        (
+            "RELATION.PIXEL_WEIGHTS",
+            relation.PIXEL_WEIGHTS,
+            relation.PIXEL_WEIGHTS in PIXEL_WEIGHTS,
+            f"one of {list(PIXEL_WEIGHTS)}",
+        ),
     ):
-        if value not in valid:
-            raise ConfigError(f"DISTILL.MAR.{key} is '{value}'; valid: {list(valid)}")
+        if not good:
+            raise ConfigError(f"DISTILL.MAR.{key} is {value!r}; it must be {valid}")

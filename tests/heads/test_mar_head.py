@@ -233,6 +233,9 @@ def test_default_weights(distiller):
         ("retinanet", "RELATION.SITE", "rpn_dense", "rpn.features"),
         ("retinanet", "RELATION.PIXEL_WEIGHTS", "even", "'uniform'"),
         ("retinanet", "STRIDES", [4], "4"),
+        ("retinanet", "ADAPTER", "maybe", "'always'"),
+        ("retinanet", "ADAPTER_KERNEL", 2, "1 or 3"),
+        ("retinanet", "MASK.IOU_RATIO", 1.0, "below 1"),
     ],
 )
 def test_bad_values(distiller, arch, key, value, said):
