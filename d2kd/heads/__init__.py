@@ -1,19 +1,23 @@
 """Distillation heads, one file a method. Importing the package registers them."""
 
 from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_head, node_name, require_fields
+from .drkd import DRKD
 from .dsig import DSIG
 from .feature_mimic import FeatureMimic
+from .global_knowledge import GlobalKnowledge
 from .logits import Logits
 from .mar import MAR
 from .ssim import SSIM
 
 __all__ = [
     "DISTILL_HEAD_REGISTRY",
+    "DRKD",
     "DSIG",
     "MAR",
     "SSIM",
     "DistillHead",
     "FeatureMimic",
+    "GlobalKnowledge",
     "Logits",
     "build_head",
     "node_name",
