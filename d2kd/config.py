@@ -216,6 +216,45 @@ def _add_dsig(distill: CfgNode) -> None:
 def _add_drkd(distill: CfgNode) -> None:
     """Dual Relation Knowledge Distillation for Object Detection (IJCAI 2023)."""
     distill.DRKD = _head_node()
+    # "code": what the authors released, un-squared norms of gaps between refined features. "paper":
+    # the formulas of the paper, mean squares and relation matrices.
+    distill.DRKD.PROFILE = "code"
+    # Weights of the pixel-wise relation, the instance-wise relation and the instance features
+    # (lambda_1, lambda_2, lambda_3); 0 turns a term off. None: of the released code, by the kind of
+    # student: 0.001, 0.004, 0.0024 (two-stage) or 0.004, 0.005, 0.006 (dense); for the profile
+    # "paper" 4, 10, 0.00026 or 8, 10, 0.00066, converted and not tuned.
+    distill.DRKD.PIXEL_WEIGHT = None
+    distill.DRKD.RELATION_WEIGHT = None
+    distill.DRKD.INSTANCE_WEIGHT = None
+    # The weights are for 2 images a GPU. Norms grow with the batch: scale the first by sqrt(2 / B)
+    # and the others by 2 / B (profile "code").
+    distill.DRKD.BATCH_SIZE_RULE = True
+    # Strides of the levels of the pixel-wise relation; []: all that both detectors have.
+    distill.DRKD.STRIDES = []
+    # Nodes of the graph units, fine to coarse (M in the paper); the last holds for further levels.
+    distill.DRKD.NODES = [64, 64, 256, 256, 256]
+    # Divide node features by the number of pixels. The released code does not.
+    distill.DRKD.NORMALIZE = False
+    # Start the graph units as the identity, with the scale of their batch norm at 0.
+    distill.DRKD.ZERO_INIT_BN = False
+    # The finest levels from which instances are pooled; every object from each of them.
+    distill.DRKD.INSTANCE_LEVELS = 2
+    # Side of the pooled instance, and RoIAlign's flags: samples a bin (0: as many as cells) and the
+    # half-pixel shift. Without the shift a tiny box is enlarged to one cell.
+    distill.DRKD.POOL_RESOLUTION = 3
+    distill.DRKD.SAMPLING_RATIO = 0
+    distill.DRKD.ALIGNED = False
+    # Weights on relations: "learned"; "uniform" (1 / objects of the image, which "learned" starts
+    # as); "random" (new at each step, the released code); "none".
+    distill.DRKD.RELATION_FILTER = "learned"
+    # Width inside the relation units; 0: half of their input, which at 256 channels and 3 x 3 cells
+    # means 42 million parameters.
+    distill.DRKD.BOTTLENECK = 0
+    # Keep the teacher's graph and relation units at their random start; the released code trains
+    # them with the student.
+    distill.DRKD.FREEZE_TEACHER_UNITS = False
+    # Of an image with more objects, a random choice of this many takes part.
+    distill.DRKD.MAX_INSTANCES = 200
 
 
 def _add_global_knowledge(distill: CfgNode) -> None:
