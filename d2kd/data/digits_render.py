@@ -62,7 +62,7 @@ def render_image(
     """
     scene = _Scene(_background(rng, material, size))
     kinds = [True] * int(rng.integers(2, 11) if with_digits else 0)
-    kinds += [False] * int(rng.integers(1, 5))
+    kinds += [False] * int(rng.integers(1, 4))
     for is_digit in rng.permutation(kinds):
         side = _side(rng, size)
         if is_digit:
@@ -196,7 +196,7 @@ def _place(
 def _corner(rng: Rng, scene: _Scene, shape: tuple[int, int]) -> tuple[int, int]:
     """Top-left corner of a new piece: anywhere, or close to a digit, so that pieces overlap."""
     size = scene.canvas.shape[0]
-    if scene.classes and rng.random() < 0.3:
+    if scene.classes and rng.random() < 0.2:
         rows, columns = np.nonzero(scene.owner == int(rng.integers(len(scene.classes))))
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
         angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.0)
@@ -227,7 +227,7 @@ def _paint(rng: Rng, canvas: np.ndarray, alpha: np.ndarray, material: Material) 
 
 def _contrasting_colour(rng: Rng, colour: np.ndarray) -> np.ndarray:
     """A colour (3,) at a log-uniform distance, from barely visible to full contrast."""
-    distance = np.exp(rng.uniform(np.log(40), np.log(190)))
+    distance = np.exp(rng.uniform(np.log(60), np.log(190)))
     direction = rng.normal(0, 1, 3) + rng.choice([-1.5, 1.5])  # mostly lighter or darker
     step = distance * direction / np.linalg.norm(direction) * np.sqrt(3)
     options = [np.clip(colour + step, 0, 255), np.clip(colour - step, 0, 255)]
@@ -269,7 +269,7 @@ def _photograph(rng: Rng, canvas: np.ndarray) -> np.ndarray:
     if rng.random() < 0.4:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
     noise = rng.standard_normal(image.shape, dtype=np.float32)
-    image = image + noise * np.float32(rng.uniform(0, 12))
+    image = image + noise * np.float32(rng.uniform(0, 9))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
