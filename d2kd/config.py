@@ -260,6 +260,68 @@ def _add_drkd(distill: CfgNode) -> None:
 def _add_global_knowledge(distill: CfgNode) -> None:
     """Distilling Object Detectors with Global Knowledge (ECCV 2022)."""
     distill.GLOBAL_KNOWLEDGE = _head_node()
+    node = distill.GLOBAL_KNOWLEDGE
+    # Prototypes need a student that sees something: 0 for a trained one (MODEL.WEIGHTS of a
+    # detector, as in the paper), a warm-up of plain training for one from scratch or ImageNet.
+    node.SCHEDULE.START_ITER = 0
+    # Strides of the pyramid levels to distil; []: all that both detectors have.
+    node.STRIDES = []
+    # Boxes of the global and local losses: "positives" (the student's sampled RoIs, or the anchors
+    # that it matched) or "gt"; and how many an image at most.
+    node.BOXES = "positives"
+    node.MAX_BOXES = 128
+    # Weight each box by r, how far both detectors agree on its typicality; False: r = 1.
+    node.RELIABILITY = True
+    # Local losses act on the level of a box's size: the finest up to twice this side in pixels,
+    # each further octave on the next.
+    node.LEVEL_SIZE = 56.0
+    # "linear": global and local losses decay by 1 - iteration / MAX_ITER, "none": they do not.
+    node.ATTENUATION = "linear"
+
+    node.GLOBAL = CfgNode()
+    # Weight of the global knowledge loss; 0: none. Released config 5, class default 20.
+    node.GLOBAL.WEIGHT = 5.0
+    # How a box responds to prototypes: "cosine" (released code), or "projection" on those of its
+    # class (the paper's wording; experimental) with the ridge mu that keeps it solvable.
+    node.GLOBAL.RESPONSES = "cosine"
+    node.GLOBAL.RIDGE = 0.05
+    # Compare a box on the level of its size only, instead of on all levels.
+    node.GLOBAL.ASSIGNED_LEVEL_ONLY = False
+
+    node.LOCAL = CfgNode()
+    # k_fg and k_bg, weights of the squared error inside and outside of boxes; 0: none.
+    node.LOCAL.FOREGROUND_WEIGHT = 1.0
+    node.LOCAL.BACKGROUND_WEIGHT = 4.0
+    # Convolution on the student's levels: "always", "auto" (only where channels differ), "never";
+    # its kernel, 3 (released code) or 1 (cheaper); its first weights, "default" (released code),
+    # "identity" or "small".
+    node.LOCAL.ADAPTER = "always"
+    node.LOCAL.ADAPTER_KERNEL = 3
+    node.LOCAL.ADAPTER_INIT = "default"
+
+    node.SOFT_LABELS = CfgNode()
+    # Weight of the soft labels on positives (0: none) and tau, their temperature.
+    node.SOFT_LABELS.WEIGHT = 1.0
+    node.SOFT_LABELS.TEMPERATURE = 2.0
+
+    node.PROTOTYPES = CfgNode()
+    # M, prototypes a class and level.
+    node.PROTOTYPES.COUNT = 10
+    # Iterations between refreshes; -1: an epoch (released code), 0: made once.
+    node.PROTOTYPES.REFRESH_PERIOD = -1
+    # A file of tools/prototypes.py to start with, instead of making them at START_ITER.
+    node.PROTOTYPES.FILE = ""
+    # Training objects wider and higher than this many pixels of the original image are candidates,
+    # of a random choice of this many images a class.
+    node.PROTOTYPES.MIN_BOX_SIZE = 30.0
+    node.PROTOTYPES.MAX_IMAGES = 800
+    # alpha, coupling of the teacher's and the student's coefficients in the matching pursuit.
+    node.PROTOTYPES.ALPHA = 10.0
+    # Density filter: width of the kernel, and the quantile of densities that must be exceeded.
+    node.PROTOTYPES.BANDWIDTH = 0.1
+    node.PROTOTYPES.QUANTILE = 0.4
+    # Images that a process runs at once to read their features.
+    node.PROTOTYPES.BATCH_SIZE = 4
 
 
 def _add_mar(distill: CfgNode) -> None:

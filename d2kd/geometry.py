@@ -29,28 +29,35 @@ def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
     return pad_sequence(boxes, batch_first=True), valid
 
 
-def assign_levels(boxes: Tensor, num_levels: int, base_size: float = 56.0) -> Tensor:
-    """Pyramid level of each box by its size: ``floor(log2(sqrt((w + 1)(h + 1)) / base_size))``.
+def assign_levels(
+    boxes: Tensor, num_levels: int, base_size: float = 56.0, margin: float = 1.0
+) -> Tensor:
+    """Pyramid level of each box by its size: ``floor(log2(sqrt((w + m)(h + m)) / base_size))``.
 
     A box of ``base_size`` to twice that (side, in input pixels) belongs to the finest level, each
-    further octave to the next one (Global Knowledge, released code; the FPN rule with 4 levels).
+    further octave to the next one (Global Knowledge, released code, with m = 1; with m = 0 and
+    four levels from stride 4 it is FPN's rule).
 
     Args:
         boxes: (..., 4) xyxy in input pixels.
         num_levels: number of levels; sizes beyond the range are clamped.
+        base_size: pixels.
+        margin: m, pixels.
 
     Returns:
         (...,) long, 0 = finest level.
     """
     width, height = (boxes[..., 2:] - boxes[..., :2]).float().clamp(min=0).unbind(-1)
-    octave = torch.log2(((width + 1) * (height + 1)).sqrt() / base_size + 1e-6)
+    size = ((width + margin) * (height + margin)).sqrt()
+    octave = torch.log2(size / base_size + 1e-6)
     return octave.floor().clamp(0, num_levels - 1).long()
 
 
 def _covered(start: Tensor, stop: Tensor, length: int) -> Tensor:
-    """(..., length) bool: the cells start..stop, both inclusive, of one axis."""
+    """(..., length) bool: the cells start..stop of one axis, both inclusive, clamped to it."""
     cell = torch.arange(length, device=start.device)
-    return (cell >= start[..., None]) & (cell <= stop[..., None])
+    start, stop = (end.clamp(0, length - 1)[..., None] for end in (start, stop))
+    return (cell >= start) & (cell <= stop)
 
 
 def box_cells(boxes: Tensor, size: tuple[int, int], stride: float, *, far_cell: bool) -> Tensor:
@@ -70,16 +77,14 @@ def box_cells(boxes: Tensor, size: tuple[int, int], stride: float, *, far_cell: 
     Returns:
         (B, P, H, W) bool.
     """
-    height, width = size
-    limit = torch.tensor([width - 1, height - 1, width - 1, height - 1], device=boxes.device)
     cells = (boxes / stride).floor()
     first, last = cells[..., :2], cells[..., 2:]
-    if not far_cell:
-        last = last - 1
-    last = torch.maximum(first, last)
-    cells = torch.minimum(torch.cat([first, last], dim=-1).clamp(min=0), limit.to(boxes.dtype))
-    x1, y1, x2, y2 = cells.unbind(-1)
-    return _covered(y1, y2, height)[..., :, None] & _covered(x1, x2, width)[..., None, :]
+    last = torch.maximum(first, last if far_cell else last - 1)
+    columns, rows = (
+        _covered(first[..., axis], last[..., axis], length)
+        for axis, length in ((0, size[1]), (1, size[0]))
+    )
+    return rows[..., :, None] & columns[..., None, :]
 
 
 @full_precision

@@ -69,11 +69,20 @@ class Prototypes:
 
     @classmethod
     def load(cls, path: str) -> Prototypes:
-        """Read a file that :meth:`save` wrote."""
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        levels = {stride: LevelPrototypes(**level) for stride, level in content["levels"].items()}
-        instances = [Instance(*item) for item in content["instances"]]
-        return cls(levels, instances, content["meta"])
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            ValueError: it is another kind of file.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            levels = {s: LevelPrototypes(**level) for s, level in content["levels"].items()}
+            instances = [Instance(*item) for item in content["instances"]]
+            return cls(levels, instances, content["meta"])
+        except OSError:
+            raise
+        except Exception as error:  # what unpickling foreign bytes may raise has no end
+            raise ValueError(f"'{path}' is no file of prototypes") from error
 
 
 class PrototypeBank(nn.Module):

@@ -1,0 +1,201 @@
+"""Making prototypes: features of all candidates, then the selection for each class and level.
+
+The processes of a job share both parts, and each gets the result of all, the same everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.evaluation import inference_context
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..config import PRECISIONS
+from ..teacher import Teacher
+from .collect import (
+    Candidates,
+    FeatureTable,
+    Reader,
+    build_candidate_loader,
+    extract_features,
+    find_candidates,
+    student_pyramid,
+    teacher_pyramid,
+)
+from .select import select_prototypes
+from .store import LevelPrototypes, Prototypes
+
+logger = logging.getLogger(__name__)
+
+# Classes that share a line of the log.
+_CLASSES_A_LINE = 10
+
+
+class PrototypeGenerator:
+    """Makes the prototypes of a training set for a student as it is now.
+
+    The candidates and the teacher's features, which do not change, are found once and kept.
+
+    Args:
+        cfg: the student's config, for the training set, the test-time input and the keys in
+            ``DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES``.
+        num_classes: K.
+        student_channels, teacher_channels: stride -> channels of the levels to make them for.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        num_classes: int,
+        student_channels: Mapping[int, int],
+        teacher_channels: Mapping[int, int],
+    ):
+        self.cfg = cfg
+        self.options = cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        self.num_images = len(records)
+        self.candidates = find_candidates(
+            records, num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
+        )
+        self._teacher: FeatureTable | None = None
+
+    def __call__(self, student: nn.Module, teacher: Teacher) -> Prototypes:
+        """Prototypes for ``student``, which is in eval mode meanwhile."""
+        start = time.perf_counter()
+        student_table, teacher_table = self._extract(student, teacher)
+        extracted = time.perf_counter()
+        options = self.options
+        prototypes = choose_prototypes(
+            self.candidates,
+            student_table,
+            teacher_table,
+            options.COUNT,
+            device=student.device,
+            alpha=options.ALPHA,
+            bandwidth=options.BANDWIDTH,
+            quantile=options.QUANTILE,
+        )
+        prototypes.meta = {"datasets": ", ".join(self.cfg.DATASETS.TRAIN), "alpha": options.ALPHA}
+        seconds = (extracted - start, time.perf_counter() - extracted)
+        self._report(prototypes, seconds, student_table, teacher_table)
+        return prototypes
+
+    def _extract(self, student: nn.Module, teacher: Teacher) -> tuple[FeatureTable, FeatureTable]:
+        readers = {"student": Reader(lambda x: student_pyramid(student, x), self.student_channels)}
+        if self._teacher is None:
+            readers["teacher"] = Reader(
+                lambda x: teacher_pyramid(teacher, x), self.teacher_channels
+            )
+        loader = []
+        if self.candidates.images:
+            loader = build_candidate_loader(self.cfg, self.candidates, self.options.BATCH_SIZE)
+        amp = self.cfg.SOLVER.AMP
+        dtype = PRECISIONS[amp.PRECISION] if amp.ENABLED else None
+        autocast = torch.autocast(student.device.type, dtype, enabled=amp.ENABLED)
+        with inference_context(student), autocast:
+            tables = extract_features(loader, self.candidates, readers)
+        self._teacher = tables.get("teacher", self._teacher)
+        return tables["student"], self._teacher
+
+    def _report(
+        self, prototypes: Prototypes, seconds: Sequence[float], *tables: FeatureTable
+    ) -> None:
+        held = sum(f.nbytes for table in tables for f in table.features.values())
+        counts = prototypes.counts
+        logger.info(
+            "%d prototypes on %d levels for %d of %d classes, from %d objects in %d images: "
+            "features %.1f s, selection %.1f s; features held by this process %.0f MiB, "
+            "its peak memory %.0f MiB",
+            *(counts.sum(), len(counts), (counts.sum(0) > 0).sum(), counts.shape[1]),
+            *(len(self.candidates.instances), len(self.candidates.images)),
+            *seconds,
+            *(held / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
+        )
+
+
+def choose_prototypes(
+    candidates: Candidates,
+    student: FeatureTable,
+    teacher: FeatureTable,
+    count: int,
+    *,
+    device: torch.device | str = "cpu",
+    **options,
+) -> Prototypes:
+    """Select the prototypes of all classes and levels from the features of all processes.
+
+    Classes are dealt out to the processes; each gets the result of all.
+
+    Args:
+        candidates: what the tables' rows are.
+        student, teacher: this process's features, with the same ``index``.
+        count: M, prototypes a class and level.
+        device: where to compute.
+        options: of :func:`~d2kd.prototypes.select.select_prototypes`.
+    """
+    world_size, rank = comm.get_world_size(), comm.get_rank()
+    categories = torch.tensor([o.category for o in candidates.instances], dtype=torch.long)
+    chosen: dict[int, dict[int, tuple]] = {}
+    for start in range(0, candidates.num_classes, _CLASSES_A_LINE):
+        group = range(start, min(start + _CLASSES_A_LINE, candidates.num_classes))
+        for category in group:
+            wanted = categories[student.index] == category
+            mine = (student.rows(wanted), teacher.rows(wanted))
+            parts = comm.gather(mine, dst=category % world_size)
+            if category % world_size == rank:
+                tables = [FeatureTable.join(side) for side in zip(*parts, strict=True)]
+                chosen[category] = _choose_class(*tables, count, device, options)
+        _log_classes(chosen, categories, group)
+    everywhere = {c: found for part in comm.all_gather(chosen) for c, found in part.items()}
+    return _assemble(everywhere, candidates)
+
+
+def _choose_class(
+    student: FeatureTable, teacher: FeatureTable, count: int, device, options: dict
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Stride -> teacher rows, student rows and instances of one class's prototypes."""
+    result = {}
+    for stride, rows in student.features.items():
+        rows_t = teacher.features[stride]
+        picks = select_prototypes(rows_t.to(device), rows.to(device), count, **options)
+        result[stride] = (rows_t[picks], rows[picks], student.index[picks])
+    return result
+
+
+def _log_classes(chosen: dict[int, dict], categories: Tensor, group: range) -> None:
+    """One line about the classes of a group that this process chose for."""
+    mine = [c for c in group if c in chosen]
+    if not mine:
+        return
+    objects = sum(int((categories == c).sum()) for c in mine)
+    found = sum(len(index) for c in mine for *_, index in chosen[c].values())
+    logger.info("prototypes of classes %s: %d, from %d objects", mine, found, objects)
+
+
+def _assemble(chosen: dict[int, dict[int, tuple]], candidates: Candidates) -> Prototypes:
+    """Stack the classes of each level, and keep only the instances that became prototypes."""
+    classes = [chosen[c] for c in range(candidates.num_classes)]
+    used = sorted({i for found in classes for *_, index in found.values() for i in index.tolist()})
+    renumber = torch.full((len(candidates.instances) + 1,), -1)
+    renumber[used] = torch.arange(len(used))
+    levels = {}
+    for stride in classes[0]:
+        teacher, student, index = zip(*(found[stride] for found in classes), strict=True)
+        counts = torch.tensor([0, *map(len, index)])
+        levels[stride] = LevelPrototypes(
+            teacher=torch.cat(teacher),
+            student=torch.cat(student),
+            offsets=counts.cumsum(0),
+            instances=renumber[torch.cat(index)],
+        )
+    return Prototypes(levels, [candidates.instances[i] for i in used])

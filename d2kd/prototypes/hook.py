@@ -1,0 +1,79 @@
+"""Making the prototypes anew during training, because the student's features move."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from .generate import PrototypeGenerator
+from .store import PrototypeBank
+
+logger = logging.getLogger(__name__)
+
+PROTOTYPES_FILE = "prototypes.pth"
+
+
+class PrototypeHook(HookBase):
+    """Fills a head's bank before the head's first iteration, and every ``REFRESH_PERIOD`` after.
+
+    The bank is written at once, when everything is there; with the iteration it was made for it is
+    part of the checkpoint. So a run that died in the middle of a refresh resumes with the
+    prototypes of its last checkpoint, and starts the refresh again when it comes to it.
+
+    Args:
+        head: the head's name, to find its schedule: without the head there is no refresh.
+        bank: to fill.
+        cfg: the full config.
+    """
+
+    def __init__(self, head: str, bank: PrototypeBank, cfg: CfgNode):
+        self.head, self.bank, self.cfg = head, bank, cfg
+
+    def before_train(self) -> None:
+        model = self.trainer.model
+        # DistributedDataParallel wraps the Distiller.
+        self.distiller: nn.Module = getattr(model, "module", model)
+        levels = {s: self.bank.level(s) for s in self.bank.strides}
+        self.generate = PrototypeGenerator(
+            self.cfg,
+            self.bank.num_classes,
+            student_channels={s: student.shape[2] for s, (student, _, _) in levels.items()},
+            teacher_channels={s: teacher.shape[2] for s, (_, teacher, _) in levels.items()},
+        )
+        self.period = self.cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.REFRESH_PERIOD
+        if self.period < 0:
+            self.period = -(-self.generate.num_images // self.cfg.SOLVER.IMS_PER_BATCH)
+        self.made_at = int(self.bank.iteration)
+
+    def before_step(self) -> None:
+        if self._is_due(self.trainer.iter):
+            self.refresh(self.trainer.iter)
+
+    def _is_due(self, iteration: int) -> bool:
+        if not self.distiller.schedules[self.head](iteration):
+            return False
+        # Prototypes of a later iteration are of another run, whose checkpoint this one starts from.
+        if not 0 <= self.made_at <= iteration:
+            return True
+        return 0 < self.period <= iteration - self.made_at
+
+    def refresh(self, iteration: int) -> None:
+        """Make the prototypes of ``iteration``, on all processes together."""
+        start = time.perf_counter()
+        prototypes = self.generate(self.distiller.student, self.distiller.teacher)
+        prototypes.meta["iteration"] = iteration
+        if comm.is_main_process():
+            prototypes.save(os.path.join(self.cfg.OUTPUT_DIR, PROTOTYPES_FILE))
+        self.bank.fill(prototypes, iteration)
+        self.made_at = iteration
+        seconds = time.perf_counter() - start
+        message = f"prototypes of iteration {iteration} made in {seconds:.1f} s"
+        if self.period:
+            message += f", which is {1000 * seconds / self.period:.1f} s a thousand iterations"
+        logger.info(message)
