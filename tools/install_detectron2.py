@@ -103,7 +103,7 @@ def probe_detectron2(extra_path: Path | None = None) -> dict[str, str]:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(extra_path), env.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as neutral_folder:  # the current one may hold a "detectron2"
         done = subprocess.run(
-            [sys.executable, "-c", PROBE],
+            [sys.executable, "-W", "ignore", "-c", PROBE],
             cwd=neutral_folder,
             env=env,
             capture_output=True,

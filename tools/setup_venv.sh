@@ -37,7 +37,7 @@ if ! "$python" -m pip --version >/dev/null 2>&1; then
     echo "Setting up $venv (a few minutes, about 6 GB) with $("$base" --version) ..."
     "$base" -m venv "$venv" || fail "$base could not make $venv; remove that folder and try again"
 else
-    echo "Setting up $venv (a few minutes, about 6 GB) ..."
+    echo "Completing the set-up of $venv ..."
 fi
 
 # pip writes INSTALLER after a package's last file. Without it the package is half there: forget
@@ -52,11 +52,13 @@ if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     constraints=(--constraint constraints.txt)
 fi
 
+# The whole output goes to the log; large downloads and the start of unpacking show progress.
 pip_install() {
+    local shown='(Downloading|Using cached) [^ ]+ \([0-9.]+ [MG]B\)|^Installing collected packages'
     "$python" -m pip install --disable-pip-version-check --progress-bar off \
         ${constraints[@]+"${constraints[@]}"} "$@" 2>&1 | tee -a "$log" |
-        { grep --line-buffered -oE '(Downloading|Using cached) [^ ]+ \([0-9.]+ [MG]B\)' || true; } ||
-        fail "pip failed (whole output in $log): $(grep '^ERROR' "$log" | tail -n 1)"
+        { grep --line-buffered -oE "$shown" || true; } ||
+        fail "pip failed: $({ grep '^ERROR' "$log" || tail -n 1 "$log"; } | tail -n 1) (more in $log)"
 }
 
 : >"$log"
