@@ -235,11 +235,15 @@ class FeatureBundle(View):
     """One detector's step.
 
     Attributes:
+        image_sizes: (h, w) of each resized image, before padding.
+        padded_size: (H, W) of the batch of padded images; the student's only.
         pyramid: stride -> (B, C, H, W), fine to coarse. The teacher's maps have the student's size.
         rois: a :class:`RoIView` for each box-head stage of the student.
         mask, rpn, dense: see their classes.
     """
 
+    image_sizes: list[tuple[int, int]]
+    padded_size: tuple[int, int]
     pyramid: dict[int, Tensor]
     rois: list[RoIView]
     mask: MaskView

@@ -89,16 +89,12 @@ class Taps:
     def _outputs(self, name: str) -> list:
         return [output for _, output in self._calls[name]]
 
-    @property
-    def padded_size(self) -> tuple[int, int]:
-        """(H, W) of the padded image tensor that the backbone saw."""
-        (images, *_), _ = self._calls["backbone"][0]
-        return tuple(images.shape[-2:])
-
     def bundle(self, batch: Batch) -> FeatureBundle:
         """The student's view of the forward that was recorded last."""
-        features = self._outputs("backbone")[0]
+        (images, *_), features = self._calls["backbone"][0]
         fields = {
+            "image_sizes": batch.image_sizes,
+            "padded_size": tuple(images.shape[-2:]),
             "pyramid": {s: features[name] for name, s in feature_strides(self.student).items()}
         }
         if "roi" in self.spec.fields:
@@ -109,7 +105,7 @@ class Taps:
             fields["rpn"] = self._rpn_view()
         if "dense.logits" in self.spec.fields:
             fields["dense"] = self._dense_view(batch)
-        return FeatureBundle(self.spec, image_sizes=batch.image_sizes, **fields)
+        return FeatureBundle(self.spec, **fields)
 
     # Boxes come from the pooler's inputs: with TRAIN_ON_PRED_BOXES the proposals that roi_heads
     # returns are overwritten after pooling.

@@ -163,7 +163,6 @@ class _TeacherStep:
         self.student = student
         self.student_model = taps.student
         self.inputs = inputs
-        self.padded_size = taps.padded_size
 
     def lazy(self, compute, *args) -> Lazy:
         def run():
@@ -192,7 +191,7 @@ class _TeacherStep:
         return self._bundle.pyramid
 
     def compute_pyramid(self) -> dict[int, Tensor]:
-        images = self.teacher.preprocess(self.inputs, self.padded_size)
+        images = self.teacher.preprocess(self.inputs, self.student.padded_size)
         maps = self.model.backbone(images)
         maps = {stride: maps[name] for name, stride in feature_strides(self.model).items()}
         return {stride: self._crop(stride, m) for stride, m in maps.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -28,3 +30,20 @@ def teacher_files(tmp_path_factory) -> dict[str, str]:
         arch: write_config(detector_config(arch, width=24), folder / f"{arch}.yaml")
         for arch in ARCHS
     }
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def digits_root(tmp_path_factory):
+    """A datasets folder of the tests' own, where digits_tiny_* are made on first use."""
+    root = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        yield root
