@@ -58,6 +58,10 @@ def _add_training(cfg: CfgNode) -> None:
 
 def _add_data(cfg: CfgNode) -> None:
     """Keys of datasets."""
+    # Your own datasets in COCO format, a list [name, annotation file, image directory] each. The
+    # names can then be used in DATASETS.TRAIN and DATASETS.TEST. Relative paths start at the
+    # working directory.
+    cfg.DATASETS.COCO_FORMAT = []
 
 
 def _add_teacher(distill: CfgNode) -> None:

@@ -13,6 +13,7 @@ import logging
 import sys
 from pathlib import Path
 
+from d2kd.config import ConfigError
 from d2kd.data.digits import SPECS, DigitsSpec, contact_sheet, make_digits
 from d2kd.data.files import dataset_root
 
@@ -62,5 +63,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (ConfigError, OSError) as error:
         sys.exit(f"prepare_digits: {error}")

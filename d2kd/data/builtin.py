@@ -11,43 +11,60 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from . import digits
+from ..config import ConfigError
+from . import bccd, digits
 from .files import dataset_root
 
-# Registered name -> directory, for the datasets that make themselves.
-GENERATED: dict[str, Path] = {}
+_registered: set[str] = set()
 
 
 def register_builtin_datasets(root: Path) -> None:
-    """Registers digits below `root`; names that are registered already are left alone."""
+    """Registers digits and BCCD below `root`, or moves them there. Names that somebody else has
+    registered are left alone."""
     for family in digits.SPECS:
+        directory = root / family
         for split in digits.SPLITS:
-            _register_digits(f"{family}_{split}", root / family, split)
+            _register(
+                f"{family}_{split}",
+                partial(_load_digits, directory=directory, split=split),
+                json_file=str(digits.json_path(directory, split)),
+                image_root=str(directory / split),
+                thing_classes=digits.CLASSES,
+                made_on_first_use=True,
+            )
+    directory = root / "bccd"
+    for split in bccd.SPLITS:
+        _register(
+            f"bccd_{split}",
+            partial(_load_bccd, directory=directory, split=split),
+            json_file=str(bccd.json_path(directory, split)),
+            image_root=str(directory / "images"),
+            thing_classes=bccd.CLASSES,
+            prepare_command=bccd.PREPARE,
+        )
 
 
-def make_if_generated(name: str) -> None:
-    """Makes the files of a dataset that d2kd can make; any other name is left alone."""
-    if name in GENERATED:
-        directory = GENERATED[name]
-        digits.ensure_digits(directory, digits.SPECS[directory.name])
-
-
-def _register_digits(name: str, directory: Path, split: str) -> None:
-    if name in DatasetCatalog:
+def _register(name: str, load, **metadata) -> None:
+    if name in _registered:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+    elif name in DatasetCatalog:
         return
-    GENERATED[name] = directory
-    DatasetCatalog.register(name, partial(_load_digits, name, directory, split))
-    MetadataCatalog.get(name).set(
-        json_file=str(digits.json_path(directory, split)),
-        image_root=str(directory / split),
-        thing_classes=digits.CLASSES,
-        evaluator_type="coco",
-    )
+    _registered.add(name)
+    DatasetCatalog.register(name, partial(load, name=name))
+    MetadataCatalog.get(name).set(evaluator_type="coco", **metadata)
 
 
-def _load_digits(name: str, directory: Path, split: str) -> list[dict]:
-    make_if_generated(name)
-    return load_coco_json(digits.json_path(directory, split), str(directory / split), name)
+def _load_digits(directory: Path, split: str, name: str) -> list[dict]:
+    digits.ensure_digits(directory, digits.SPECS[directory.name])
+    return load_coco_json(str(digits.json_path(directory, split)), str(directory / split), name)
+
+
+def _load_bccd(directory: Path, split: str, name: str) -> list[dict]:
+    path = bccd.json_path(directory, split)
+    if not path.is_file():
+        raise ConfigError(f"{name} is not prepared ({path} is missing): run '{bccd.PREPARE}'")
+    return load_coco_json(str(path), str(directory / "images"), name)
 
 
 register_builtin_datasets(dataset_root())

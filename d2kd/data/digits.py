@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from ..config import ConfigError
 from .digits_render import Material, render_image
 from .files import build_directory
 from .polygons import mask_to_polygons
@@ -44,9 +45,9 @@ class DigitsSpec:
 
     def __post_init__(self) -> None:
         if self.size < 48:
-            raise ValueError(f"digits: size is {self.size}, at least 48 px are needed")
+            raise ConfigError(f"digits: size is {self.size}, at least 48 px are needed")
         if min(self.train, self.val) < 1 or self.seed < 0:
-            raise ValueError("digits: train and val must be at least 1, seed at least 0")
+            raise ConfigError("digits: train and val must be at least 1, seed at least 0")
 
 
 SPECS = {
@@ -62,7 +63,7 @@ def make_digits(directory: Path, spec: DigitsSpec) -> bool:
         Whether anything had to be made.
 
     Raises:
-        ValueError: `directory` holds something that is not a digits dataset.
+        ConfigError: `directory` holds something that is not a digits dataset.
     """
 
     def fill(fresh: Path) -> None:
@@ -95,7 +96,7 @@ def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
     """Version and spec of the copy in `directory`; None where the directory is absent or empty.
 
     Raises:
-        ValueError: `directory` holds something that is not a digits dataset.
+        ConfigError: `directory` holds something that is not a digits dataset.
     """
     if not directory.is_dir() or not any(directory.iterdir()):
         return None
@@ -103,7 +104,7 @@ def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
         meta = json.loads((directory / "meta.json").read_text())
         return meta.pop("version"), DigitsSpec(**meta)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{directory} exists but is no digits dataset (no readable meta.json): "
             "move it away, or set DETECTRON2_DATASETS to another directory"
         ) from error

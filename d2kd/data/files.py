@@ -33,12 +33,12 @@ def build_directory(
         Whether this call built it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(target)):
+    with file_lock(str(target.parent / f".{target.name}")):
         if is_current():
             return False
-        for leftover in target.parent.glob(f".{target.name}.*"):
+        for leftover in target.parent.glob(f".{target.name}.new-*"):
             shutil.rmtree(leftover)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
             fresh = work / "new"
             fresh.mkdir()  # unlike mkdtemp's, with the user's usual permissions

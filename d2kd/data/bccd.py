@@ -1,0 +1,171 @@
+"""Converts BCCD (blood cells, Pascal-VOC style) to COCO format.
+
+bccd/meta.json, bccd/annotations/{train,val,test}.json, bccd/images/*.jpg
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from ..config import ConfigError
+from .files import build_directory
+
+CLASSES = ["RBC", "WBC", "Platelets"]
+SPLITS = ("train", "val", "test")
+PREPARE = "python datasets/prepare_bccd.py CLONE_OF_BCCD"
+
+
+def json_path(directory: Path, split: str) -> Path:
+    return directory / "annotations" / f"{split}.json"
+
+
+def convert_bccd(clone: Path, output: Path) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Writes the clone's three splits to `output`, all of them or nothing.
+
+    Returns:
+        Images and boxes a split and class, and one line for each box that was dropped or clipped.
+
+    Raises:
+        ConfigError: `clone` is not BCCD or not complete, or `output` holds something else.
+    """
+    source = _find_source(clone)
+    _check_replaceable(output)
+    changes: list[str] = []
+    contents = {split: _read_split(source, split, changes) for split in SPLITS}
+
+    def fill(fresh: Path) -> None:
+        (fresh / "images").mkdir()
+        (fresh / "annotations").mkdir()
+        for split, content in contents.items():
+            for image in content["images"]:
+                name = image["file_name"]
+                shutil.copyfile(source / "JPEGImages" / name, fresh / "images" / name)
+            json_path(fresh, split).write_text(json.dumps(content))
+        (fresh / "meta.json").write_text(json.dumps({"dataset": "bccd", "version": 1}) + "\n")
+
+    build_directory(output, fill, is_current=lambda: False)
+    return {split: _count(content) for split, content in contents.items()}, changes
+
+
+def _find_source(clone: Path) -> Path:
+    """The folder that holds the data: the clone itself, or BCCD/ in it as in the repository."""
+    parts = ("Annotations", "ImageSets/Main", "JPEGImages")
+    for source in (clone, clone / "BCCD"):
+        if all((source / part).is_dir() for part in parts):
+            return source
+    raise ConfigError(
+        f"{clone} is no clone of BCCD: neither it nor its folder BCCD has {', '.join(parts)}; "
+        "get one with 'git clone https://github.com/Shenggan/BCCD_Dataset'"
+    )
+
+
+def _check_replaceable(output: Path) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    try:
+        meta = json.loads((output / "meta.json").read_text())
+        if meta["dataset"] == "bccd":
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{output} exists and was not made by this script: move it away")
+
+
+def _read_split(source: Path, split: str, changes: list[str]) -> dict:
+    """COCO content of one split. What is wrong with single boxes is noted in `changes`."""
+    names = _read(source / "ImageSets" / "Main" / f"{split}.txt").split()
+    images, annotations = [], []
+    for name in names:
+        size, boxes = _read_image(source, name, changes)
+        image_id = len(images) + 1
+        images.append(
+            {"id": image_id, "file_name": f"{name}.jpg", "width": size[0], "height": size[1]}
+        )
+        for label, (left, top, right, bottom) in boxes:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": CLASSES.index(label) + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": (right - left) * (bottom - top),
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "info": {"description": f"BCCD, {split}"},
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
+        "images": images,
+        "annotations": annotations,
+    }
+
+
+def _read_image(source: Path, name: str, changes: list[str]) -> tuple[tuple[int, int], list]:
+    """Size (width, height) of image `name` and its usable `(class, (x0, y0, x1, y1))`."""
+    annotation_path = source / "Annotations" / f"{name}.xml"
+    try:
+        with Image.open(source / "JPEGImages" / f"{name}.jpg") as image:
+            size = image.size
+        root = ET.fromstring(_read(annotation_path))
+    except OSError as error:
+        raise ConfigError(f"BCCD: image {name}.jpg is missing or broken ({error})") from error
+    except ET.ParseError as error:
+        raise ConfigError(f"BCCD: {annotation_path} is no valid XML ({error})") from error
+
+    boxes = []
+    for index, item in enumerate(root.iter("object"), start=1):
+        label = (item.findtext("name") or "").strip()
+        try:
+            corners = [
+                float(item.findtext(f"bndbox/{key}") or "nan")
+                for key in ("xmin", "ymin", "xmax", "ymax")
+            ]
+        except ValueError:
+            corners = [float("nan")] * 4
+        box = _usable_box(corners, size)
+        if label not in CLASSES:
+            changes.append(f"{name}: dropped box {index}, unknown class '{label}'")
+        elif box is None:
+            changes.append(f"{name}: dropped box {index} ({label}), no extent {corners}")
+        else:
+            if box != _from_one_based(corners):
+                changes.append(f"{name}: clipped box {index} ({label}) to the image {corners}")
+            boxes.append((label, box))
+    return size, boxes
+
+
+def _from_one_based(corners: list[float]) -> tuple[float, ...]:
+    """Pascal VOC counts pixels from 1 and includes the last: xmin 1, xmax W is the full width."""
+    return (corners[0] - 1, corners[1] - 1, corners[2], corners[3])
+
+
+def _usable_box(corners: list[float], size: tuple[int, int]) -> tuple[float, ...] | None:
+    """The part of a VOC box that lies in the image; None for a box without extent, or unreadable.
+
+    A box whose corners coincide is a stray click, though Pascal VOC would call it one pixel.
+    """
+    if not (corners[0] < corners[2] and corners[1] < corners[3]):  # also false for nan
+        return None
+    left, top, right, bottom = _from_one_based(corners)
+    box = (max(left, 0.0), max(top, 0.0), min(right, float(size[0])), min(bottom, float(size[1])))
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"BCCD: cannot read {path} ({error})") from error
+
+
+def _count(content: dict) -> dict[str, int]:
+    """Number of images, and of boxes a class."""
+    boxes = Counter(item["category_id"] for item in content["annotations"])
+    count = {"images": len(content["images"])}
+    return count | {name: boxes[i + 1] for i, name in enumerate(CLASSES)}
