@@ -52,13 +52,22 @@ if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     constraints=(--constraint constraints.txt)
 fi
 
+# Why pip failed, from its log. Without a network pip blames versions that do not fit.
+pip_error() {
+    if grep -q 'after connection broken' "$log"; then
+        echo "the connection to the package index broke"
+    else
+        { grep '^ERROR' "$log" || tail -n 1 "$log"; } | tail -n 1
+    fi
+}
+
 # The whole output goes to the log; large downloads and the start of unpacking show progress.
 pip_install() {
     local shown='(Downloading|Using cached) [^ ]+ \([0-9.]+ [MG]B\)|^Installing collected packages'
     "$python" -m pip install --disable-pip-version-check --progress-bar off \
         ${constraints[@]+"${constraints[@]}"} "$@" 2>&1 | tee -a "$log" |
         { grep --line-buffered -oE "$shown" || true; } ||
-        fail "pip failed: $({ grep '^ERROR' "$log" || tail -n 1 "$log"; } | tail -n 1) (more in $log)"
+        fail "pip failed: $(pip_error) (more in $log)"
 }
 
 : >"$log"
