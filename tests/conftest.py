@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from d2kd import DISTILL_HEAD_REGISTRY
+from d2kd.data.builtin import register_builtin_datasets
+from d2kd.data.files import dataset_root
 
 from .detectors import ARCHS, detector_config, write_config
 from .toy_head import ToyMimic
@@ -45,5 +47,7 @@ def digits_root(tmp_path_factory):
     """A datasets folder of the tests' own, where digits_tiny_* are made on first use."""
     root = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(root))
+        patch.setenv("DETECTRON2_DATASETS", str(root))  # for the processes that tests start
+        register_builtin_datasets(root)  # for this one, where the variable has been read already
         yield root
+    register_builtin_datasets(dataset_root())

@@ -15,8 +15,6 @@ from ..config import ConfigError
 from . import bccd, digits
 from .files import dataset_root
 
-_registered: set[str] = set()
-
 
 def register_builtin_datasets(root: Path) -> None:
     """Registers digits and BCCD below `root`, or moves them there. Names that somebody else has
@@ -45,14 +43,13 @@ def register_builtin_datasets(root: Path) -> None:
 
 
 def _register(name: str, load, **metadata) -> None:
-    if name in _registered:
-        DatasetCatalog.pop(name, None)
-        MetadataCatalog.pop(name, None)
-    elif name in DatasetCatalog:
-        return
-    _registered.add(name)
+    if name in DatasetCatalog:
+        if MetadataCatalog.get(name).get("registered_by") != "d2kd":
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     DatasetCatalog.register(name, partial(load, name=name))
-    MetadataCatalog.get(name).set(evaluator_type="coco", **metadata)
+    MetadataCatalog.get(name).set(evaluator_type="coco", registered_by="d2kd", **metadata)
 
 
 def _load_digits(directory: Path, split: str, name: str) -> list[dict]:

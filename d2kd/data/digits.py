@@ -102,7 +102,10 @@ def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
         return None
     try:
         meta = json.loads((directory / "meta.json").read_text())
-        return meta.pop("version"), DigitsSpec(**meta)
+        spec = DigitsSpec(
+            **{field.name: meta[field.name] for field in dataclasses.fields(DigitsSpec)}
+        )
+        return meta["version"], spec
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{directory} exists but is no digits dataset (no readable meta.json): "
