@@ -84,7 +84,8 @@ class SSIM(DistillHead):
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
     ) -> dict[str, Tensor]:
         students, teachers = adapted_levels(student, teacher, self.strides, self.adapters)
-        if self.stats_period and batch.iteration % self.stats_period == 0:
+        # The iterations after which Detectron2 writes its metrics.
+        if self.stats_period and (batch.iteration + 1) % self.stats_period == 0:
             self._log_contrast(teachers)
         loss = pyramid_ssim_loss(
             students, teachers, rescale=self.rescale, **self.window, **self.options
