@@ -240,6 +240,14 @@ def test_a_foreign_directory_is_never_replaced(tmp_path, meta):
     assert digest(tmp_path) == before
 
 
+def test_a_file_in_the_way_is_not_replaced(tmp_path):
+    """A file where the directory should be is somebody's, and one line says so."""
+    (tmp_path / "digits").write_text("mine")
+    with pytest.raises(ConfigError, match="is no digits dataset"):
+        digits.make_digits(tmp_path / "digits", SPEC)
+    assert (tmp_path / "digits").read_text() == "mine"
+
+
 def test_a_killed_build_leaves_no_dataset(tmp_path):
     """SIGKILL in the middle: the target does not exist; the next build works and tidies up."""
     target = tmp_path / "digits"

@@ -98,14 +98,12 @@ def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
     Raises:
         ConfigError: `directory` holds something that is not a digits dataset.
     """
-    if not directory.is_dir() or not any(directory.iterdir()):
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
     try:
         meta = json.loads((directory / "meta.json").read_text())
-        spec = DigitsSpec(
-            **{field.name: meta[field.name] for field in dataclasses.fields(DigitsSpec)}
-        )
-        return meta["version"], spec
+        fields = [field.name for field in dataclasses.fields(DigitsSpec)]
+        return meta["version"], DigitsSpec(**{name: meta[name] for name in fields})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{directory} exists but is no digits dataset (no readable meta.json): "
