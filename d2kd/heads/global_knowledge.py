@@ -51,11 +51,13 @@ def pick_foreground(labels: Tensor, num_classes: int, count: int) -> tuple[Tenso
 
     Returns:
         index (B, P) and validity (B, P) with P = min(count, N), found without waiting for the
-        device.
+        device. On the CPU, where looking costs nothing and padding does, P is what is needed.
     """
     number = ((labels >= 0) & (labels < num_classes)).cumsum(dim=1)  # 1 at the first, 2 ...
     count = min(count, labels.shape[1])
     total = number[:, -1:]
+    if labels.device.type == "cpu" and total.numel():
+        count = min(count, int(total.max()))
     steps = torch.arange(count, device=labels.device)
     wanted = steps * total.clamp(min=count) // max(count, 1) + 1
     index = torch.searchsorted(number, wanted).clamp(max=max(labels.shape[1] - 1, 0))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .collect import (
     teacher_pyramid,
 )
 from .select import select_prototypes
-from .store import LevelPrototypes, Prototypes
+from .store import LevelPrototypes, PrototypeBank, Prototypes
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,17 @@ class PrototypeGenerator:
         )
         self._teacher: FeatureTable | None = None
 
+    @classmethod
+    def for_bank(cls, cfg: CfgNode, bank: PrototypeBank) -> PrototypeGenerator:
+        """A generator of prototypes that fit into ``bank``."""
+        levels = {s: bank.level(s) for s in bank.strides}
+        return cls(
+            cfg,
+            bank.num_classes,
+            student_channels={s: student.shape[2] for s, (student, _, _) in levels.items()},
+            teacher_channels={s: teacher.shape[2] for s, (_, teacher, _) in levels.items()},
+        )
+
     def __call__(self, student: nn.Module, teacher: Teacher) -> Prototypes:
         """Prototypes for ``student``, which is in eval mode meanwhile."""
         start = time.perf_counter()
@@ -85,7 +96,8 @@ class PrototypeGenerator:
             bandwidth=options.BANDWIDTH,
             quantile=options.QUANTILE,
         )
-        prototypes.meta = {"datasets": ", ".join(self.cfg.DATASETS.TRAIN), "alpha": options.ALPHA}
+        names = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
+        prototypes.meta = {"datasets": list(self.cfg.DATASETS.TRAIN), "classes": list(names)}
         seconds = (extracted - start, time.perf_counter() - extracted)
         self._report(prototypes, seconds, student_table, teacher_table)
         return prototypes

@@ -39,13 +39,7 @@ class PrototypeHook(HookBase):
         model = self.trainer.model
         # DistributedDataParallel wraps the Distiller.
         self.distiller: nn.Module = getattr(model, "module", model)
-        levels = {s: self.bank.level(s) for s in self.bank.strides}
-        self.generate = PrototypeGenerator(
-            self.cfg,
-            self.bank.num_classes,
-            student_channels={s: student.shape[2] for s, (student, _, _) in levels.items()},
-            teacher_channels={s: teacher.shape[2] for s, (_, teacher, _) in levels.items()},
-        )
+        self.generate = PrototypeGenerator.for_bank(self.cfg, self.bank)
         self.period = self.cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.REFRESH_PERIOD
         if self.period < 0:
             self.period = -(-self.generate.num_images // self.cfg.SOLVER.IMS_PER_BATCH)

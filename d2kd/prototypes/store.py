@@ -45,7 +45,7 @@ class Prototypes:
 
     levels: dict[int, LevelPrototypes]  # by stride, fine to coarse
     instances: list[Instance]
-    meta: dict[str, int | float | str] = field(default_factory=dict)
+    meta: dict = field(default_factory=dict)  # "datasets", "classes" (names), "iteration"
 
     @property
     def counts(self) -> Tensor:

@@ -323,6 +323,8 @@ def test_pick_foreground():
     index, valid = pick_foreground(labels, 3, 3)
     assert [i[v].tolist() for i, v in zip(index, valid, strict=True)] == [[1, 3], [0, 1, 3], []]
     assert [t.shape for t in pick_foreground(labels, 3, 99)] == [(3, 5)] * 2
+    assert [t.shape for t in pick_foreground(labels[::2], 3, 99)] == [(2, 2)] * 2
+    assert [t.shape for t in pick_foreground(labels[2:], 3, 99)] == [(1, 0)] * 2
     assert [t.shape for t in pick_foreground(labels[:, :0], 3, 4)] == [(3, 0)] * 2
     index, valid = pick_foreground(torch.zeros(1, 1000).long(), 3, 7)
     assert valid.all() and index.unique().numel() == 7
