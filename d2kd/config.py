@@ -8,6 +8,7 @@ import os
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 PRECISIONS = {
@@ -52,6 +53,9 @@ def add_distillation_config(cfg: CfgNode) -> None:
 
 
 def _add_training(cfg: CfgNode) -> None:
+    # "SGD" as in Detectron2, or "AdamW" (BASE_LR and WEIGHT_DECAY then mean AdamW's), which learns
+    # faster from scratch.
+    cfg.SOLVER.OPTIMIZER = "SGD"
     # Precision of SOLVER.AMP.ENABLED: "fp16" (needs a GPU; losses are scaled) or "bf16".
     cfg.SOLVER.AMP.PRECISION = "fp16"
 
@@ -436,10 +440,9 @@ def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> None:
         raise ConfigError(f"{path}: {type(error).__name__}: {first_line}") from error
 
 
-def unknown_key(cfg: CfgNode, error: KeyError) -> str:
+def unknown_key(cfg: CfgNode, error: Exception) -> str:
     """One line for yacs' complaint about a key that does not exist, with the closest that do."""
-    text = str(error.args[0]) if error.args else str(error)
-    key = text.split("Non-existent config key:")[-1].strip()
+    key = str(error.args[0]).rsplit(":", 1)[-1].strip()
     close = difflib.get_close_matches(key, _all_keys(cfg), n=3, cutoff=0.6)
     return f"no config key '{key}'" + (f"; close: {', '.join(close)}" if close else "")
 
@@ -454,6 +457,17 @@ def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
 
 
 # --- checking -----------------------------------------------------------------------------------
+
+
+def validate_meta_arch(key: str, name: str) -> None:
+    """Check that ``name``, the value of ``key``, is a registered meta-architecture.
+
+    Raises:
+        ConfigError: it is not; names those that are.
+    """
+    known = sorted(registered for registered, _ in META_ARCH_REGISTRY)
+    if name not in known:
+        raise ConfigError(f"{key} is '{name}'; valid: {', '.join(known)}")
 
 
 def validate_distillation_config(cfg: CfgNode) -> None:
@@ -480,10 +494,12 @@ def validate_distillation_config(cfg: CfgNode) -> None:
         resolve_config_file(cfg.DISTILL.TEACHER.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE")
     for key, value, valid in (
         ("DISTILL.TEACHER.PRECISION", cfg.DISTILL.TEACHER.PRECISION, list(PRECISIONS)),
+        ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ["SGD", "AdamW"]),
         ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, ["fp16", "bf16"]),
     ):
         if value not in valid:
             raise ConfigError(f"{key} is '{value}'; valid: {valid}")
+    validate_meta_arch("DISTILL.STUDENT_META_ARCH", cfg.DISTILL.STUDENT_META_ARCH)
     if cfg.DISTILL.STUDENT_META_ARCH == "Distiller":
         raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")
 

@@ -7,15 +7,11 @@ import socket
 import pytest
 import torch
 
-from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.data.builtin import register_builtin_datasets
 from d2kd.data.files import dataset_root
 
 from .detectors import ARCHS, detector_config, write_config
-from .toy_head import ToyMimic
-
-if ToyMimic.__name__ not in DISTILL_HEAD_REGISTRY:
-    DISTILL_HEAD_REGISTRY.register(ToyMimic)
+from .toy_head import ToyMimic  # noqa: F401  (registers)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,8 +42,8 @@ def free_port() -> int:
 def digits_root(tmp_path_factory):
     """A datasets folder of the tests' own, where digits_tiny_* are made on first use."""
     root = tmp_path_factory.mktemp("datasets")
+    register_builtin_datasets(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(root))  # for the processes that tests start
-        register_builtin_datasets(root)  # for this one, where the variable has been read already
+        patch.setenv("DETECTRON2_DATASETS", str(root))  # for processes that a test starts
         yield root
     register_builtin_datasets(dataset_root())

@@ -9,10 +9,8 @@ import torch.multiprocessing as mp
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from d2kd import DISTILL_HEAD_REGISTRY
-
 from .detectors import build, detector_config, distiller_config, make_batch
-from .toy_head import ToyMimic
+from .toy_head import ToyMimic  # noqa: F401  (registers)
 
 BUILT_IN = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR")
 
@@ -20,11 +18,7 @@ BUILT_IN = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge",
 def train_rank(rank: int, arch: str, teacher_file: str, port: int, results: str) -> None:
     """Two steps with every built-in head; saves the final weights of this rank."""
     torch.set_num_threads(1)
-    if ToyMimic.__name__ not in DISTILL_HEAD_REGISTRY:
-        DISTILL_HEAD_REGISTRY.register(ToyMimic)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     # The toy head starts at iteration 1: in iteration 0 its parameters have nothing to do.
     opts = ("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 1)
     cfg = distiller_config(detector_config(arch), [*BUILT_IN, "ToyMimic"], teacher_file, opts)

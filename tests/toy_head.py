@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from detectron2.config import configurable
 
-from d2kd import DistillHead, build_adapters, pair_levels
+from d2kd import DISTILL_HEAD_REGISTRY, DistillHead, build_adapters, pair_levels
 
 
+@DISTILL_HEAD_REGISTRY.register()
 class ToyMimic(DistillHead):
     """Mean squared error a level, summed over the levels."""
 

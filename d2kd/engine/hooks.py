@@ -81,8 +81,8 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class) -> None:
     results = {}
     for name in cfg.DATASETS.TEST:
         logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
+        loader = trainer_class.build_test_loader(cfg, name)  # first: it may make the dataset
         evaluator = trainer_class.build_evaluator(cfg, name)
-        loader = trainer_class.build_test_loader(cfg, name)
         results[name] = inference_on_dataset(_OnStudentInput(teacher), loader, evaluator) or {}
     if comm.is_main_process():
         if len(results) == 1:

@@ -22,6 +22,7 @@ from ..config import (
     load_config,
     unknown_key,
     validate_distillation_config,
+    validate_meta_arch,
 )
 from ..data.custom import check_datasets
 
@@ -64,17 +65,18 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     load_config(cfg, args.config_file)
     try:
         cfg.merge_from_list(args.opts)
-    except KeyError as error:
-        raise ConfigError(unknown_key(cfg, error)) from error
-    except (AssertionError, ValueError, SyntaxError) as error:
+    except (AssertionError, KeyError, ValueError, SyntaxError) as error:
+        if "Non-existent" in str(error):
+            raise ConfigError(unknown_key(cfg, error)) from error
         raise ConfigError(f"KEY VALUE overrides {args.opts}: {error}") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
+    validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
         validate_distillation_config(cfg)
-    check_datasets(cfg)
+    check_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     return cfg
 

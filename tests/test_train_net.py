@@ -1,0 +1,181 @@
+"""train_net.py as a user runs it: training, resuming, evaluating, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+import train_net
+from d2kd import Teacher
+
+from .detectors import detector_config, distiller_config, write_config
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, digits_root):
+    """A four-iteration distillation on digits_tiny that was trained once: (folder, config file)."""
+    folder = tmp_path_factory.mktemp("job")
+    teacher = detector_config(width=24, num_classes=10)
+    teacher_file = write_config(teacher, folder / "teacher.yaml")
+    student = detector_config(num_classes=10)
+    student.DATASETS.TRAIN = ("digits_tiny_train",)
+    student.DATASETS.TEST = ("digits_tiny_val",)
+    student.SOLVER.MAX_ITER = 4
+    student.SOLVER.CHECKPOINT_PERIOD = 2
+    student.SOLVER.BASE_LR = 1e-3
+    student.SEED = 3
+    student.OUTPUT_DIR = str(folder / "out")
+    cfg = distiller_config(student, ["FeatureMimic", "Logits"], teacher_file)
+    config_file = write_config(cfg, folder / "student.yaml")
+    train_net.run(["--config-file", config_file])
+    return folder, config_file
+
+
+def load(path) -> dict:
+    return torch.load(path, map_location="cpu")
+
+
+def test_the_end_of_training(job, capsys):
+    """The final files are there; student_final.pth is the plain student and nothing else."""
+    folder, _ = job
+    out = folder / "out"
+    state = load(out / "student_final.pth")["model"]
+    plain = build_model(detector_config(num_classes=10))
+    assert plain.load_state_dict(state).missing_keys == []
+    final = load(out / "model_final.pth")["model"]
+    assert all(torch.equal(final[name], value) for name, value in state.items())
+    assert any(name.startswith("distill_heads.") for name in final)
+    results = json.loads((out / "results.json").read_text())
+    assert "AP" in results["results"]["bbox"] and results["step_seconds"] > 0
+    assert "AP" in json.loads((out / "teacher_results.json").read_text())["bbox"]
+    metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    logged = set().union(*metrics)
+    assert {"loss_kd_feature_mimic", "loss_kd_logits_cls", "total_kd_loss"} <= logged
+    log = (out / "log.txt").read_text()
+    assert "distilled: FeatureMimic x 1, Logits x 1" in log
+
+
+def test_resume_equals_no_stop(job, tmp_path):
+    """Stopped after iteration 2 and resumed: every weight and momentum is that of no stop."""
+    folder, config_file = job
+    shutil.copy(folder / "out" / "model_0000001.pth", tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    train_net.run(["--config-file", config_file, "--resume", "OUTPUT_DIR", str(tmp_path)])
+    expected, found = (load(d / "model_final.pth") for d in (folder / "out", tmp_path))
+    assert expected["model"].keys() == found["model"].keys()
+    for name, value in expected["model"].items():
+        assert torch.equal(value, found["model"][name]), name
+    momenta = [
+        [s["momentum_buffer"] for s in run["trainer"]["_trainer"]["optimizer"]["state"].values()]
+        for run in (expected, found)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+
+
+def test_evaluation_builds_no_teacher(job, tmp_path, monkeypatch, capsys):
+    """--eval-only needs neither the teacher's config nor its weights."""
+    folder, config_file = job
+    monkeypatch.setattr(Teacher, "from_config", lambda *_: pytest.fail("a teacher was built"))
+    weights = str(folder / "out" / "student_final.pth")
+    opts = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path)]
+    opts += ["DISTILL.TEACHER.CONFIG_FILE", "gone.yaml"]
+    args = train_net.build_parser().parse_args(["--config-file", config_file, "--eval-only", *opts])
+    results = train_net.main(args)
+    expected = json.loads((folder / "out" / "results.json").read_text())["results"]["bbox"]
+    assert results["bbox"]["AP"] == pytest.approx(expected["AP"])
+
+
+def test_plain_training_in_bf16(job, tmp_path):
+    """A student alone, under bf16 autocast on the CPU."""
+    _, config_file = job
+    opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "SOLVER.MAX_ITER", "2"]
+    opts += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bf16", "DATASETS.TEST", "()"]
+    train_net.run(["--config-file", config_file, *opts, "OUTPUT_DIR", str(tmp_path)])
+    assert (tmp_path / "student_final.pth").is_file()
+    assert "distilled: nothing" in (tmp_path / "log.txt").read_text()
+
+
+def test_two_processes(job, tmp_path, free_port):
+    """--num-gpus 2 without a GPU: two gloo processes train and evaluate together."""
+    _, config_file = job
+    url = [
+        "--import",
+        "tests.toy_head",
+        "--num-gpus",
+        "2",
+        "--dist-url",
+        f"tcp://127.0.0.1:{free_port}",
+    ]
+    opts = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path), "DISTILL.TEACHER.CHECK", "False"]
+    train_net.run(["--config-file", config_file, *url, *opts])
+    assert "AP" in json.loads((tmp_path / "results.json").read_text())["results"]["bbox"]
+
+
+USER_HEAD = """
+from d2kd import DISTILL_HEAD_REGISTRY
+from tests.toy_head import ToyMimic
+
+@DISTILL_HEAD_REGISTRY.register()
+class MyHead(ToyMimic):
+    @classmethod
+    def add_config(cls, node):
+        node.EXTRA = 5
+"""
+
+
+def test_a_users_head(job, tmp_path):
+    """--import brings a head, its keys and its losses."""
+    _, config_file = job
+    (tmp_path / "my_heads.py").write_text(USER_HEAD)
+    out = tmp_path / "out"
+    opts = ["DISTILL.HEADS", "['MyHead']", "DISTILL.MY_HEAD.EXTRA", "6", "SOLVER.MAX_ITER", "1"]
+    opts += ["DATASETS.TEST", "()", "OUTPUT_DIR", str(out)]
+    train_net.run(["--config-file", config_file, "--import", str(tmp_path / "my_heads.py"), *opts])
+    assert "loss_kd_my_head" in (out / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["DISTILL.HEADS", "['DSGI']"], "unknown head 'DSGI'; valid: .*DSIG"),
+        (["DISTILL.SIMM.WEIGHT", "1"], "no config key 'DISTILL.SIMM.*close: .*DISTILL.SSIM"),
+        (["DISTILL.SSIM.WEIGHT"], "overrides"),
+        (["DATASETS.TRAIN", "('digits_tiny_trian',)"], "digits_tiny_trian.*digits_tiny_train"),
+        (["DISTILL.TEACHER.CONFIG_FILE", "no.yaml"], "'no.yaml' is neither a file nor"),
+        (["DISTILL.TEACHER.WEIGHTS", "no.pth"], "no file 'no.pth'"),
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRNN"], "GeneralizedRNN.*valid: .*GeneralizedRCNN"),
+        (["DISTILL.STUDENT_META_ARCH", "Retinanet"], "Retinanet.*valid: .*RetinaNet"),
+        (["SOLVER.AMP.ENABLED", "True"], "fp16 needs a GPU"),
+        (
+            ["DISTILL.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 7]"],
+            "Logits.* 7 .*10|Logits.*10.* 7",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(opts, message, job, tmp_path):
+    """A mistake ends in one line that names what is valid, before anything is written."""
+    _, config_file = job
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
+        train_net.run(["--config-file", config_file, "OUTPUT_DIR", str(out), *opts])
+    assert "\n" not in str(stop.value) and not out.exists()
+
+
+def test_a_missing_config_file(tmp_path, monkeypatch):
+    """So does a config file that is not there; close names are told."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(SystemExit, match="neither a file nor a model-zoo name; close: .*R18.yaml"):
+        train_net.run(["--config-file", "configs/digits/faster_rcnn_R19.yaml"])
+
+
+def test_a_unsafe_config_file(tmp_path):
+    """A user's YAML cannot run code."""
+    path = tmp_path / "evil.yaml"
+    path.write_text("MODEL:\n  WEIGHTS: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(SystemExit, match="could not determine a constructor"):
+        train_net.run(["--config-file", str(path)])
