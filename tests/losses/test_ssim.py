@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2kd.losses import ssim as ssim_module
 from d2kd.losses.ssim import (
+    Blur,
     blur_matrix,
     gaussian_window,
     live_channels,
@@ -348,6 +349,16 @@ def test_blur_matrix_is_padding_then_convolution(reflect, mode, size):
     padded = F.pad(x[None, None], (5, 5), mode=mode)
     expected = F.conv1d(padded, gaussian_window(11, 1.5)[None, None])[0, 0]
     torch.testing.assert_close(matrix @ x, expected)
+
+
+@pytest.mark.parametrize("size", [(9, 23), (40, 9), (3, 31)])
+def test_tiles_skip_nothing_but_zeros(size, monkeypatch):
+    """The blur and its transpose by tiles equal the products with the whole matrices."""
+    x = random_maps(2, *size)[0]
+    blur = Blur.like(x, 11, 1.5)
+    monkeypatch.setattr(ssim_module, "_TILE_CPU", 4)
+    torch.testing.assert_close(blur(x), blur.rows @ x @ blur.cols.T)
+    torch.testing.assert_close(blur.transposed(x), blur.rows.T @ x @ blur.cols)
 
 
 def test_other_windows():
