@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -299,6 +301,25 @@ def test_other_classes_are_refused(tmp_path):
     assert set(terms) == {"global", "foreground", "background"}
 
 
+def test_anchor_free_students_use_matched_boxes(tmp_path):
+    """With one anchor a location the boxes are those that the locations were matched with."""
+    anchors = ("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]])
+    ratios = ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]])
+    student, teacher = (detector_config("retinanet", width=width) for width in (16, 24))
+    for cfg in (student, teacher):
+        cfg.merge_from_list([*anchors, *ratios])
+    file = write_config(teacher, tmp_path / "teacher.yaml")
+    model = build(distiller_config(student, ["GlobalKnowledge"], file))
+    head, batch = model.distill_heads["GlobalKnowledge"], make_batch((2, 3))
+    picks, pick = [], head.pick_boxes
+    head.pick_boxes = lambda *args: picks.append(pick(*args)) or picks[0]
+    assert all(v.isfinite() for v in terms_of(run_step(model, batch)).values())
+    for image, item in enumerate(batch):
+        mine = picks[0].boxes[image][picks[0].valid[image]]
+        gt = item["instances"].gt_boxes.tensor
+        assert len(mine) and (mine[:, None] == gt).all(-1).any(1).all()
+
+
 def test_prototypes_from_a_file(tmp_path):
     """A file fills the bank when the model is built; one of another model is refused."""
     path = str(tmp_path / "prototypes.pth")
@@ -326,6 +347,8 @@ def test_pick_foreground():
     assert [t.shape for t in pick_foreground(labels[::2], 3, 99)] == [(2, 2)] * 2
     assert [t.shape for t in pick_foreground(labels[2:], 3, 99)] == [(1, 0)] * 2
     assert [t.shape for t in pick_foreground(labels[:, :0], 3, 4)] == [(3, 0)] * 2
+    without_data = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    assert [t.shape for t in pick_foreground(without_data, 3, 4)] == [(2, 4)] * 2
     index, valid = pick_foreground(torch.zeros(1, 1000).long(), 3, 7)
     assert valid.all() and index.unique().numel() == 7
     assert index.diff().float().std() < 1 and index.max() > 850
@@ -524,6 +547,26 @@ def test_generation_matches_direct_features(tmp_path):
             x1, y1, x2, y2 = (int(v // stride) for v in instance.box)
             mean = feature[:, y1 : y2 + 1, x1 : x2 + 1].mean((1, 2))
             torch.testing.assert_close(level.student[row], mean, rtol=1e-3, atol=1e-4)
+
+
+def test_tool_makes_and_shows_prototypes(tmp_path, capsys, monkeypatch):
+    """tools/prototypes.py writes a file that fits the head, and a picture a class."""
+    path = Path(__file__).parents[2] / "tools" / "prototypes.py"
+    spec = importlib.util.spec_from_file_location("prototypes_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "setup_logger", lambda **_: None)  # it would outlive the test
+    cfg = training_config(tmp_path, arch="retinanet")
+    file, pictures = str(tmp_path / "prototypes.pth"), tmp_path / "pictures"
+    config_file = write_config(cfg, tmp_path / "config.yaml")
+    tool.main(["make", "--config-file", config_file, "--output", file])
+    tool.main(["show", file, "--pictures", str(pictures)])
+    assert sorted(path.name for path in pictures.iterdir()) == ["000_a.png", "001_b.png"]
+    assert "c: 0 at stride 8" in capsys.readouterr().out
+    cfg.merge_from_list([f"{NODE}.PROTOTYPES.FILE", file])
+    assert build(cfg).distill_heads["GlobalKnowledge"].bank.iteration.item() == 0
+    with pytest.raises(SystemExit, match="error: .* is no file of prototypes"):
+        tool.main(["show", config_file, "--pictures", str(pictures)])
 
 
 def toy_records():

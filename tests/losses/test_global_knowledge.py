@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from d2kd.geometry import assign_levels, box_mask, crop_means
 from d2kd.losses.global_knowledge import (
     attenuation,
     cosine_global_loss,
@@ -359,6 +361,29 @@ def test_half_precision_is_widened():
             present,
         )
     assert responses.dtype == loss.dtype == torch.float32
+
+
+def test_nothing_waits_for_the_device():
+    """All of it runs forward and backward on tensors that have shapes but no data."""
+    with FakeTensorMode():
+        feature = torch.randn(2, 5, 8, 8, requires_grad=True)
+        boxes, labels = torch.rand(2, 3, 4), torch.zeros(6, dtype=torch.long)
+        valid, present = torch.ones(6).bool(), torch.ones(K, M).bool()
+        student = crop_means(feature, boxes, 8).flatten(0, 1)
+        bank, other = torch.randn(K, M, 5), torch.randn(2, 5, 8, 8)
+        cosines = [cosine_responses(f, bank) for f in (student, student.detach())]
+        r = cosine_reliability(*cosines, labels, present)
+        projections = [projection_responses(f, bank) for f in (student, student.detach())]
+        mask = box_mask(boxes, r.view(2, 3) * (assign_levels(boxes, 5) == 0), (8, 8), 8)
+        total = (
+            cosine_global_loss(*cosines, r, valid, present)
+            + projection_global_loss(*projections, labels, r, valid)
+            + projection_reliability(*projections, labels).sum()
+            + sum(decoupled_loss(feature, other, mask))
+            + soft_label_loss(student, student.detach(), r, valid)
+        )
+        total.backward()
+        assert feature.grad.shape == feature.shape
 
 
 def test_helpers():
