@@ -92,8 +92,8 @@ class GraphUnit(nn.Module):
         mixed = projection + F.linear(projection, self.mix_nodes.weight)
         if self.normalize:
             mixed = mixed / pixels.shape[2]
-        nodes = state.transpose(1, 2) @ mixed + self.mix_nodes.bias  # U
-        reprojected = projection @ nodes.relu().transpose(1, 2)  # (B, N, 2M)
+        nodes = mixed.transpose(1, 2) @ state + self.mix_nodes.bias[:, None]  # U^T
+        reprojected = projection @ nodes.relu()  # (B, N, 2M)
         extended = self.extend(self.mix_states(reprojected)).transpose(1, 2)
         scale, shift = self._batch_norm(
             extended.mean(2), extended.var(2, correction=0), pixels.shape[2]
@@ -117,14 +117,15 @@ class GraphUnit(nn.Module):
         mean_mixed = mean_projection + F.linear(mean_projection, self.mix_nodes.weight)
 
         mix = self.projection.weight + self.mix_nodes.weight @ self.projection.weight  # (M, C)
-        nodes = self.state.weight @ (scatter @ mix.T)
+        nodes = _left_multiply(self.state.weight, scatter @ mix.T)
         nodes = nodes + num_pixels * mean_state.unsqueeze(2) * mean_mixed.unsqueeze(1)
         if self.normalize:
             nodes = nodes / num_pixels
         nodes = nodes + self.mix_nodes.bias  # U
 
         # W_e W first: the cost of that product does not grow with the number of images.
-        extend_nodes = (self.extend.weight @ self.mix_states.weight) @ nodes.relu()  # (B, C, M)
+        extend = self.extend.weight @ self.mix_states.weight
+        extend_nodes = _left_multiply(extend, nodes.relu())  # (B, C, M)
         matrix = extend_nodes @ self.projection.weight
         extended_mean = _apply(extend_nodes, mean_projection)
         # The diagonal of matrix scatter matrix^T, which rounding must not make negative.
@@ -190,6 +191,14 @@ class _MeanAndScatter(torch.autograd.Function):
         return torch.baddbmm(constant.unsqueeze(2), symmetric, pixels)
 
 
+def _left_multiply(weight: Tensor, x: Tensor) -> Tensor:
+    """weight @ x for each image: (I, J), (B, J, K) -> (B, I, K).
+
+    ``torch.matmul`` would transpose x to do it in one product, and leave a transposed result.
+    """
+    return torch.bmm(weight.expand(len(x), -1, -1), x)
+
+
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     """Batched matrix times vector: (B, I, J), (B, J) -> (B, I)."""
     return (matrix @ vector.unsqueeze(2)).squeeze(2)
@@ -227,7 +236,8 @@ def pixel_relation_gap(
     teacher_matrix, teacher_offset = teacher_unit.affine(teacher)
     weight = adapter.weight.flatten(1)
     offset = F.linear(student_offset, weight, adapter.bias) - teacher_offset
-    gap = torch.baddbmm(offset.unsqueeze(2), weight @ student_matrix, student.flatten(2))
+    student_matrix = _left_multiply(weight, student_matrix)
+    gap = torch.baddbmm(offset.unsqueeze(2), student_matrix, student.flatten(2))
     gap.baddbmm_(teacher_matrix, teacher.flatten(2), alpha=-1)
     return gap.view_as(teacher)
 
