@@ -272,15 +272,17 @@ class DSIG(DistillHead):
     def _compare_edges(self, graph: _Graph, num_images: int) -> Tensor:
         """Edge loss of the nodes that have edges, packed: most background RoIs have none."""
         # The one place that waits for the device: how large the largest graph is decides shapes.
-        counts = torch.bincount(graph.image_index[graph.has_edges], minlength=num_images)
-        index, valid = losses.pack_nodes(
-            graph.has_edges, graph.image_index, num_images, capacity=int(counts.max())
-        )
-        nodes = (
-            features.flatten(1).index_select(0, index.flatten()).unflatten(0, index.shape)
-            for features in (graph.student, graph.teacher)
-        )
-        return losses.edge_loss(*nodes, valid, image_reduction=self.image_reduction)
+        counts = torch.bincount(graph.image_index[graph.has_edges], minlength=num_images).tolist()
+        shape = num_images, max(counts)
+        nodes = graph.student.flatten(1), graph.teacher.flatten(1)
+        if counts == [len(graph.has_edges) / num_images] * num_images:
+            # Every box of equally full images: RoIs lie image after image, so nothing moves.
+            valid = graph.has_edges.view(shape)
+        else:
+            index, valid = losses.pack_nodes(graph.has_edges, graph.image_index, *shape)
+            nodes = (features.index_select(0, index.flatten()) for features in nodes)
+        packed = (features.unflatten(0, shape) for features in nodes)
+        return losses.edge_loss(*packed, valid, image_reduction=self.image_reduction)
 
     # --- outputs, masks and pyramids -------------------------------------------------------------
 
