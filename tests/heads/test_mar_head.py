@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +285,13 @@ def test_advice_window():
     for iteration in range(10, 18):
         advice.update(Step(iteration), {"mask": torch.tensor(float(iteration))}, {"mask": 3.0})
     assert said == [{"mask": 2.0 * (12 + 13), "detection": 4.0}]
+
+
+def test_tool_draws_the_masks(tmp_path, digits_root):
+    """tools/show_masks.py writes a picture, and needs neither teacher nor weights."""
+    cfg = distiller_config(detector_config("retinanet", num_classes=10), ["MAR"], "missing.yaml")
+    cfg.DATASETS.TRAIN = ("digits_tiny_train",)
+    config, picture = write_config(cfg, tmp_path / "mar.yaml"), tmp_path / "masks.png"
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "show_masks.py"))
+    tool["main"](["--config-file", config, "--kinds", "count", "gauss", "--output", str(picture)])
+    assert picture.stat().st_size > 10_000
