@@ -635,35 +635,34 @@ def test_classes_are_chosen_separately():
             assert chosen == [candidates.instances[rows[i]] for i in picks]
 
 
-def share_work(rank: int, path: str) -> None:
-    """One of two processes: features of half of the objects, prototypes of all."""
+def share_work(rank: int, cfg, path: str) -> None:
+    """One of two processes of a refresh."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{path}.store", rank=rank, world_size=2
     )
     comm.create_local_process_group(2)
-    candidates = find_candidates(toy_records() * 4, 3)
-    n = len(candidates.instances)
-    features = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0))
-    mine = torch.arange(n)[rank::2]
-    tables = [FeatureTable(mine, {4: f[mine]}) for f in features]
-    choose_prototypes(candidates, *tables, COUNT).save(f"{path}.{rank}")
+    model = build(cfg)
+    bank = model.distill_heads["GlobalKnowledge"].bank
+    PrototypeGenerator.for_bank(cfg, bank)(model.student, model.teacher).save(f"{path}.{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_processes_share_the_work(tmp_path):
     """Two processes get the prototypes that one gets, and both the same."""
+    # One image a batch: its features do not depend on what it was batched with.
+    cfg = training_config(tmp_path, f"{NODE}.PROTOTYPES.BATCH_SIZE", 1, arch="retinanet")
     path = str(tmp_path / "prototypes")
     # Forked, for the tests' speed: they have imported everything.
-    torch.multiprocessing.start_processes(share_work, args=(path,), nprocs=2, start_method="fork")
-    candidates = find_candidates(toy_records() * 4, 3)
-    n = len(candidates.instances)
-    features = torch.randn(2, n, 5, generator=torch.Generator().manual_seed(0))
-    alone = choose_prototypes(
-        candidates, *(FeatureTable(torch.arange(n), {4: f}) for f in features), COUNT
+    torch.multiprocessing.start_processes(
+        share_work, args=(cfg, path), nprocs=2, start_method="fork"
     )
+    model = build(cfg)
+    bank = model.distill_heads["GlobalKnowledge"].bank
+    alone = PrototypeGenerator.for_bank(cfg, bank)(model.student, model.teacher)
     for rank in range(2):
         shared = Prototypes.load(f"{path}.{rank}")
         assert shared.instances == alone.instances
-        for name in ("student", "teacher", "offsets", "instances"):
-            assert torch.equal(getattr(shared.levels[4], name), getattr(alone.levels[4], name))
+        for stride, level in alone.levels.items():
+            for name in ("student", "teacher", "offsets", "instances"):
+                assert torch.equal(getattr(shared.levels[stride], name), getattr(level, name))
