@@ -120,7 +120,7 @@ class Lazy:
 
 
 class View:
-    """Named fields, each a value or a :class:`Lazy`; reading one that is not there names the rest."""
+    """Named fields, each a value or a :class:`Lazy`; reading an unknown one names all."""
 
     def __init__(self, owner: str, **fields):
         self._owner = owner

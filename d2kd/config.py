@@ -72,8 +72,8 @@ def _add_teacher(distill: CfgNode) -> None:
     distill.TEACHER = CfgNode()
     # A YAML file, or a model-zoo name such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
     distill.TEACHER.CONFIG_FILE = ""
-    # Its checkpoint. "": the zoo's for a zoo name, else MODEL.WEIGHTS of CONFIG_FILE. "random": none,
-    # for tests only.
+    # Its checkpoint. "": the zoo's for a zoo name, else MODEL.WEIGHTS of CONFIG_FILE. "random":
+    # none, for tests only.
     distill.TEACHER.WEIGHTS = ""
     # KEY VALUE pairs merged into the teacher's config, e.g. ["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]].
     distill.TEACHER.OPTS = []
@@ -521,7 +521,7 @@ def _validate_schedule(cfg: CfgNode, key: str, node: CfgNode) -> None:
 
 
 def student_config(cfg: CfgNode) -> CfgNode:
-    """``cfg`` for the plain student: what ``--eval-only`` builds and a distilled checkpoint fits."""
+    """``cfg`` for the plain student, which ``--eval-only`` builds and a checkpoint fits."""
     student = cfg.clone()
     student.defrost()
     if student.MODEL.META_ARCHITECTURE == "Distiller":

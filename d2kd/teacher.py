@@ -362,7 +362,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 def find_teacher_weights(node: CfgNode, teacher_cfg: CfgNode) -> str:
-    """``DISTILL.TEACHER.WEIGHTS``, else the zoo's checkpoint of the config, else the config's own."""
+    """``DISTILL.TEACHER.WEIGHTS``, else the zoo's checkpoint, else the config's own."""
     weights = node.WEIGHTS
     if not weights:
         try:

@@ -27,7 +27,7 @@ def test_levels_pair_by_stride():
 
 
 def test_modes():
-    """"auto" adapts where the channels differ, "always" everywhere, "never" refuses a difference."""
+    """Auto adapts where the channels differ, always everywhere, never refuses a difference."""
     assert set(build_adapters(STUDENT, TEACHER, (8, 16))) == {"16"}
     assert set(build_adapters(STUDENT, TEACHER, (8, 16), mode="always")) == {"8", "16"}
     assert not build_adapters(STUDENT, TEACHER, (8,), mode="never")

@@ -57,7 +57,7 @@ def test_no_heads_is_plain_detectron2(arch, teacher_files):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_heads_leave_the_student_alone(arch, teacher_files):
-    """With a head, initial weights, and the student's own losses from them, are plain Detectron2's."""
+    """With a head, the student's initial weights and own losses are plain Detectron2's."""
     plain = build(detector_config(arch))
     distiller = build(distiller_config(detector_config(arch), ["ToyMimic"], teacher_files[arch]))
     expected, found = run_step(plain, make_batch()), run_step(distiller, make_batch())

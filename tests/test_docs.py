@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from detectron2.config import get_cfg
 
 import train_net
 from d2kd.config import add_distillation_config, load_config
-from detectron2.config import get_cfg
 
 from .detectors import detector_config, distiller_config, write_config
 

@@ -79,7 +79,8 @@ def test_augmentation_does_not_depend_on_workers_or_history(digits_config):
     torch.manual_seed(2)
     found = take(build_train_loader(digits_config, seed=5, start=3), 1)[0]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(expected, found, strict=True))
-    sizes = {b["image"].shape for batch in take(build_train_loader(digits_config, 5), 8) for b in batch}
+    batches = take(build_train_loader(digits_config, seed=5), 8)
+    sizes = {item["image"].shape for batch in batches for item in batch}
     assert len(sizes) > 1  # there was augmentation to reproduce
 
 

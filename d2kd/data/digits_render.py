@@ -21,8 +21,8 @@ SCANS_FOR_TRAIN = 1437
 TRAIN_COLUMNS = {"china.jpg": slice(210, 640), "flower.jpg": slice(0, 333)}
 VAL_COLUMNS = {"china.jpg": slice(0, 210), "flower.jpg": slice(333, 640)}
 
-SMALLEST_SIDE = 10  # px; digits are unreadable below
-LARGEST_SIDE = 0.44  # of the image's side
+SMALLEST_SIDE = 16  # px; readable at a stride of 4
+LARGEST_SIDE = 0.5  # of the image's side
 MIN_VISIBLE = 0.6  # of a digit's pixels: no later piece and no image border may hide more
 MIN_PIXELS = 10  # of a digit's mask
 COVERED = 0.5  # opacity from which a pixel belongs to a piece
@@ -61,8 +61,8 @@ def render_image(
         image (H, W, 3) uint8 RGB, and `(class, visible mask (H, W) bool)` per digit.
     """
     scene = _Scene(_background(rng, material, size))
-    kinds = [True] * int(rng.integers(2, 11) if with_digits else 0)
-    kinds += [False] * int(rng.integers(1, 4))
+    kinds = [True] * int(rng.integers(2, 9) if with_digits else 0)
+    kinds += [False] * int(rng.integers(0, 3))
     for is_digit in rng.permutation(kinds):
         side = _side(rng, size)
         if is_digit:

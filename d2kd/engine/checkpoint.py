@@ -46,7 +46,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         if checkpoint.get("matching_heuristics") and isinstance(self.model, Distiller):
-            # Names of foreign backbones are matched by their ends: the heads' must not be among them.
+            # Names of foreign backbones are matched by their ends; the heads' are not among them.
             self._convert_ndarray_to_tensor(checkpoint["model"])
             checkpoint["model"] = align_and_update_state_dicts(
                 self.model.student.state_dict(),

@@ -77,7 +77,7 @@ def read_teacher_results(output_dir: str) -> dict:
 
 
 def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class) -> None:
-    """Evaluate the teacher on ``DATASETS.TEST`` as the student's data feeds it, and keep the result."""
+    """Evaluate the teacher on ``DATASETS.TEST``, on the student's input; keep the result."""
     results = {}
     for name in cfg.DATASETS.TEST:
         logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)

@@ -82,6 +82,6 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 
 
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's set-up of a job (it makes the output folder), and d2kd's own logger beside it."""
+    """Detectron2's set-up of a job, which makes the output folder, and d2kd's own logger."""
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")

@@ -1,4 +1,4 @@
-"""The trainer: Detectron2's DefaultTrainer on CPU and GPU, resumable to the bit, in bf16 or fp16."""
+"""The trainer: Detectron2's DefaultTrainer, on CPU and GPU, resumable, in fp32, bf16 or fp16."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ EVALUATORS = {
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def detector_of(model: nn.Module) -> nn.Module:
+    """The detector that is trained: the student of a Distiller, or the model itself."""
+    model = unwrap(model)
+    return model.student if isinstance(model, Distiller) else model
 
 
 class StepTrainer(TrainerBase):
@@ -92,6 +98,10 @@ class StepTrainer(TrainerBase):
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
         }
+        # Dense detectors keep the running mean of their loss normaliser outside the state dict.
+        detector = detector_of(self.model)
+        if hasattr(detector, "loss_normalizer"):
+            state["loss_normalizer"] = detector.loss_normalizer
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         return state
@@ -100,6 +110,8 @@ class StepTrainer(TrainerBase):
         super().load_state_dict(state_dict)
         self.seed = state_dict["seed"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        if "loss_normalizer" in state_dict:
+            detector_of(self.model).loss_normalizer = state_dict["loss_normalizer"]
         if self.scaler is not None and "scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["scaler"])
 

@@ -1,4 +1,4 @@
-"""What every distillation loss shares: full precision, and a zero that stays connected to the graph."""
+"""What distillation losses share: full precision, and a zero that stays in the graph."""
 
 from __future__ import annotations
 

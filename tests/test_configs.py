@@ -1,0 +1,54 @@
+"""Every YAML file in configs/ is read strictly and built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from d2kd import ConfigError, Distiller, add_distillation_config
+from d2kd.config import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_builds(path, monkeypatch):
+    """The file's keys all exist, and student, teacher and heads can be built from it, without
+    weights; the meta device makes that cheap at full size."""
+    monkeypatch.chdir(ROOT)
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    load_config(cfg, str(path))
+    cfg.MODEL.DEVICE = "meta"
+    cfg.DISTILL.TEACHER.WEIGHTS = "random"
+    with torch.device("meta"):
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    assert isinstance(model, Distiller) == (cfg.MODEL.META_ARCHITECTURE == "Distiller")
+    if "distill" not in path.stem and isinstance(model, Distiller) and cfg.DISTILL.HEADS:
+        assert len(model.distill_heads) == len(cfg.DISTILL.HEADS)
+
+
+def test_outputs_are_apart():
+    """No two configs write into one folder."""
+    folders = {}
+    for path in CONFIGS:
+        if not path.stem.startswith("Base"):
+            cfg = get_cfg()
+            add_distillation_config(cfg)
+            load_config(cfg, str(ROOT / path))
+            assert folders.setdefault(cfg.OUTPUT_DIR, path) == path, cfg.OUTPUT_DIR
+
+
+def test_unknown_keys_are_refused(tmp_path):
+    """A key that does not exist is an error that names close ones."""
+    path = tmp_path / "typo.yaml"
+    path.write_text("DISTILL:\n  SSIM:\n    WIEGHT: 3.0\n")
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    with pytest.raises(ConfigError, match="DISTILL.SSIM.WIEGHT.*close: .*DISTILL.SSIM.WEIGHT"):
+        load_config(cfg, str(path))
