@@ -17,10 +17,13 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..adapters import Adapters, build_adapters, pair_levels
-from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle, RoIView, image_index
+from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle, image_index
 from ..config import ConfigError
 from ..losses import dsig as losses
+from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
+from ..losses.mimic import pyramid_mimic_loss
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from .logits import check_anchors
 
 # Terms and the keys of DISTILL.DSIG that hold their weights.
 WEIGHT_KEYS = {
@@ -151,6 +154,7 @@ class DSIG(DistillHead):
         self.temperature = temperature
         self.predictions = predictions or TopPredictions()
         self.image_reduction = image_reduction
+        self._anchors_checked = False
         self._declare_reads()
 
     @classmethod
@@ -202,7 +206,8 @@ class DSIG(DistillHead):
             if not self.two_stage:
                 student |= {"dense.logits", "dense.deltas", "dense.anchors"}
         if terms & OUTPUT_TERMS and not self.two_stage:
-            student.add("dense.labels")
+            student |= {"dense.labels", "dense.anchors"}
+            teacher.add("dense.anchors")
         if "edge" in terms and self.two_stage and self.mining_threshold is not None:
             teacher.add("roi.logits")
         self.reads, self.student_reads, self.teacher_reads = both, student, teacher
@@ -295,45 +300,47 @@ class DSIG(DistillHead):
                 mine.logits, theirs.logits, temperature=self.temperature
             )
         if "box" in self.weights:
-            terms["box"] = losses.box_delta_loss(
-                losses.select_class_deltas(mine.deltas, mine.labels),
-                losses.select_class_deltas(_coded_alike(theirs, mine), mine.labels),
-                mine.labels < self.num_classes,
-                average_over="all",
+            weights = mine.delta_weights, theirs.delta_weights
+            terms["box"] = roi_box_loss(
+                mine.deltas, theirs.deltas, mine.labels, self.num_classes, *weights
             )
         return terms
 
     def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
-        """Class outputs of a dense pair on anchors that are not ignored, boxes on foreground."""
-        labels = student.dense.labels.flatten()
-        valid = labels >= 0
+        """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
+        mine, theirs = student.dense, teacher.dense
+        strides = [stride for stride in mine.anchors if stride in theirs.anchors]
+        if not self._anchors_checked:
+            check_anchors("DSIG", mine, theirs, strides)
+            self._anchors_checked = True
+        counts = [len(anchors) for anchors in mine.anchors.values()]
+        levels = dict(zip(mine.anchors, mine.labels.split(counts, dim=1), strict=True))
 
-        def rows(maps: dict[int, Tensor]) -> Tensor:
-            return torch.cat([maps[stride] for stride in student.dense.logits], dim=1).flatten(0, 1)
+        def gather(maps: dict[int, Tensor]) -> Tensor:
+            return torch.cat([maps[stride] for stride in strides], dim=1)
 
+        labels = gather(levels)
         terms = {}
         if "class" in self.weights:
             terms["class"] = losses.class_logit_loss(
-                rows(student.dense.logits),
-                rows(teacher.dense.logits),
-                valid,
+                gather(mine.logits).flatten(0, 1),
+                gather(theirs.logits).flatten(0, 1),
+                labels.flatten() >= 0,
                 temperature=self.temperature,
             )
         if "box" in self.weights:
-            terms["box"] = losses.box_delta_loss(
-                rows(student.dense.deltas),
-                rows(teacher.dense.deltas),
-                valid & (labels < self.num_classes),
-                average_over="foreground",
+            weights = mine.delta_weights, theirs.delta_weights
+            terms["box"] = dense_box_loss(
+                gather(mine.deltas), gather(theirs.deltas), labels, self.num_classes, *weights
             )
         return terms
 
     def _compare_masks(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
-        """The mask branch on the foreground RoIs: its pooled features as nodes, its logits."""
+        """The mask branch on the foreground RoIs: its logits, and its pooled features as nodes."""
         mine, theirs = student.mask, teacher.mask
         terms = {}
         if "mask" in self.weights:
-            terms["mask"] = losses.mask_logit_loss(mine.logits, theirs.logits, mine.labels)
+            terms["mask"] = mask_loss(mine.logits, theirs.logits, mine.labels)
         if "mask_node" in self.weights:
             terms["mask_node"], _ = losses.node_losses(
                 self.node_adapter(mine.features),
@@ -347,19 +354,10 @@ class DSIG(DistillHead):
 
     def _compare_pyramids(self, student: FeatureBundle, teacher: FeatureBundle) -> Tensor:
         """All levels that both pyramids have, padding included."""
-        return losses.pyramid_loss(
+        return pyramid_mimic_loss(
             [self.pyramid_adapters(s, student.pyramid[s]) for s in self.pyramid_strides],
             [teacher.pyramid[s] for s in self.pyramid_strides],
         )
-
-
-def _coded_alike(theirs: RoIView, mine: RoIView) -> Tensor:
-    """The teacher's deltas in the student's weights: later stages of a cascade scale them up."""
-    deltas, target = theirs.deltas, mine.delta_weights
-    if theirs.delta_weights == target:
-        return deltas
-    scale = [to / of for to, of in zip(target, theirs.delta_weights, strict=True)]
-    return (deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(scale)).flatten(1)
 
 
 def _build_node_adapter(
@@ -422,7 +420,7 @@ def _check_pair(
     needs: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "class": (f"{outputs}.logits", "CLASS_WEIGHT 0", alike),
         "box": (f"{outputs}.deltas", "BOX_WEIGHT 0", (*alike, "box_coding")),
-        "mask": ("mask.logits", "MASK_WEIGHT 0", ("num_classes", "mask_resolution")),
+        "mask": ("mask.logits", "MASK_WEIGHT 0", ("num_classes",)),
         "mask_node": ("mask.features", "MASK_NODES False", ()),
     }
     for term, (field, remedy, names) in needs.items():

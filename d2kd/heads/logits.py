@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..adapters import pair_levels
-from ..bundle import Batch, DetectorSpec, FeatureBundle
+from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle
 from ..config import ConfigError
 from ..losses.logits import (
     dense_box_loss,
@@ -59,7 +59,7 @@ class Logits(DistillHead):
         self.reads = _fields(weights, two_stage)
         self.student_reads = ("roi",) if two_stage else ("dense.labels", "dense.anchors")
         self.teacher_reads = () if two_stage else ("dense.anchors",)
-        self._anchors_agree = two_stage
+        self._anchors_checked = two_stage
 
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
@@ -120,7 +120,9 @@ class Logits(DistillHead):
         """Class and box terms on the anchors of the levels that both detectors have."""
         mine, theirs = student.dense, teacher.dense
         strides = [s for s in mine.anchors if s in theirs.anchors]
-        self._check_anchors(student, teacher, strides)
+        if not self._anchors_checked:
+            check_anchors("Logits", mine, theirs, strides)
+            self._anchors_checked = True
         counts = [len(anchors) for anchors in mine.anchors.values()]
         labels = dict(zip(mine.anchors, mine.labels.split(counts, dim=1), strict=True))
 
@@ -149,24 +151,20 @@ class Logits(DistillHead):
             )
         return terms
 
-    def _check_anchors(
-        self, student: FeatureBundle, teacher: FeatureBundle, strides: list[int]
-    ) -> None:
-        """Refuse a pair whose anchors differ; once, in the first step, when anchors exist.
 
-        Raises:
-            ConfigError: names the first level where they differ.
-        """
-        if self._anchors_agree:
-            return
-        for stride in strides:
-            mine, theirs = student.dense.anchors[stride], teacher.dense.anchors[stride]
-            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=1e-3):
-                raise ConfigError(
-                    f"Logits: student and teacher have different anchors at stride {stride}; "
-                    "MODEL.ANCHOR_GENERATOR must be the same in both configs"
-                )
-        self._anchors_agree = True
+def check_anchors(head: str, student: DenseView, teacher: DenseView, strides: list[int]) -> None:
+    """Refuse a dense pair whose anchors differ; anchors exist from the first step on.
+
+    Raises:
+        ConfigError: names the head and the first level where they differ.
+    """
+    for stride in strides:
+        mine, theirs = student.anchors[stride], teacher.anchors[stride]
+        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=1e-3):
+            raise ConfigError(
+                f"{head}: student and teacher have different anchors at stride {stride}; "
+                "MODEL.ANCHOR_GENERATOR must be the same in both configs"
+            )
 
 
 def _fields(weights: dict[str, float], two_stage: bool) -> tuple[str, ...]:

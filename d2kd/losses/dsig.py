@@ -1,19 +1,17 @@
 """Losses of "Deep Structured Instance Graph for Distilling Object Detectors" (DSIG, ICCV 2021).
 
 Each image has one complete graph for the student and one for the teacher, on the same boxes: nodes
-are pooled RoI features, edges their cosine similarities. Student and teacher nodes and edges are
-compared, and beside them the detectors' logits and pyramids in the authors' own normalisation.
+are pooled RoI features, edges their cosine similarities. Here are the node and edge losses, and the
+authors' class loss; their box and pyramid losses are those of :mod:`d2kd.losses.logits` and
+:mod:`d2kd.losses.mimic`.
 
 Shapes: B images, R nodes (RoIs of all images, in any order), D node dimension (channels x pooled
-cells), M nodes of the largest packed image, N predictions, K classes, C channels, H x W map,
-F foreground RoIs.
+cells), M nodes of the largest graph, N predictions, C logits of each, K classes.
 
 "reduction" is over images: the authors sum, "mean" makes the loss independent of the batch size.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -218,61 +216,3 @@ def class_logit_loss(
     ).sum(1)
     num_logits = valid.sum().clamp(min=1) * student.shape[1]
     return temperature**2 * (divergence * valid).sum() / num_logits
-
-
-def select_class_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
-    """Box deltas of each RoI's own class: (R, 4K) or class-agnostic (R, 4) -> (R, 4).
-
-    ``labels`` (R,) may be K (background); those rows hold the deltas of some class.
-    """
-    per_class = deltas.unflatten(1, (-1, 4))
-    column = labels.clamp(0, per_class.shape[1] - 1)
-    return per_class.gather(1, column[:, None, None].expand(-1, 1, 4)).squeeze(1)
-
-
-@full_precision
-def box_delta_loss(
-    student: Tensor, teacher: Tensor, foreground: Tensor, *, average_over: str
-) -> Tensor:
-    """L1 distance of the box deltas of foreground predictions.
-
-    Args:
-        student, teacher: (N, 4) deltas; class-specific ones through :func:`select_class_deltas`.
-        foreground: (N,) bool.
-        average_over: what the sum is divided by, "all" N predictions (the authors' two-stage
-            normalisation) or the "foreground" ones (their RetinaNet).
-    """
-    distance = (student - teacher.detach()).abs().sum(1) * foreground
-    if average_over == "all":
-        return distance.sum() / max(len(distance), 1)
-    return distance.sum() / foreground.sum().clamp(min=1)
-
-
-@full_precision
-def mask_logit_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """KL(teacher || student) of the pixels of each foreground RoI's mask, averaged over pixels.
-
-    Not in the paper: with it the mask branch is distilled, not only the features it reads. Each
-    pixel is a Bernoulli variable; the average is that of Detectron2's own mask loss.
-
-    Args:
-        student, teacher: (F, K, H, W) mask logits, or (F, 1, H, W) when class-agnostic.
-        labels: (F,) long, the class whose mask is compared.
-    """
-    student, teacher = _select_masks(student, labels), _select_masks(teacher.detach(), labels)
-    target = teacher.sigmoid()
-    divergence = F.binary_cross_entropy_with_logits(student, target, reduction="none")
-    divergence = divergence - F.binary_cross_entropy_with_logits(teacher, target, reduction="none")
-    return divergence.sum() / max(divergence.numel(), 1)
-
-
-def _select_masks(logits: Tensor, labels: Tensor) -> Tensor:
-    """(F, K or 1, H, W) -> (F, H, W), the mask of each RoI's label."""
-    channel = labels.clamp(max=logits.shape[1] - 1)
-    return logits[torch.arange(len(labels), device=labels.device), channel]
-
-
-@full_precision
-def pyramid_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Sum over pyramid levels of the mean squared error of two (B, C, H, W) maps."""
-    return sum(F.mse_loss(s, t.detach()) for s, t in zip(student, teacher, strict=True))

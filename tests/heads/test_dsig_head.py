@@ -398,8 +398,8 @@ def test_cascade_stage(teacher_files):
 
 def test_bfloat16(teacher_files):
     """Under autocast the terms are float32 and their gradients sound."""
-    # Large enough that no level is convolved as a map of 1 x 1: oneDNN's bfloat16 gradient of such a
-    # 3 x 3 convolution with stride 2 (RetinaNet's p7) reads uninitialised memory.
+    # Large enough that RetinaNet's p6 is not 1 x 1: of its convolution to p7, 3 x 3 with stride 2,
+    # oneDNN's bfloat16 gradient then reads uninitialised memory.
     batch = make_batch(size=(128, 128))
     for arch in ("faster", "retinanet"):
         model = make_distiller(teacher_files(arch), arch)

@@ -12,6 +12,8 @@ import torch
 from torch.autograd import gradcheck
 
 from d2kd.losses import dsig
+from d2kd.losses.logits import roi_box_loss
+from d2kd.losses.mimic import pyramid_mimic_loss
 
 ALPHA = 7.5
 T_MINE = 0.6
@@ -354,36 +356,8 @@ def test_box_delta_value():
     generator = torch.Generator().manual_seed(11)
     student, teacher = torch.randn(2, 4, 4 * num_classes, generator=generator)
     teacher[1, 4:8] = student[1, 4:8] + torch.tensor([0.1, -0.3, 0.2, -0.2])
-    loss = dsig.box_delta_loss(
-        dsig.select_class_deltas(student, labels),
-        dsig.select_class_deltas(teacher, labels),
-        labels < num_classes,
-        average_over="all",
-    )
+    loss = roi_box_loss(student, teacher, labels, num_classes)
     assert loss.item() == pytest.approx(0.2, abs=1e-6)
-
-
-def test_box_deltas_of_a_class_agnostic_head():
-    """A class-agnostic head has one set of deltas, whatever the label."""
-    deltas = torch.arange(8.0).view(2, 4)
-    assert torch.equal(dsig.select_class_deltas(deltas, torch.tensor([5, 0])), deltas)
-
-
-def test_box_delta_loss_over_foreground():
-    """RetinaNet: the sum over foreground anchors is divided by their number, at least one."""
-    student, teacher = torch.zeros(4, 4), torch.ones(4, 4)
-    foreground = torch.tensor([True, False, True, False])
-    loss = dsig.box_delta_loss(student, teacher, foreground, average_over="foreground")
-    assert loss.item() == 4.0
-    loss = dsig.box_delta_loss(student, teacher, foreground & False, average_over="foreground")
-    assert loss.item() == 0.0
-
-
-def test_pyramid_loss():
-    """Levels add up, each a mean over all of its elements."""
-    student = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)]
-    teacher = [torch.full((2, 3, 4, 4), 2.0), torch.ones(2, 3, 2, 2)]
-    assert dsig.pyramid_loss(student, teacher).item() == 5.0
 
 
 # ------------------------------------------------------------------- identity, limits, gradients
@@ -398,8 +372,8 @@ def test_identity():
     exact = [
         *dsig.node_losses(nodes, twin, foreground, index, 2),
         dsig.class_logit_loss(logits, logits.detach()),
-        dsig.box_delta_loss(nodes[:, :4], twin[:, :4], foreground, average_over="all"),
-        dsig.pyramid_loss([nodes], [twin]),
+        roi_box_loss(nodes[:, :4], twin[:, :4], (~foreground).long(), 1),
+        pyramid_mimic_loss([nodes], [twin]),
     ]
     edge = graph_edge_loss(nodes, twin, foreground | True, index, 2)
     assert all(loss.item() == 0.0 for loss in exact)
@@ -419,7 +393,6 @@ def test_degenerate_graphs(counts, scale):
         *dsig.node_losses(student, teacher.float(), foreground, index, len(counts)),
         graph_edge_loss(student, teacher.float(), foreground, index, len(counts)),
         dsig.class_logit_loss(student, teacher.float()),
-        dsig.box_delta_loss(student[:, :4], teacher.float()[:, :4], foreground, average_over="all"),
     ]
     sum(losses).backward()
     assert all(torch.isfinite(loss) for loss in losses)
@@ -466,8 +439,6 @@ def test_only_the_student_gets_gradients():
         sum(dsig.node_losses(student, teacher, foreground, index, 2))
         + graph_edge_loss(student, teacher, foreground | mined, index, 2)
         + dsig.class_logit_loss(student, teacher)
-        + dsig.box_delta_loss(student[:, :4], teacher[:, :4], foreground, average_over="all")
-        + dsig.pyramid_loss([student], [teacher])
     )
     total.backward()
     assert student.grad.any() and teacher.grad is None and logits.grad is None
@@ -510,8 +481,6 @@ def test_gradients_numerically():
                 *dsig.node_losses(x, teacher, foreground, index, 3),
                 graph_edge_loss(x, teacher, selected, index, 3),
                 dsig.class_logit_loss(x, teacher, valid, temperature=2.0),
-                dsig.box_delta_loss(x, teacher, foreground, average_over="foreground"),
-                dsig.pyramid_loss([x, 2 * x], [teacher, teacher]),
             ]
         )
 
