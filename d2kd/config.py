@@ -420,6 +420,14 @@ def _files_beside(path: str) -> list[str]:
     return [os.path.join(folder, name) for name in names if name.endswith(".yaml")]
 
 
+def similar_files(path: str) -> str:
+    """Files beside ``path`` with a name like it, as a list for a message."""
+    folder = os.path.dirname(path) or "."
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    close = difflib.get_close_matches(os.path.basename(path), names, n=3, cutoff=0.4)
+    return ", ".join(os.path.join(folder, name) for name in close)
+
+
 def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> None:
     """Merge a YAML file or model-zoo entry into ``cfg``.
 

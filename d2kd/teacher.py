@@ -7,10 +7,8 @@ it. It normalises the student's images its own way and is read on the student's 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import logging
-import os
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +33,13 @@ from .bundle import (
     describe_detector,
     feature_strides,
 )
-from .config import PRECISIONS, ConfigError, add_distillation_config, load_config
+from .config import (
+    PRECISIONS,
+    ConfigError,
+    add_distillation_config,
+    load_config,
+    similar_files,
+)
 from .taps import Taps, flatten_maps
 
 logger = logging.getLogger(__name__)
@@ -376,18 +380,11 @@ def find_teacher_weights(node: CfgNode, teacher_cfg: CfgNode) -> str:
         )
     is_local = "://" not in weights and weights != RANDOM_WEIGHTS
     if is_local and not PathManager.isfile(weights):
-        near = _similar_files(weights)
+        near = similar_files(weights)
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS: no file '{weights}'" + (f"; there is {near}" if near else "")
         )
     return weights
-
-
-def _similar_files(path: str) -> str:
-    folder = os.path.dirname(path) or "."
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    close = difflib.get_close_matches(os.path.basename(path), names, n=3, cutoff=0.4)
-    return ", ".join(os.path.join(folder, name) for name in close)
 
 
 class _StrictCheckpointer(DetectionCheckpointer):

@@ -74,8 +74,11 @@ def test_situations(method, arch, teacher_files, plain_losses):
         losses = run_step(model, make_batch(objects))
         check_step(model, losses, plain_losses(arch, objects))
     model = distiller(arch, teacher_files[arch], method)
+    # PyTorch's bf16 weight gradient of a strided convolution on a 1x1 map, P7 of a smaller image,
+    # holds uninitialised memory on the CPU.
+    batch = make_batch(size=(160, 160) if arch == "retinanet" else (64, 64))
     with torch.autocast("cpu", torch.bfloat16):
-        losses = run_step(model, make_batch())
+        losses = run_step(model, batch)
     assert all(loss.dtype == torch.float32 for loss in distillation(losses).values())
     check_step(model, losses, None)
 

@@ -14,9 +14,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,13 +24,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from runs import ROOT, run_stage
 from tabulate import tabulate
 
 from d2kd import add_distillation_config
 from d2kd.config import load_config, student_config
 from d2kd.engine.hooks import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = "configs/digits"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
@@ -53,37 +50,11 @@ class Demo:
     ):
         self.output, self.seeds, self.pretraining = output, seeds, pretraining
         self.teacher_iterations, self.student_iterations = iterations
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
 
     # --- running ---------------------------------------------------------------------------------
 
     def stage(self, name: str, command: list[str], done: Path, threads: int) -> None:
-        """Run ``command``, showing its progress, unless the file ``done`` is there."""
-        if done.exists():
-            print(f"{name}: done before", flush=True)
-            return
-        start = time.perf_counter()
-        print(f"{name} ...", flush=True)
-        log = self.output / "logs" / f"{name.replace(' ', '_')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for line in process.stdout:
-                file.write(line)
-                progress = progress_of(line)
-                if progress:
-                    print(f"  {name}: {progress}", flush=True)
-        if process.wait() != 0 or not done.exists():
-            sys.exit(f"{name} failed; its output is in {log}")
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        run_stage(name, command, done, self.output / "logs", threads)
 
     def pretrain(self, config: str, threads: int) -> None:
         depth = re.search(r"R\d+", config)[0]
@@ -153,24 +124,13 @@ class Demo:
             "student + SSIM": [f"ssim_{seed}" for seed in self.seeds],
             "teacher": ["teacher"],
         }
-        means = {
-            name: {m: float(np.mean([self.results(run)[m] for run in group])) for m in METRICS}
-            for name, group in runs.items()
+        figures = {
+            "iterations": {"teacher": self.teacher_iterations, "student": self.student_iterations},
+            "seeds": self.seeds,
+            "results": {name: [self.results(run) for run in group] for name, group in runs.items()},
         }
-        rows = [[name, *(f"{mean[m]:.1f}" for m in METRICS)] for name, mean in means.items()]
-        table = tabulate(rows, headers=["", *METRICS], disable_numparse=True)
-        gains = [
-            self.results(f"ssim_{seed}")["AP"] - self.results(f"alone_{seed}")["AP"]
-            for seed in self.seeds
-        ]
-        each = ", ".join(f"{gain:+.1f}" for gain in gains)
-        alone = [self.results(run)["AP"] for run in runs["student alone"]]
-        verdict = (
-            f"gain of SSIM: {np.mean(gains):+.1f} AP (seed by seed: {each}); "
-            f"the student alone varies by {max(alone) - min(alone):.1f} AP between the seeds"
-        )
-        print(f"\n{table}\n\n{verdict}")
-        write_json({"means": means, "gains": gains, "alone": alone}, str(self.output / "demo.json"))
+        print(f"\n{markdown(figures)}")
+        write_json(figures, str(self.output / "demo.json"))
         picture = self.output / "demo.png"
         save_picture(
             {
@@ -183,21 +143,29 @@ class Demo:
         print(f"picture: {picture}   figures: {self.output / 'demo.json'}")
 
 
+def markdown(figures: dict) -> str:
+    """The table of ``demo.json`` as Markdown, and the gain beside the noise of the seeds."""
+    results = figures["results"]
+    rows = [
+        [name, len(group), *(f"{np.mean([run[m] for run in group]):.1f}" for m in METRICS)]
+        for name, group in results.items()
+    ]
+    headers = ["", "seeds", *METRICS]
+    table = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    alone, distilled = ([run["AP"] for run in group] for group in list(results.values())[:2])
+    gains = [b - a for a, b in zip(alone, distilled, strict=True)]
+    each = ", ".join(f"{gain:+.1f}" for gain in gains)
+    return (
+        f"{table}\n\nGain of SSIM: {np.mean(gains):+.1f} AP (seed by seed {each}); the student "
+        f"alone varies by {max(alone) - min(alone):.1f} AP between the seeds."
+    )
+
+
 def wait(pool: ThreadPoolExecutor, *jobs) -> None:
     """Run jobs in the pool; a failure of one ends the demo."""
     futures = [pool.submit(job) for job in jobs]
     for future in futures:
         future.result()
-
-
-def progress_of(line: str) -> str | None:
-    """What a line of a training's or pre-training's log says of its progress."""
-    if line.startswith("pre-training"):
-        return (
-            line.split(":", 1)[0].removeprefix("pre-training ") + line.rsplit(",", 1)[-1].rstrip()
-        )
-    match = re.search(r"eta: (\S+)\s+iter: (\d+)\s+total_loss: (\S+)", line)
-    return f"iteration {match[2]}, loss {match[3]}, {match[1]} to go" if match else None
 
 
 # --- the picture --------------------------------------------------------------------------------
@@ -260,9 +228,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--teacher-iterations", type=int, default=260)
-    parser.add_argument("--student-iterations", type=int, default=150)
-    parser.add_argument("--pretraining", type=int, default=120, help="steps of the backbones")
+    parser.add_argument("--teacher-iterations", type=int, default=500)
+    parser.add_argument("--student-iterations", type=int, default=400)
+    parser.add_argument("--pretraining", type=int, default=100, help="steps of the backbones")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     iterations = (args.teacher_iterations, args.student_iterations)

@@ -78,7 +78,9 @@ def pretrain(cfg: CfgNode, steps: int, batch: int, crop: int, seed: int) -> dict
     classifier.to(cfg.MODEL.DEVICE)
     parameters = [*backbone.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 2e-3, total_steps=steps, pct_start=0.2
+    )
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(cfg.MODEL.PIXEL_STD).view(1, 3, 1, 1)
     start = time.perf_counter()

@@ -14,12 +14,14 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import (
     ConfigError,
     add_distillation_config,
     load_config,
+    similar_files,
     unknown_key,
     validate_distillation_config,
     validate_meta_arch,
@@ -76,9 +78,26 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
         validate_distillation_config(cfg)
+    check_weights(cfg.MODEL.WEIGHTS)
     check_datasets(cfg, train=not args.eval_only)
     cfg.freeze()
     return cfg
+
+
+def check_weights(path: str) -> None:
+    """Check that a checkpoint is there, if it is a local file.
+
+    Raises:
+        ConfigError: it is not; names files like it, or for digits the command that makes it.
+    """
+    if not path or "://" in path or PathManager.isfile(path):
+        return
+    hint = ""
+    if path.endswith("_pretrained.pth"):
+        hint = "; tools/pretrain_digits.py makes it"
+    elif similar_files(path):
+        hint = f"; there is {similar_files(path)}"
+    raise ConfigError(f"MODEL.WEIGHTS: no file '{path}'{hint}")
 
 
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:

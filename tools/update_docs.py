@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""Write the measured tables of README and docs from the JSON files in docs/results.
+
+    python tools/update_docs.py          # rewrite the blocks
+    python tools/update_docs.py --check  # exit 1 if a page does not say what the files say
+
+A block is what stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
+``benchmark`` (a file of tools/benchmark.py --json), ``compare`` (results.jsonl of tools/compare.py)
+or ``demo`` (demo.json of make demo).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import benchmark
+import compare
+import demo
+from runs import ROOT
+
+BLOCK = re.compile(r"(<!-- measured: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render_benchmark(path: Path) -> str:
+    data = json.loads(path.read_text())
+    setting = data["setting"]
+    where = f"{data['device']}, {data['threads']} threads, PyTorch {data['torch']}"
+    what = (
+        f"student R{setting['student']}, teacher R{setting['teacher']}, {setting['size']} px, "
+        f"batch {setting['batch']}, {setting['objects']} objects an image, "
+        f"medians of {setting['repeats']}"
+    )
+    return f"{benchmark.table(data['rows'])}\n\n{where}; {what}."
+
+
+def render_compare(path: Path) -> str:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    configs = list(dict.fromkeys(line["config"] for line in lines))
+    return compare.report(lines, configs, lines[0]["opts"]).strip()
+
+
+def render_demo(path: Path) -> str:
+    return demo.markdown(json.loads(path.read_text()))
+
+
+RENDER = {"benchmark": render_benchmark, "compare": render_compare, "demo": render_demo}
+
+
+def update(text: str) -> str:
+    """``text`` with each block rendered anew; a block whose file is not there stays as it is."""
+
+    def block(match: re.Match) -> str:
+        begin, kind, name, end = match.groups()
+        path = ROOT / name
+        return f"{begin}{RENDER[kind](path)}\n{end}" if path.is_file() else match[0]
+
+    return BLOCK.sub(block, text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 on a difference"
+    )
+    args = parser.parse_args(argv)
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        old = page.read_text()
+        new = update(old)
+        if new != old:
+            stale.append(str(page.relative_to(ROOT)))
+            if not args.check:
+                page.write_text(new)
+    if stale:
+        print(f"{'stale' if args.check else 'updated'}: {', '.join(stale)}")
+        sys.exit(1 if args.check else 0)
+
+
+if __name__ == "__main__":
+    main()
