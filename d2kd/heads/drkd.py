@@ -29,7 +29,7 @@ from .drkd_units import (
     InstanceLayout,
     InstanceRelation,
     RelationUnit,
-    pixel_relation_gap,
+    squared_relation_gap,
 )
 
 logger = logging.getLogger(__name__)
@@ -195,10 +195,7 @@ class DRKD(DistillHead):
     ) -> dict[str, Tensor]:
         terms = {}
         if self.weights["pixel"]:
-            gaps = [
-                self._pixel_gap(s, student.pyramid[s], teacher.pyramid[s]) for s in self.strides
-            ]
-            terms["pixel"] = pixel_relation_loss(gaps, self.profile)
+            terms["pixel"] = self._pixel_loss(student.pyramid, teacher.pyramid)
         if self.weights["relation"] or self.weights["instance"]:
             boxes = choose_boxes(batch.gt_boxes, self.max_instances, seed=batch.iteration)
             layout = InstanceLayout([len(b) for b in boxes], boxes[0].device)
@@ -215,11 +212,20 @@ class DRKD(DistillHead):
         factors = self._batch_size_factors(len(batch.inputs))
         return {name: self.weights[name] * factors[name] * terms[name] for name in terms}
 
-    def _pixel_gap(self, stride: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """The gap of L_PR at one level: (B, C_s, H, W), (B, C_t, H, W) -> (B, C_t, H, W)."""
-        key = str(stride)
-        units = self.student_graphs[key], self.teacher_graphs[key]
-        return pixel_relation_gap(*units, self.pixel_adapters[key], student, teacher)
+    def _pixel_loss(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+        """L_PR over levels; the pyramids are stride -> (B, C_s, H, W), (B, C_t, H, W)."""
+        squared_gaps = [
+            squared_relation_gap(
+                self.student_graphs[str(s)],
+                self.teacher_graphs[str(s)],
+                self.pixel_adapters[str(s)],
+                student[s],
+                teacher[s],
+            )
+            for s in self.strides
+        ]
+        sizes = [teacher[s].numel() for s in self.strides]
+        return pixel_relation_loss(squared_gaps, sizes, self.profile)
 
     @full_precision
     def _relation_loss(

@@ -15,8 +15,7 @@ from d2kd.heads.drkd_units import (
     InstanceRelation,
     RelationFilter,
     RelationUnit,
-    is_small_map,
-    pixel_relation_gap,
+    squared_relation_gap,
 )
 from d2kd.losses.drkd import instance_loss, pixel_relation_loss, relation_matrix_loss
 
@@ -85,28 +84,50 @@ def example_graph_unit(mix: float = 0.0, normalize: bool = False) -> GraphUnit:
 
 
 EXAMPLE_MAP = torch.tensor([[[[1.0, 2.0]]]], dtype=torch.float64)
-BOTH_EVALUATIONS = pytest.mark.parametrize("size", [(1, 2), (4, 5)], ids=["small map", "large map"])
+
+
+def forward(unit: GraphUnit, x: torch.Tensor) -> torch.Tensor:
+    return unit(x)
+
+
+def from_moments(unit: GraphUnit, x: torch.Tensor) -> torch.Tensor:
+    """phi(x) by the affine map that the unit makes of the moments of x."""
+    pixels = x.flatten(2)
+    mean = pixels.mean(2)
+    centred = pixels - mean.unsqueeze(2)
+    matrix, offset = unit.affine(mean, centred @ centred.mT, pixels.shape[2])
+    return (matrix @ centred + offset.unsqueeze(2)).view_as(x)
+
+
+def identity_adapter(channels: int) -> nn.Conv2d:
+    adapter = nn.Conv2d(channels, channels, 1)
+    nn.init.dirac_(adapter.weight)
+    nn.init.zeros_(adapter.bias)
+    return adapter
+
+
+SMALL_AND_LARGE = pytest.mark.parametrize("size", [(1, 2), (4, 5)], ids=["small map", "large map"])
+BOTH_EVALUATIONS = pytest.mark.parametrize("phi", [forward, from_moments])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @BOTH_EVALUATIONS
-def test_graph_unit_equals_brute_force(size, training, normalize):
+def test_graph_unit_equals_brute_force(phi, training, normalize):
     """Both evaluations are the definition, in training and in evaluation."""
     unit = random_graph_unit(normalize=normalize).train(training)
     unit.norm.running_mean.normal_()
     unit.norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    assert is_small_map(x) == (size == (1, 2))
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     expected = brute_force_graph_unit(unit, x)
-    torch.testing.assert_close(unit(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(phi(unit, x), expected, rtol=1e-10, atol=1e-10)
 
 
 @BOTH_EVALUATIONS
-def test_graph_unit_running_statistics_are_batch_norms(size):
+def test_graph_unit_running_statistics_are_batch_norms(phi):
     """Running mean and variance move exactly as ``nn.BatchNorm2d`` moves them."""
     unit = random_graph_unit()
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     reference = nn.BatchNorm2d(3, eps=1e-4).double()
     plain = random_graph_unit()
     plain.load_state_dict(unit.state_dict())
@@ -114,103 +135,123 @@ def test_graph_unit_running_statistics_are_batch_norms(size):
         plain.eval().norm.weight.fill_(math.sqrt(1 + 1e-4))
         plain.norm.bias.zero_()
         reference(plain(x) - x)
-    unit(x)
+    phi(unit, x)
     torch.testing.assert_close(unit.norm.running_mean, reference.running_mean)
     torch.testing.assert_close(unit.norm.running_var, reference.running_var)
     assert unit.norm.num_batches_tracked == 1
 
 
 @BOTH_EVALUATIONS
-def test_graph_unit_gradients_equal_brute_force(size):
+def test_graph_unit_gradients_equal_brute_force(phi):
     """Gradients of the map and of every parameter equal those of the definition."""
     unit = random_graph_unit()
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     leaves = [x, *unit.parameters()]
-    weight = torch.randn(2, 3, *size, dtype=torch.float64)
-    actual = torch.autograd.grad((unit(x) * weight).sum(), leaves)
+    weight = torch.randn_like(x)
+    actual = torch.autograd.grad((phi(unit, x) * weight).sum(), leaves)
     expected = torch.autograd.grad((brute_force_graph_unit(unit, x) * weight).sum(), leaves)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
-@BOTH_EVALUATIONS
-def test_graph_unit_gradcheck(size):
-    """The hand-written backward pass agrees with finite differences."""
-    unit = random_graph_unit()
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(unit, x)
-
-
-@BOTH_EVALUATIONS
-def test_gap_equals_units_then_adapter(size):
-    """The folded computation is adapter(phi_s(S)) - phi_t(T), gradients included."""
+@SMALL_AND_LARGE
+def test_squared_gap_equals_brute_force(size):
+    """||adapter(phi_s(S)) - phi_t(T)||^2 for different widths, gradients included."""
     student_unit, teacher_unit = random_graph_unit(3, 2), random_graph_unit(4, 3)
     adapter = nn.Conv2d(3, 4, 1).double()
     student = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 4, *size, dtype=torch.float64)
     leaves = [student, *student_unit.parameters(), *teacher_unit.parameters()]
     leaves += adapter.parameters()
-    gap = pixel_relation_gap(student_unit, teacher_unit, adapter, student, teacher)
-    expected = adapter(brute_force_graph_unit(student_unit, student))
-    expected = expected - brute_force_graph_unit(teacher_unit, teacher)
-    torch.testing.assert_close(gap, expected, rtol=1e-10, atol=1e-10)
-    actual = torch.autograd.grad(pixel_relation_loss([gap]), leaves)
+    actual = squared_relation_gap(student_unit, teacher_unit, adapter, student, teacher)
+    gap = adapter(brute_force_graph_unit(student_unit, student))
+    gap = gap - brute_force_graph_unit(teacher_unit, teacher)
+    expected = sum(value**2 for value in gap.flatten())
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
     for a, e in zip(
-        actual, torch.autograd.grad(pixel_relation_loss([expected]), leaves), strict=True
+        torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves), strict=True
     ):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8)
 
 
+@SMALL_AND_LARGE
+def test_squared_gap_gradcheck(size):
+    """The hand-written backward pass agrees with finite differences."""
+    units = random_graph_unit(), random_graph_unit()
+    adapter = nn.Conv2d(3, 3, 1).double()
+    student, teacher = torch.randn(2, 2, 3, *size, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: squared_relation_gap(*units, adapter, x, teacher), student.requires_grad_()
+    )
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_graph_unit_float32_is_accurate(memory_format):
-    """Features with a large mean: float32 stays within a small error of float64."""
-    unit = GraphUnit(32, 16)
-    x = 10 + torch.randn(2, 32, 40, 40)
-    expected = brute_force_graph_unit(unit.double(), x.double())
-    actual = unit.float()(x.contiguous(memory_format=memory_format))
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-3)
+@pytest.mark.parametrize("gap", [1.0, 0.1, 0.01])
+def test_squared_gap_in_float32(gap, memory_format):
+    """Features with a large mean and a small gap: float32 stays close to float64."""
+    unit, adapter = GraphUnit(32, 16), identity_adapter(32)
+    teacher = 10 + torch.randn(2, 32, 40, 40)
+    student = (teacher + gap * torch.randn_like(teacher)).contiguous(memory_format=memory_format)
+    actual = squared_relation_gap(unit, unit, adapter, student, teacher)
+    unit, adapter = unit.double(), adapter.double()
+    expected = (unit(student.double()) - unit(teacher.double())).square().sum()
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5 / gap)
 
 
-def test_oracle_1_graph_unit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@SMALL_AND_LARGE
+def test_gap_within_rounding_is_zero(size, dtype):
+    """Equal sides: a loss of exactly zero with a zero gradient, not the root of rounding errors."""
+    unit, adapter = GraphUnit(3, 2).to(dtype), identity_adapter(3).to(dtype)
+    x = (5 + torch.randn(2, 3, *size, dtype=dtype)).requires_grad_()
+    squared = squared_relation_gap(unit, unit, adapter, x, x.detach())
+    pixel_relation_loss([squared], [x.numel()]).backward()
+    assert squared == 0
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@BOTH_EVALUATIONS
+def test_oracle_1_graph_unit(phi):
     """Oracle 1: a unit small enough to compute by hand."""
     expected = torch.tensor([[[[5.99975, 11.9995]]]], dtype=torch.float64)
-    torch.testing.assert_close(example_graph_unit()(EXAMPLE_MAP), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(phi(example_graph_unit(), EXAMPLE_MAP), expected, rtol=0, atol=1e-6)
     expected = torch.tensor([[[[3.499875, 6.99975]]]], dtype=torch.float64)
-    actual = example_graph_unit(normalize=True)(EXAMPLE_MAP)
+    actual = phi(example_graph_unit(normalize=True), EXAMPLE_MAP)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     expected = torch.tensor([[[[8.0e-6, 2.999992]]]], dtype=torch.float64)
-    actual = example_graph_unit().train()(EXAMPLE_MAP)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-
-
-def test_oracle_2_node_mixing():
-    """Oracle 2: mixing over nodes with -1 cancels the nodes, with +0.2 it strengthens them."""
-    assert torch.equal(example_graph_unit(mix=-1)(EXAMPLE_MAP), EXAMPLE_MAP)
-    expected = torch.tensor([[[[6.9997, 13.9994]]]], dtype=torch.float64)
-    actual = example_graph_unit(mix=0.2)(EXAMPLE_MAP)
+    actual = phi(example_graph_unit().train(), EXAMPLE_MAP)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 @BOTH_EVALUATIONS
-def test_oracle_3_zero_norm_is_identity(size):
+def test_oracle_2_node_mixing(phi):
+    """Oracle 2: mixing over nodes with -1 cancels the nodes, with +0.2 it strengthens them."""
+    assert torch.equal(phi(example_graph_unit(mix=-1), EXAMPLE_MAP), EXAMPLE_MAP)
+    expected = torch.tensor([[[[6.9997, 13.9994]]]], dtype=torch.float64)
+    actual = phi(example_graph_unit(mix=0.2), EXAMPLE_MAP)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@BOTH_EVALUATIONS
+def test_oracle_3_zero_norm_is_identity(phi):
     """Oracle 3: without batch norm's scale and shift the unit is the identity."""
     unit = GraphUnit(3, 2, zero_init_norm=True).double()
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(unit(x), x, rtol=0, atol=1e-14)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(phi(unit, x), x, rtol=0, atol=1e-14)
 
 
 @BOTH_EVALUATIONS
-def test_oracle_4_permutation_of_pixels(size):
+def test_oracle_4_permutation_of_pixels(phi):
     """Oracle 4: the order of the pixels does not matter, so neither do flips."""
     unit = random_graph_unit().eval()
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    order = torch.randperm(size[0] * size[1])
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    order = torch.randperm(20)
 
     def permute(y):
         return y.flatten(2)[:, :, order].view_as(y)
 
-    assert (unit(permute(x)) - permute(unit(x))).abs().max() < 1e-12
-    assert (unit(x.flip(3)) - unit(x).flip(3)).abs().max() < 1e-12
+    assert (phi(unit, permute(x)) - permute(phi(unit, x))).abs().max() < 1e-12
+    assert (phi(unit, x.flip(3)) - phi(unit, x).flip(3)).abs().max() < 1e-12
 
 
 def test_parameter_counts():
@@ -230,9 +271,9 @@ def test_constant_maps_are_finite(value, batch, size):
     """All-zero and constant maps, and maps of one pixel: finite output and gradients."""
     unit, adapter = GraphUnit(4, 2), nn.Conv2d(4, 4, 1)
     x = torch.full((batch, 4, *size), value, requires_grad=True)
-    gap = pixel_relation_gap(unit, GraphUnit(4, 2), adapter, x, torch.full_like(x, value))
-    pixel_relation_loss([gap]).backward()
-    assert gap.isfinite().all() and x.grad.isfinite().all()
+    squared = squared_relation_gap(unit, GraphUnit(4, 2), adapter, x, torch.full_like(x, value))
+    pixel_relation_loss([squared], [x.numel()]).backward()
+    assert squared.isfinite() and x.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in unit.parameters())
 
 
@@ -249,9 +290,9 @@ def test_graph_sums_do_not_overflow_half_precision(dtype):
     assert nodes.max() > torch.finfo(torch.float16).max
     with torch.autocast("cpu", dtype=torch.bfloat16):
         refined = unit(x)
-        gap = pixel_relation_gap(unit, GraphUnit(4, 2), nn.Conv2d(4, 4, 1), x, x.detach())
-        pixel_relation_loss([gap]).backward()
-    assert refined.dtype == gap.dtype == torch.float32
+        squared = squared_relation_gap(unit, GraphUnit(4, 2), nn.Conv2d(4, 4, 1), x, x.detach())
+        pixel_relation_loss([squared], [x.numel()]).backward()
+    assert refined.dtype == squared.dtype == torch.float32 and squared.isfinite()
     assert refined.isfinite().all() and x.grad.isfinite().all()
 
 
@@ -477,15 +518,12 @@ def test_oracle_9_roi_align():
 def test_oracle_11_equal_sides_have_no_loss():
     """Oracle 11: equal features, equal units and identity adapters: all three losses are 0."""
     channels, layout = 4, InstanceLayout([2, 1])
-    adapter = nn.Conv2d(channels, channels, 1).double()
-    with torch.no_grad():
-        adapter.weight.copy_(torch.eye(channels)[:, :, None, None])
-        adapter.bias.zero_()
+    adapter = identity_adapter(channels).double()
     for size in ((1, 2), (5, 5)):
         unit = random_graph_unit(channels)
         x = torch.randn(2, channels, *size, dtype=torch.float64)
-        gap = pixel_relation_gap(unit, unit, adapter, x, x)
-        assert pixel_relation_loss([gap]).item() < 1e-12
+        squared = squared_relation_gap(unit, unit, adapter, x, x)
+        assert pixel_relation_loss([squared], [x.numel()]).item() == 0
     unit = random_relation_unit(channels * 9)
     pooled = torch.randn(3, channels, 3, 3, dtype=torch.float64)
     refined = unit(pooled.flatten(1), layout).view_as(pooled)
@@ -499,8 +537,8 @@ def test_oracle_12_where_gradients_go():
     adapter = nn.Conv2d(4, 4, 1)
     student = torch.randn(2, 4, 5, 5, requires_grad=True)
     teacher = torch.randn(2, 4, 5, 5)
-    gap = pixel_relation_gap(*units, adapter, student, teacher)
-    pixel_relation_loss([gap]).backward()
+    squared = squared_relation_gap(*units, adapter, student, teacher)
+    pixel_relation_loss([squared], [teacher.numel()]).backward()
     assert teacher.grad is None
     for tensor in (student, *adapter.parameters(), *units[0].parameters()):
         assert tensor.grad.abs().max() > 0
