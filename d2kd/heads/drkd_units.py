@@ -188,11 +188,12 @@ def squared_relation_gap(
     Returns:
         Scalar, the sum over all elements of (B, C_t, H, W).
     """
+    teacher = teacher.detach()
     num_pixels = student.shape[2] * student.shape[3]
     if num_pixels <= student.shape[1]:  # (C, C) matrices would cost more than the maps
         return (adapter(student_unit(student)) - teacher_unit(teacher)).square().sum()
     student_mean, teacher_mean, student_scatter, cross_scatter, teacher_scatter = _Moments.apply(
-        student.flatten(2), teacher.detach().flatten(2)
+        student.flatten(2), teacher.flatten(2)
     )
     matrix_s, offset_s = student_unit.affine(student_mean, student_scatter, num_pixels)
     matrix_t, offset_t = teacher_unit.affine(teacher_mean, teacher_scatter, num_pixels)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import roi_align
 
 from d2kd import ConfigError
 from d2kd.bundle import Batch, DetectorSpec, FeatureBundle
@@ -129,6 +130,16 @@ def test_weights_by_kind_of_student(distiller):
     assert head.weights == {"pixel": 4e-3, "relation": 5e-3, "instance": 0.5}
 
 
+def test_sizes_of_the_released_code(distiller):
+    """By default 64 nodes on the two finest levels and 256 on the others; instances of 3 x 3 cells
+    from the two finest levels, pooled without the half-pixel shift."""
+    head = distiller("faster").distill_heads["DRKD"]
+    nodes = [graph.projection.out_features for graph in head.student_graphs.values()]
+    assert nodes == [64, 64, 256, 256, 256]
+    assert head.instance_strides == (4, 8)
+    assert head.pooling == {"output_size": 3, "sampling_ratio": 0, "aligned": False}
+
+
 @pytest.mark.parametrize("term", sorted(TERMS))
 def test_terms_alone(distiller, term):
     """A term of weight 0 is gone, with its parameters; the others keep their value."""
@@ -189,6 +200,51 @@ def test_all_weights_zero_is_refused(distiller):
 
 
 # --- the head alone -------------------------------------------------------------------------------
+
+
+def terms_by_loops(head: DRKD, student: dict, teacher: dict, boxes: list, profile: str) -> dict:
+    """The three terms without weights, one level and one image at a time."""
+    code, terms = profile == "code", dict.fromkeys(TERMS, 0.0)
+    for s in STRIDES:
+        gap = head.pixel_adapters(s, head.student_graphs[str(s)](student[s]))
+        gap = gap - head.teacher_graphs[str(s)](teacher[s])
+        terms["pixel"] += gap.norm() if code else gap.square().mean()
+    for s in STRIDES[:2]:
+        for image, own in enumerate(boxes):
+            n = len(own)
+            if n == 0:
+                continue
+            mine, theirs = (
+                roi_align(x[s][image : image + 1], [own.to(x[s])], 3, 1 / s, -1, aligned=False)
+                for x in (student, teacher)
+            )
+            gap, layout = head.instance_adapters(s, mine) - theirs, InstanceLayout([n])
+            total = sum(map(len, boxes))
+            terms["instance"] += gap.norm() if code else gap.square().sum() / total
+            related = head.student_relations[str(s)](mine.flatten(1), layout)
+            target = head.teacher_relations[str(s)](theirs.flatten(1), layout)
+            if code:
+                gap = head.relation_adapters(s, related.view_as(mine)) - target.view_as(theirs)
+                terms["relation"] += gap.norm()
+            else:
+                images = sum(len(other) > 0 for other in boxes)
+                terms["relation"] += (related - target).square().mean() / images
+    return terms
+
+
+@PROFILES
+def test_terms_are_the_formulas(profile):
+    """Weights, batch factors, levels, pooling and sides: the terms of a batch of three images, one
+    of them without objects, equal plain loops over levels and images."""
+    head = make_head(profile=profile).double()
+    student, teacher = make_bundles(batch=3, dtype=torch.float64)
+    batch = Batch.from_inputs(make_batch((3, 0, 2), size=(64, 64)), torch.device("cpu"))
+    terms = head(student, teacher, batch)
+    expected = terms_by_loops(head, student.pyramid, teacher.pyramid, batch.gt_boxes, profile)
+    pixel, instance = (math.sqrt(2 / 3), 2 / 3) if profile == "code" else (1, 1)
+    factors = {"pixel": 1e-3 * pixel, "relation": 4e-3 * instance, "instance": 2.4e-3 * instance}
+    for name, factor in factors.items():
+        torch.testing.assert_close(terms[name], factor * expected[name], rtol=1e-9, atol=0)
 
 
 @PROFILES

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import roi_align
 
+from d2kd.bundle import DetectorSpec, FeatureBundle
 from d2kd.heads.drkd_units import (
     GraphUnit,
     InstanceLayout,
@@ -499,10 +499,12 @@ def test_unknown_filter_is_named():
 def test_oracle_9_roi_align():
     """Oracle 9: pooling without half-pixel shift, and with at least one cell per box."""
     ramp = torch.arange(16.0).expand(1, 1, 16, 16).contiguous()
+    spec = DetectorSpec("student", "GeneralizedRCNN", {4: 1}, frozenset({"pyramid"}))
+    bundle = FeatureBundle(spec, pyramid={4: ramp})
 
     def pool(box, aligned):
         boxes = [torch.tensor([box], dtype=torch.float32)]
-        return roi_align(ramp, boxes, 3, 0.25, sampling_ratio=-1, aligned=aligned)[0, 0]
+        return bundle.pool(boxes, 3, strides=(4,), sampling_ratio=0, aligned=aligned)[0, 0]
 
     for row in pool((8, 8, 32, 32), aligned=False):
         torch.testing.assert_close(row, torch.tensor([3.0, 5, 7]))
@@ -531,12 +533,12 @@ def test_oracle_11_equal_sides_have_no_loss():
     assert instance_loss([adapter(pooled) - pooled], layout.image_index, 2).item() < 1e-12
 
 
-def test_oracle_12_where_gradients_go():
+@SMALL_AND_LARGE
+def test_oracle_12_where_gradients_go(size):
     """Oracle 12: to the student's map, the adapter and the units of both sides; not to T."""
-    units = [GraphUnit(4, 2), GraphUnit(4, 2)]
+    units = [GraphUnit(4, 16), GraphUnit(4, 16)]  # enough nodes that some pass the ReLU
     adapter = nn.Conv2d(4, 4, 1)
-    student = torch.randn(2, 4, 5, 5, requires_grad=True)
-    teacher = torch.randn(2, 4, 5, 5)
+    student, teacher = (torch.randn(2, 4, *size, requires_grad=True) for _ in range(2))
     squared = squared_relation_gap(*units, adapter, student, teacher)
     pixel_relation_loss([squared], [teacher.numel()]).backward()
     assert teacher.grad is None

@@ -16,7 +16,7 @@ from d2kd import ConfigError, Distiller, Teacher
 from d2kd.bundle import describe_detector
 from d2kd.engine.schedules import Schedule
 from d2kd.heads.mar import MAR, Advice, advise
-from d2kd.losses.mar import mask_guided_loss, relation_loss
+from d2kd.losses.mar import mask_guided_loss, pixel_weights, relation_loss
 from tests.detectors import (
     ARCHS,
     build,
@@ -177,6 +177,52 @@ def test_terms_are_the_losses(distiller):
         head.register_forward_pre_hook(record)
         value = run_step(model, make_batch())[TERMS[0]].item()
         assert value == pytest.approx(3 * weight * seen["loss"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["balanced", "uniform"])
+def test_relation_on_the_class_tower(distiller, mode):
+    """On maps: 10 times the mean over levels, with the masks' weights of the configured mode."""
+    model = distiller("retinanet", ("DISTILL.MAR.RELATION.PIXEL_WEIGHTS", mode))
+    seen = {}
+
+    def record(head, inputs):
+        student, teacher, batch = inputs
+        masks = head.build_masks(student, batch.gt_boxes)
+        seen["losses"] = [
+            relation_loss(
+                student.dense.class_tower[s].flatten(2),
+                teacher.dense.class_tower[s].flatten(2),
+                pixel_weights(masks[s].flatten(1), mode),
+            )
+            for s in (8, 16, 32, 64, 128)
+        ]
+
+    model.distill_heads["MAR"].register_forward_pre_hook(record)
+    value = run_step(model, make_batch())[TERMS[1]]
+    torch.testing.assert_close(value, 10 * sum(seen["losses"]) / 5)
+
+
+def test_relation_on_roi_pixels(distiller):
+    """On RoIs: the mean over those that the student's sampler matched to an object."""
+    model = distiller("faster")
+    seen = {}
+
+    def record(head, inputs):
+        student, teacher, _ = inputs
+        positive = [i for i, label in enumerate(student.roi.labels.tolist()) if label < 3]
+        seen["losses"] = [
+            relation_loss(
+                student.roi.features[i : i + 1].flatten(2),
+                teacher.roi.features[i : i + 1].flatten(2),
+            )
+            for i in positive
+        ]
+        seen["rois"] = len(student.roi.labels)
+
+    model.distill_heads["MAR"].register_forward_pre_hook(record)
+    value = run_step(model, make_batch())[TERMS[1]]
+    assert 0 < len(seen["losses"]) < seen["rois"]
+    torch.testing.assert_close(value, sum(seen["losses"]) / len(seen["losses"]))
 
 
 def test_pseudo_anchors(distiller):
