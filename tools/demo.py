@@ -82,6 +82,7 @@ class Demo:
     def run(self) -> None:
         """All stages; two at a time, on one thread each, where they do not need each other."""
         threads = max((os.cpu_count() or 2) // 2, 1)
+        self.keep_settings()
         DatasetCatalog.get("digits_train")
         DatasetCatalog.get("digits_val")
         teacher = [
@@ -91,24 +92,37 @@ class Demo:
             str(self.folder("teacher") / "student_final.pth"),
         ]
 
-        def alone(seed: int) -> None:
-            self.train(f"alone_{seed}", "faster_rcnn_R18", self.student_iterations, seed, threads)
+        def students_alone() -> None:
+            self.pretrain("retinanet_R18", threads)
+            for seed in self.seeds:
+                iterations = self.student_iterations
+                self.train(f"alone_{seed}", "retinanet_R18", iterations, seed, threads)
 
         def distilled(seed: int) -> None:
-            config = "faster_rcnn_R18_ssim"
             iterations = self.student_iterations
-            self.train(f"ssim_{seed}", config, iterations, seed, threads, *teacher)
+            self.train(f"ssim_{seed}", "retinanet_R18_ssim", iterations, seed, threads, *teacher)
 
         with ThreadPoolExecutor(2) as pool:
-            wait(pool, lambda: self.pretrain("faster_rcnn_R18", threads), self.train_teacher)
-            jobs = [lambda s=s: alone(s) for s in self.seeds]
-            jobs += [lambda s=s: distilled(s) for s in self.seeds]
-            wait(pool, *jobs)
+            wait(pool, self.train_teacher, students_alone)
+            wait(pool, *(lambda s=s: distilled(s) for s in self.seeds))
         self.report()
+
+    def keep_settings(self) -> None:
+        """Finished stages are kept, so the settings of a folder must stay the same."""
+        settings = {
+            "pretraining": self.pretraining,
+            "teacher_iterations": self.teacher_iterations,
+            "student_iterations": self.student_iterations,
+        }
+        path = self.output / "settings.json"
+        if path.is_file() and json.loads(path.read_text()) != settings:
+            sys.exit(f"error: {self.output} holds a demo of other settings; give another --output")
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(settings, str(path))
 
     def train_teacher(self) -> None:
         threads = max((os.cpu_count() or 2) // 2, 1)
-        config = "mask_rcnn_R34_teacher"
+        config = "retinanet_R34_teacher"
         self.pretrain(config, threads)
         self.train("teacher", config, self.teacher_iterations, 1, threads)
 
@@ -134,9 +148,9 @@ class Demo:
         picture = self.output / "demo.png"
         save_picture(
             {
-                "alone": (f"{CONFIGS}/faster_rcnn_R18.yaml", self.folder(runs["student alone"][0])),
-                "SSIM": (f"{CONFIGS}/faster_rcnn_R18.yaml", self.folder(runs["student + SSIM"][0])),
-                "teacher": (f"{CONFIGS}/mask_rcnn_R34_teacher.yaml", self.folder("teacher")),
+                "alone": (f"{CONFIGS}/retinanet_R18.yaml", self.folder(runs["student alone"][0])),
+                "SSIM": (f"{CONFIGS}/retinanet_R18.yaml", self.folder(runs["student + SSIM"][0])),
+                "teacher": (f"{CONFIGS}/retinanet_R34_teacher.yaml", self.folder("teacher")),
             },
             picture,
         )
@@ -228,9 +242,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--teacher-iterations", type=int, default=500)
-    parser.add_argument("--student-iterations", type=int, default=400)
-    parser.add_argument("--pretraining", type=int, default=100, help="steps of the backbones")
+    parser.add_argument("--teacher-iterations", type=int, default=450)
+    parser.add_argument("--student-iterations", type=int, default=300)
+    parser.add_argument("--pretraining", type=int, default=140, help="steps of the backbones")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     iterations = (args.teacher_iterations, args.student_iterations)
