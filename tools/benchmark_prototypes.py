@@ -66,17 +66,18 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    before, spent, found = peak_memory_mib(), 0.0, 0
+    before, spent, busy, found = peak_memory_mib(), 0.0, 0.0, 0
     for case in range(args.classes * args.levels):
         features = draw_features(args.instances, args.channels, case)
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         found += len(select_prototypes(*features, args.prototypes))
         spent += time.perf_counter() - start
+        busy += time.process_time() - start_busy
     print(
         f"{args.classes} classes x {args.instances} objects x {args.channels} channels x "
         f"{args.levels} levels on {torch.get_num_threads()} threads: {found} prototypes in "
-        f"{spent:.1f} s, memory grew by {peak_memory_mib() - before:.0f} MiB to "
-        f"{peak_memory_mib():.0f} MiB"
+        f"{spent:.1f} s ({busy:.1f} s of CPU time), memory grew by "
+        f"{peak_memory_mib() - before:.0f} MiB to {peak_memory_mib():.0f} MiB"
     )
     if args.naive_instances:
         compare_with_naive(args)
