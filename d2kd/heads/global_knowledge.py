@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters import Adapters, build_adapters, pair_levels
-from ..bundle import Batch, DetectorSpec, FeatureBundle
+from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle
 from ..config import ConfigError
 from ..geometry import assign_levels, box_mask, crop_means
 from ..losses import global_knowledge as losses
 from ..prototypes.hook import PrototypeHook
 from ..prototypes.store import PrototypeBank, Prototypes
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from .logits import check_anchors
 
 BOXES = ("positives", "gt")
 RESPONSES = ("cosine", "projection")
@@ -141,6 +142,7 @@ class GlobalKnowledge(DistillHead):
         self.level_size = level_size
         self.temperature = temperature
         self.attenuate = attenuate
+        self._anchors_checked = False
         self.reads, self.student_reads = self._fields()
 
     def _fields(self) -> tuple[set[str], set[str]]:
@@ -149,7 +151,7 @@ class GlobalKnowledge(DistillHead):
         if self.boxes == "positives" or self.soft_weight:
             student_reads |= {"roi"} if self.two_stage else {"dense.labels", "dense.anchors"}
         if self.soft_weight:
-            reads.add("roi.logits" if self.two_stage else "dense.logits")
+            reads |= {"roi.logits"} if self.two_stage else {"dense.logits", "dense.anchors"}
             if self.two_stage and self.use_reliability:
                 reads.add("roi.features")
         return reads, student_reads
@@ -382,6 +384,9 @@ class GlobalKnowledge(DistillHead):
             picked = self._pick_anchors(student)
             with torch.no_grad():
                 reliability, _ = self._compare(student, teacher, picked)
+        if not self._anchors_checked:
+            _check_same_anchors(student.dense, teacher.dense)
+            self._anchors_checked = True
         level = self._levels_of(picked.boxes)[..., None]
         logits = [
             gather_levels(list(bundle.dense.logits.values()), picked.index).flatten(0, 1)
@@ -452,3 +457,14 @@ def _check_same_outputs(key: str, student: DetectorSpec, teacher: DetectorSpec) 
                 f"{key} needs equal outputs, but the student has {mine} {what} and the teacher "
                 f"{its}; 0 trains without soft labels"
             )
+
+
+def _check_same_anchors(student: DenseView, teacher: DenseView) -> None:
+    """Soft labels of dense detectors compare logits anchor by anchor, over all levels."""
+    mine, its = list(student.anchors), list(teacher.anchors)
+    if mine != its:
+        raise ConfigError(
+            f"GlobalKnowledge: the student predicts at strides {mine}, the teacher at {its}; "
+            "DISTILL.GLOBAL_KNOWLEDGE.SOFT_LABELS.WEIGHT 0 trains without soft labels"
+        )
+    check_anchors("GlobalKnowledge", student, teacher, mine)

@@ -301,6 +301,24 @@ def test_other_classes_are_refused(tmp_path):
     assert set(terms) == {"global", "foreground", "background"}
 
 
+def test_other_anchors_are_refused(tmp_path):
+    """Soft labels of dense detectors need equal anchors on equal levels; without them all works."""
+    teacher = detector_config("retinanet", width=24)
+    sizes = teacher.MODEL.ANCHOR_GENERATOR.SIZES
+    for levels, first, message in (
+        (["p3", "p4", "p5", "p6", "p7"], [[9, 10, 11]], "different anchors at stride 8"),
+        (["p4", "p5", "p6", "p7"], [], r"strides \[8, .*the teacher at \[16,"),
+    ):
+        teacher.MODEL.RETINANET.IN_FEATURES = levels
+        teacher.MODEL.ANCHOR_GENERATOR.SIZES = [*first, *sizes[1:]]
+        file = write_config(teacher, tmp_path / "teacher.yaml")
+        cfg = distiller_config(detector_config("retinanet"), ["GlobalKnowledge"], file)
+        with pytest.raises(ConfigError, match=message):
+            run_step(build(cfg), make_batch())
+        cfg.merge_from_list([f"{NODE}.SOFT_LABELS.WEIGHT", 0.0])
+        assert len(terms_of(run_step(build(cfg), make_batch()))) == 3
+
+
 def test_anchor_free_students_use_matched_boxes(tmp_path):
     """With one anchor a location the boxes are those that the locations were matched with."""
     anchors = ("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]])
@@ -541,12 +559,15 @@ def test_generation_matches_direct_features(tmp_path):
             instance = prototypes.instances[level.instances[row]]
             image = torch.as_tensor(np.asarray(Image.open(instance.file_name))[:, :, ::-1].copy())
             inputs = [{"image": image.permute(2, 0, 1), "height": 64, "width": 64}]
-            with torch.no_grad():
-                features = model.student.backbone(model.student.preprocess_image(inputs).tensor)
-            feature = features[name_of[stride]][0]
             x1, y1, x2, y2 = (int(v // stride) for v in instance.box)
-            mean = feature[:, y1 : y2 + 1, x1 : x2 + 1].mean((1, 2))
-            torch.testing.assert_close(level.student[row], mean, rtol=1e-3, atol=1e-4)
+            for detector, rows in (
+                (model.student, level.student),
+                (model.teacher.model, level.teacher),
+            ):
+                with torch.no_grad():
+                    features = detector.backbone(detector.preprocess_image(inputs).tensor)
+                mean = features[name_of[stride]][0][:, y1 : y2 + 1, x1 : x2 + 1].mean((1, 2))
+                torch.testing.assert_close(rows[row], mean, rtol=1e-3, atol=1e-4)
 
 
 def test_tool_makes_and_shows_prototypes(tmp_path, capsys, monkeypatch):
