@@ -277,7 +277,8 @@ class DSIG(DistillHead):
     def _compare_edges(self, graph: _Graph, num_images: int) -> Tensor:
         """Edge loss of the nodes that have edges, packed: most background RoIs have none."""
         # The one place that waits for the device: how large the largest graph is decides shapes.
-        counts = torch.bincount(graph.image_index[graph.has_edges], minlength=num_images).tolist()
+        counts = graph.image_index.new_zeros(num_images)
+        counts = counts.index_add(0, graph.image_index, graph.has_edges.long()).tolist()
         shape = num_images, max(counts)
         nodes = graph.student.flatten(1), graph.teacher.flatten(1)
         if counts == [len(graph.has_edges) / num_images] * num_images:

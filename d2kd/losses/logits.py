@@ -221,7 +221,8 @@ def _foreground_distance(
     beta: float,
 ) -> Tensor:
     """Sum of smooth L1 between deltas (..., 4) where ``foreground`` (...); student's units."""
-    units = [own / other for own, other in zip(student_weights, teacher_weights, strict=True)]
-    teacher = teacher * teacher.new_tensor(units)
+    # Numbers, not a tensor of them: its copy to the device would wait for the device.
+    parts = zip(teacher.unbind(-1), student_weights, teacher_weights, strict=True)
+    teacher = torch.stack([delta * (own / other) for delta, own, other in parts], dim=-1)
     distance = F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).sum(-1)
     return torch.where(foreground, distance, 0.0).sum()

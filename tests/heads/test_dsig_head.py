@@ -9,12 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.poolers import ROIPooler
 
-from d2kd.bundle import DetectorSpec, FeatureBundle, RoIView
+from d2kd.bundle import DetectorSpec, FeatureBundle, RoIView, describe_detector
 from d2kd.config import ConfigError
+from d2kd.engine.schedules import Schedule
 from d2kd.heads.dsig import DSIG, TopPredictions
 from d2kd.losses import dsig as losses
+from d2kd.meta_arch import Distiller
+from d2kd.teacher import Teacher
 
 from ..detectors import (
     build,
@@ -279,6 +283,40 @@ def test_a_step(teacher_files, arch, terms, objects):
     assert_healthy(model, step)
 
 
+def test_dense_terms_equal_the_formulas(teacher_files):
+    """Every term of a RetinaNet pair equals the formula written out for each image or anchor."""
+    model = make_distiller(teacher_files("retinanet"), "retinanet")
+    head = model.distill_heads["DSIG"]
+    forward, expected = head.forward, {}
+
+    def spy(student, teacher, batch):
+        # Lazy fields are computed here, while the step is alive.
+        boxes = head.predictions(student.dense, student.image_sizes)
+        nodes = [x.pool(boxes, 7).split([len(b) for b in boxes]) for x in (student, teacher)]
+        pairs = list(zip(*nodes, strict=True))
+        units = [[torch.nn.functional.normalize(v.flatten(1)) for v in pair] for pair in pairs]
+        gaps = [s @ s.T - t @ t.T for s, t in units]
+        expected["foreground"] = sum((s - t).square().mean() for s, t in pairs) / len(pairs)
+        expected["edge"] = 4.0 * sum(0.5 * gap.square().mean() for gap in gaps) / len(pairs)
+        z_s, z_t = (torch.cat(list(x.dense.logits.values()), 1) for x in (student, teacher))
+        d_s, d_t = (torch.cat(list(x.dense.deltas.values()), 1) for x in (student, teacher))
+        labels = student.dense.labels
+        divergence = z_t.softmax(-1) * (z_t.log_softmax(-1) - z_s.log_softmax(-1))
+        expected["class"] = 3.0 * divergence[labels >= 0].mean()
+        foreground = (labels >= 0) & (labels < NUM_CLASSES)
+        assert (labels < 0).any() and foreground.sum() > 1
+        expected["box"] = (d_s - d_t).abs().sum(-1)[foreground].mean()
+        levels = zip(student.pyramid.values(), teacher.pyramid.values(), strict=True)
+        expected["pyramid"] = 0.5 * sum((s - t).square().mean() for s, t in levels)
+        return forward(student, teacher, batch)
+
+    head.forward = spy
+    terms = kd_terms(run_step(model, make_batch()))
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-7)
+
+
 def test_mask_terms(teacher_files):
     """Mask R-CNN: mask logits and mask nodes reach the mask branch, also without foreground."""
     model = make_distiller(teacher_files("mask"), "mask", ("MASK_WEIGHT", 1.0, "MASK_NODES", True))
@@ -498,6 +536,32 @@ def test_two_stage_student_of_a_dense_teacher(teacher_files):
     model = make_distiller(teacher_files("retinanet"), "faster", opts)
     terms = kd_terms(run_step(model, make_batch()))
     assert terms.keys() == {"foreground", "background", "edge", "pyramid"}
+    assert_healthy(model, terms)
+
+
+def fcos() -> FCOS:
+    """A small anchor-free detector."""
+    backbone = build_model(detector_config("retinanet")).backbone
+    shapes = list(backbone.output_shape().values())
+    return FCOS(
+        backbone=backbone,
+        head=FCOSHead(input_shape=shapes, num_classes=NUM_CLASSES, conv_dims=[16]),
+        head_in_features=list(backbone.output_shape()),
+        num_classes=NUM_CLASSES,
+        pixel_mean=[100.0] * 3,
+        pixel_std=[50.0] * 3,
+    )
+
+
+def test_anchor_free_students():
+    """FCOS learns from FCOS: its best predictions are nodes like RetinaNet's."""
+    student, teacher = fcos().train(), Teacher(fcos())
+    student_spec = describe_detector(student, "student")
+    head = DSIG(detector_config(), student_spec, teacher.describe(student_spec))
+    schedule = {"DSIG": Schedule()}
+    model = Distiller(student=student, teacher=teacher, heads={"DSIG": head}, schedules=schedule)
+    terms = kd_terms(run_step(model, make_batch()))
+    assert terms.keys() == DENSE_TERMS
     assert_healthy(model, terms)
 
 
