@@ -33,6 +33,7 @@ from d2kd.config import load_config, student_config
 from d2kd.engine.hooks import write_json
 
 CONFIGS = "configs/digits"
+STUDENT, TEACHER = "retinanet_R18", "retinanet_R34_teacher"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
 
@@ -57,12 +58,13 @@ class Demo:
     def stage(self, name: str, command: list[str], done: Path, threads: int) -> None:
         run_stage(name, command, done, self.output / "logs", threads)
 
-    def pretrain(self, config: str, threads: int) -> None:
-        depth = re.search(r"R\d+", config)[0]
-        done = self.weights(depth)
-        command = ["tools/pretrain_digits.py", "--config-file", f"{CONFIGS}/{config}.yaml"]
+    def pretrain(self, threads: int) -> None:
+        """The student's backbone, and the teacher's grown from it."""
+        done = self.weights("R18")
+        command = ["tools/pretrain_digits.py", "--config-file", f"{CONFIGS}/{STUDENT}.yaml"]
         command += ["--output", str(done), "--steps", str(self.pretraining)]
-        self.stage(f"backbone {depth}", command, done, threads)
+        command += ["--grow", f"{CONFIGS}/{TEACHER}.yaml", str(self.weights("R34"))]
+        self.stage("backbone", command, done, threads)
 
     def weights(self, depth: str) -> Path:
         return self.output / f"{depth}_backbone.pth"
@@ -93,19 +95,21 @@ class Demo:
             str(self.folder("teacher") / "student_final.pth"),
         ]
 
-        def students_alone() -> None:
-            self.pretrain("retinanet_R18", threads)
+        def train_teacher() -> None:
+            self.train("teacher", TEACHER, self.teacher_iterations, 1, threads)
+
+        def train_alone() -> None:
             for seed in self.seeds:
-                iterations = self.student_iterations
-                self.train(f"alone_{seed}", "retinanet_R18", iterations, seed, threads)
+                self.train(f"alone_{seed}", STUDENT, self.student_iterations, seed, threads)
 
-        def distilled(seed: int) -> None:
-            iterations = self.student_iterations
-            self.train(f"ssim_{seed}", "retinanet_R18_ssim", iterations, seed, threads, *teacher)
+        def train_distilled(seed: int) -> None:
+            config, iterations = f"{STUDENT}_ssim", self.student_iterations
+            self.train(f"ssim_{seed}", config, iterations, seed, threads, *teacher)
 
+        self.pretrain(2 * threads)
         with ThreadPoolExecutor(2) as pool:
-            wait(pool, self.train_teacher, students_alone)
-            wait(pool, *(lambda s=s: distilled(s) for s in self.seeds))
+            wait(pool, train_teacher, train_alone)
+            wait(pool, *(lambda s=s: train_distilled(s) for s in self.seeds))
         self.report()
 
     def keep_settings(self) -> None:
@@ -120,12 +124,6 @@ class Demo:
             sys.exit(f"error: {self.output} holds a demo of other settings; give another --output")
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(settings, str(path))
-
-    def train_teacher(self) -> None:
-        threads = max((os.cpu_count() or 2) // 2, 1)
-        config = "retinanet_R34_teacher"
-        self.pretrain(config, threads)
-        self.train("teacher", config, self.teacher_iterations, 1, threads)
 
     # --- showing ---------------------------------------------------------------------------------
 
@@ -149,9 +147,9 @@ class Demo:
         picture = self.output / "demo.png"
         save_picture(
             {
-                "alone": (f"{CONFIGS}/retinanet_R18.yaml", self.folder(runs["student alone"][0])),
-                "SSIM": (f"{CONFIGS}/retinanet_R18.yaml", self.folder(runs["student + SSIM"][0])),
-                "teacher": (f"{CONFIGS}/retinanet_R34_teacher.yaml", self.folder("teacher")),
+                "alone": (f"{CONFIGS}/{STUDENT}.yaml", self.folder(runs["student alone"][0])),
+                "SSIM": (f"{CONFIGS}/{STUDENT}.yaml", self.folder(runs["student + SSIM"][0])),
+                "teacher": (f"{CONFIGS}/{TEACHER}.yaml", self.folder("teacher")),
             },
             picture,
         )
@@ -245,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--teacher-iterations", type=int, default=450)
     parser.add_argument("--student-iterations", type=int, default=300)
-    parser.add_argument("--pretraining", type=int, default=140, help="steps of the backbones")
+    parser.add_argument("--pretraining", type=int, default=250, help="steps of the backbones")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     iterations = (args.teacher_iterations, args.student_iterations)

@@ -5,7 +5,8 @@
 
 The crops are the objects of digits_train, with jitter, and as many backgrounds; the file that it
 writes (MODEL.WEIGHTS of the config, unless --output is given) holds the backbone's weights under
-the detector's own names.
+the detector's own names. ``--grow CONFIG FILE`` also writes them for a deeper ResNet, whose
+additional blocks start as the identity, so that it starts with what the smaller one has learned.
 """
 
 from __future__ import annotations
@@ -106,6 +107,45 @@ def pretrain(cfg: CfgNode, steps: int, batch: int, crop: int, seed: int) -> dict
     return {f"backbone.bottom_up.{k}": v.cpu() for k, v in backbone.state_dict().items()}
 
 
+def grow(weights: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """Weights of the deeper backbone of ``cfg`` that computes what ``weights`` compute.
+
+    A block that the smaller network lacks gets a last normalisation of factor 0: what is left of it
+    is the shortcut (Net2Net, Chen et al., ICLR 2016).
+
+    Raises:
+        ConfigError: the two are not ResNets of the same blocks.
+    """
+    backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    grown = {f"backbone.bottom_up.{k}": v for k, v in backbone.state_dict().items()}
+    misfits = [k for k in weights if k not in grown or grown[k].shape != weights[k].shape]
+    if misfits:
+        raise ConfigError(f"a ResNet-{cfg.MODEL.RESNETS.DEPTH} cannot take {misfits[0]}")
+    for name in grown:
+        if name in weights:
+            grown[name] = weights[name]
+        elif name.endswith("conv2.norm.weight"):
+            grown[name] = torch.zeros_like(grown[name])
+    return grown
+
+
+def read_config(path: str) -> CfgNode:
+    """The config of a detector; ends the program if it is broken."""
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    try:
+        load_config(cfg, path)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    return cfg
+
+
+def save(weights: dict[str, Tensor], path: str) -> None:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_atomically(path, lambda temporary: torch.save({"model": weights}, temporary))
+    print(f"wrote {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -114,22 +154,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", help="default: MODEL.WEIGHTS of the config")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=256, help="crops a step, half of them digits")
-    parser.add_argument("--crop", type=int, default=40, help="side of a crop in pixels")
+    parser.add_argument("--crop", type=int, default=32, help="side of a crop in pixels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--grow", nargs=2, metavar=("CONFIG", "FILE"), help="also for the deeper ResNet of CONFIG"
+    )
     args = parser.parse_args(argv)
-    cfg = get_cfg()
-    add_distillation_config(cfg)
-    try:
-        load_config(cfg, args.config_file)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    cfg = read_config(args.config_file)
+    deeper = read_config(args.grow[0]) if args.grow else None
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    output = args.output or cfg.MODEL.WEIGHTS
     weights = pretrain(cfg, args.steps, args.batch, args.crop, args.seed)
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
-    write_atomically(output, lambda path: torch.save({"model": weights}, path))
-    print(f"wrote {output}")
+    if deeper is not None:
+        save(grow(weights, deeper), args.grow[1])
+    save(weights, args.output or cfg.MODEL.WEIGHTS)
 
 
 if __name__ == "__main__":
