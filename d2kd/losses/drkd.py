@@ -43,9 +43,10 @@ def pixel_relation_loss(
         Scalar >= 0. The gradient at a zero gap is zero.
     """
     _check_profile(profile)
-    squared = torch.stack(list(squared_gaps))
     if profile == "paper":
-        return (squared / squared.new_tensor(sizes)).sum()
+        means = [gap / size for gap, size in zip(squared_gaps, sizes, strict=True)]
+        return torch.stack(means).sum()
+    squared = torch.stack(list(squared_gaps))
     return _sqrt_with_zero_gradient_at_zero(squared).sum()
 
 
