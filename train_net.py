@@ -16,6 +16,7 @@ from detectron2.engine import default_argument_parser, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from torch.multiprocessing import ProcessRaisedException
 
 from d2kd.config import ConfigError, student_config
 from d2kd.engine.hooks import check_teacher, read_teacher_results
@@ -51,6 +52,8 @@ def evaluate(cfg, args) -> dict:
 
 def train(cfg, args) -> dict:
     """Train ``cfg``, from the last checkpoint with ``--resume``."""
+    # First of all, because the heads' schedules end with SOLVER.MAX_ITER.
+    cfg = DistillTrainer.auto_scale_workers(cfg, comm.get_world_size())
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
     seed_all_rng(seed)
     model = build_model(cfg)  # before the output folder is made: a head may refuse the pair
@@ -85,6 +88,11 @@ def run(argv: list[str] | None = None) -> None:
         )
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except ProcessRaisedException as error:  # carries a traceback of the process as text
+        name, _, message = str(error).strip().splitlines()[-1].partition(": ")
+        if name != f"{ConfigError.__module__}.{ConfigError.__name__}":
+            raise
+        sys.exit(f"error: {message}")
 
 
 if __name__ == "__main__":

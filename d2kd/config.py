@@ -117,8 +117,8 @@ def _add_pyramid_keys(node: CfgNode) -> None:
 
 def _add_ssim(distill: CfgNode) -> None:
     """Structural Knowledge Distillation for Object Detection (NeurIPS 2022)."""
-    # lambda. The paper found 2 and 4 best; 4 for pairs of one kind, 2 for two-stage pairs of
-    # different kinds, and {1, 2, 4, 8} is the grid to try.
+    # lambda. The paper found 2 and 4 best; which for which detector is not known to us. Our COCO
+    # configs take 2 for two-stage pairs; {1, 2, 4, 8} is the grid to try.
     distill.SSIM = _head_node(weight=4.0)
     _add_pyramid_keys(distill.SSIM)
     # psi: what shares one minimum and maximum when a map is rescaled to [0, 1]: "image" (one image
@@ -444,8 +444,13 @@ def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> None:
     except KeyError as error:
         raise ConfigError(f"{path}: {unknown_key(cfg, error)}") from error
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ConfigError(f"{path}: {type(error).__name__}: {first_line}") from error
+        raise ConfigError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a message of one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
 
 
 def unknown_key(cfg: CfgNode, error: Exception) -> str:
@@ -493,6 +498,11 @@ def validate_distillation_config(cfg: CfgNode) -> None:
             raise ConfigError(f"DISTILL.HEADS: unknown head '{name}'; valid: {', '.join(known)}")
         if heads.count(name) > 1:
             raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
+        if node_name(name) not in cfg.DISTILL:
+            raise ConfigError(
+                f"there is no node DISTILL.{node_name(name)}: the head {name} must be registered "
+                "(imported) before add_distillation_config(cfg) is called"
+            )
         _validate_schedule(cfg, f"DISTILL.{node_name(name)}", cfg.DISTILL[node_name(name)])
     if heads and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(

@@ -44,7 +44,9 @@ class Taps:
         self._recording = False
         self._calls: dict[str, list[tuple]] = defaultdict(list)
         for name in self._paths():
-            student.get_submodule(name).register_forward_hook(self._recorder(name))
+            # Not a closure: a copy of the Distiller records into its own taps, and can be pickled.
+            hook = functools.partial(self._record, name)
+            student.get_submodule(name).register_forward_hook(hook)
 
     def _paths(self) -> list[str]:
         """Names of the submodules to tap: those that the student's fields come from."""
@@ -67,12 +69,9 @@ class Taps:
             paths += ["head.cls_subnet", "head.bbox_subnet"]
         return paths
 
-    def _recorder(self, name: str):
-        def record(module: nn.Module, inputs: tuple, output) -> None:
-            if self._recording:
-                self._calls[name].append((inputs, output))
-
-        return record
+    def _record(self, name: str, module: nn.Module, inputs: tuple, output) -> None:
+        if self._recording:
+            self._calls[name].append((inputs, output))
 
     def __enter__(self) -> Taps:
         self._calls.clear()
@@ -95,7 +94,7 @@ class Taps:
         fields = {
             "image_sizes": batch.image_sizes,
             "padded_size": tuple(images.shape[-2:]),
-            "pyramid": {s: features[name] for name, s in feature_strides(self.student).items()}
+            "pyramid": {s: features[name] for name, s in feature_strides(self.student).items()},
         }
         if "roi" in self.spec.fields:
             fields["rois"] = [self._roi_view(k, batch) for k in range(self.spec.num_stages)]

@@ -37,6 +37,7 @@ from .config import (
     PRECISIONS,
     ConfigError,
     add_distillation_config,
+    first_line,
     load_config,
     similar_files,
 )
@@ -351,6 +352,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     node = cfg.DISTILL.TEACHER
     teacher_cfg = get_cfg()
     add_distillation_config(teacher_cfg)
+    # How the teacher itself was distilled, perhaps with a head that is not imported, is no concern.
+    teacher_cfg.DISTILL.set_new_allowed(True)
     load_config(teacher_cfg, node.CONFIG_FILE, key="DISTILL.TEACHER.CONFIG_FILE")
     try:
         teacher_cfg.merge_from_list(list(node.OPTS))
@@ -421,4 +424,6 @@ def load_teacher_weights(model: nn.Module, weights: str) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"the teacher's weights '{weights}' cannot be read: {error}") from error
+        raise ConfigError(
+            f"the teacher's weights '{weights}' cannot be read: {first_line(error)}"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from detectron2.utils.events import EventStorage
 
 from d2kd import ConfigError, Distiller, Teacher, add_distillation_config
 from d2kd.bundle import describe_detector
+from d2kd.engine.checkpoint import AtomicCheckpointer
 from d2kd.engine.schedules import Schedule
 from d2kd.heads import build_head
 
@@ -111,6 +113,45 @@ def test_deepcopy_of_the_student_is_independent(teacher_files):
     distiller = build(distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"]))
     ema = copy.deepcopy(distiller.student)
     assert set(ema.state_dict()) == set(build(detector_config()).state_dict())
+
+
+def test_copies_and_pickles_record_for_themselves(teacher_files):
+    """A deep copy of the whole Distiller trains like it, and the tapped student can be pickled."""
+    distiller = build(distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"]))
+    expected, found = (run_step(m, make_batch()) for m in (distiller, copy.deepcopy(distiller)))
+    assert found["loss_kd_toy_mimic"].item() == expected["loss_kd_toy_mimic"].item()
+    pickle.dumps(distiller.student)
+
+
+def test_weights_of_other_shapes_are_left_out(teacher_files, tmp_path):
+    """A detector of other classes starts a Distiller: what does not fit is named, the rest loads;
+    so is a head of another shape."""
+    cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
+    five = distiller_config(detector_config(num_classes=5), ["ToyMimic"], teacher_files["faster"])
+    state = build(five, 1).state_dict()
+    adapter = next(
+        key for key in state if key.startswith("distill_heads.") and key.endswith("bias")
+    )
+    state[adapter] = state[adapter][:3]
+    torch.save({"model": state}, tmp_path / "other.pth")
+    distiller = build(cfg, 2)
+    unloaded = AtomicCheckpointer(distiller)._load_model(torch.load(tmp_path / "other.pth"))
+    assert {key for key, *_ in unloaded.incorrect_shapes} == {
+        adapter,
+        *(key for key in state if "cls_score" in key or ("predictor" in key and "bbox" in key)),
+    }
+    assert unloaded.unexpected_keys == []
+    for key, value in distiller.state_dict().items():
+        if key not in {key for key, *_ in unloaded.incorrect_shapes}:
+            assert torch.equal(value, state[key]), key
+
+
+def test_a_head_registered_too_late_is_named(teacher_files):
+    """A head that the config knows nothing of is an error that says what to do."""
+    cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
+    del cfg.DISTILL["TOY_MIMIC"]
+    with pytest.raises(ConfigError, match="no node DISTILL.TOY_MIMIC.*registered"):
+        build(cfg)
 
 
 def test_an_inactive_head_is_not_computed(teacher_files, monkeypatch):

@@ -7,6 +7,8 @@ import torch
 
 from d2kd import ConfigError, Teacher
 from d2kd.bundle import Batch, describe_detector
+from d2kd.engine.hooks import check_teacher, read_teacher_results
+from d2kd.engine.trainer import DistillTrainer
 from d2kd.taps import Taps
 
 from .detectors import (
@@ -50,6 +52,26 @@ def test_always_in_eval_without_gradients(teacher_files):
     for name, value in distiller.teacher.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in distiller.teacher.model.parameters())
+
+
+def test_the_check_leaves_the_teacher_in_eval(job_config, tmp_path):
+    """DISTILL.TEACHER.CHECK evaluates, and leaves batch norm as it was; a teacher of other classes
+    than the dataset's is not evaluated."""
+    for classes, checked in ((10, True), (3, False)):
+        cfg = job_config.clone()
+        cfg.OUTPUT_DIR = str(tmp_path)
+        teacher = Teacher(build(detector_config(num_classes=classes)))
+        check_teacher(cfg, teacher, DistillTrainer)
+        assert not any(module.training for module in teacher.model.modules())
+        assert bool(read_teacher_results(str(tmp_path))) == checked
+
+
+@pytest.fixture
+def job_config(digits_root):
+    """A config that tests on digits_tiny."""
+    cfg = detector_config(num_classes=10)
+    cfg.DATASETS.TEST = ("digits_tiny_val",)
+    return cfg
 
 
 def test_hidden_from_the_module_tree_but_moved(teacher_files):

@@ -11,7 +11,8 @@ import torch
 from detectron2.modeling import build_model
 
 import train_net
-from d2kd import Teacher
+from d2kd import ConfigError, Teacher
+from d2kd.engine.setup import import_user_module, read_config, start_logging
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -151,6 +152,7 @@ def test_a_users_head(job, tmp_path):
         (["MODEL.META_ARCHITECTURE", "GeneralizedRNN"], "GeneralizedRNN.*valid: .*GeneralizedRCNN"),
         (["DISTILL.STUDENT_META_ARCH", "Retinanet"], "Retinanet.*valid: .*RetinaNet"),
         (["SOLVER.AMP.ENABLED", "True"], "fp16 needs a GPU"),
+        (["DATALOADER.SAMPLER_TRAIN", "Sampler"], "SAMPLER_TRAIN is 'Sampler'; valid: "),
         (
             ["DISTILL.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 7]"],
             "Logits.* 7 .*10|Logits.*10.* 7",
@@ -164,6 +166,47 @@ def test_mistakes_are_one_line_and_leave_nothing(opts, message, job, tmp_path):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
         train_net.run(["--config-file", config_file, "OUTPUT_DIR", str(out), *opts])
     assert "\n" not in str(stop.value) and not out.exists()
+
+
+def test_a_mistake_that_processes_find_is_one_line(job, tmp_path, free_port):
+    """So does one that only shows when the model is built, in several processes."""
+    _, config_file = job
+    out = tmp_path / "out"
+    opts = ["DISTILL.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 7]", "OUTPUT_DIR", str(out)]
+    processes = ["--import", "tests.toy_head", "--num-gpus", "2"]
+    processes += ["--dist-url", f"tcp://127.0.0.1:{free_port}"]
+    with pytest.raises(SystemExit, match="^error: .*Logits") as stop:
+        train_net.run(["--config-file", config_file, *processes, *opts])
+    assert "\n" not in str(stop.value) and not out.exists()
+    with pytest.raises(SystemExit, match="IMS_PER_BATCH 2 does not divide by the 4 processes"):
+        train_net.run(["--config-file", config_file, "--num-gpus", "4", "OUTPUT_DIR", str(out)])
+
+
+def test_a_zoo_name_is_a_config_file(tmp_path):
+    """--config-file may name an entry of the model zoo, to the end of the set-up."""
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    args = train_net.build_parser().parse_args(["--config-file", name])
+    cfg = detector_config()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    start_logging(cfg, args)
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_resume_needs_no_initial_weights(job):
+    """The file of MODEL.WEIGHTS may be gone once there is a checkpoint to resume from."""
+    _, config_file = job
+    argv = ["--config-file", config_file, "--resume", "MODEL.WEIGHTS", "gone.pth"]
+    assert read_config(train_net.build_parser().parse_args(argv)).MODEL.WEIGHTS == "gone.pth"
+    argv.remove("--resume")
+    with pytest.raises(ConfigError, match="no file 'gone.pth'"):
+        read_config(train_net.build_parser().parse_args(argv))
+
+
+def test_imports_do_not_hide_each_other(tmp_path):
+    """A file with the name of a module that is imported already is refused, not passed over."""
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(ConfigError, match="another module is called 'json'"):
+        import_user_module(str(tmp_path / "json.py"))
 
 
 def test_a_missing_config_file(tmp_path, monkeypatch):

@@ -70,8 +70,10 @@ def table(lines: list[dict], configs: list[str], task: str) -> str:
         difference = "" if config == configs[0] else f"{gain.mean():+.1f}"
         if config != configs[0] and len(both) > 1:
             difference += f" ± {interval(gain):.1f}"
+        # A run that was stopped after its last step, before its evaluation, has no time.
         seconds = [runs[config, seed]["step_seconds"] for seed in seeds[config]]
-        step = f"{1000 * np.mean(seconds):.0f}"
+        seconds = [value for value in seconds if value is not None]
+        step = f"{1000 * np.mean(seconds):.0f}" if seconds else "-"
         rows.append([label_of(config), len(seeds[config]), *cells, difference, step])
     headers = ["config", "seeds", *METRICS, "gain in AP", "ms a step"]
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)

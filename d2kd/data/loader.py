@@ -111,13 +111,12 @@ def _identity(batch: list) -> list:
     return batch
 
 
-def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.DataLoader:
-    """Detectron2's training loader for ``cfg``, as a function of ``seed``, from batch ``start`` on.
+def validate_loader_config(cfg: CfgNode, world_size: int) -> None:
+    """Check what the loader needs of ``cfg``, for ``world_size`` processes.
 
     Raises:
         ConfigError: the batch does not divide over the ranks, or the sampler is not supported.
     """
-    world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by the "
@@ -127,6 +126,15 @@ def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.Dat
         raise ConfigError(
             f"DATALOADER.SAMPLER_TRAIN is '{cfg.DATALOADER.SAMPLER_TRAIN}'; valid: {list(SAMPLERS)}"
         )
+
+
+def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.DataLoader:
+    """Detectron2's training loader for ``cfg``, as a function of ``seed``, from batch ``start`` on.
+
+    Raises:
+        ConfigError: see :func:`validate_loader_config`.
+    """
+    validate_loader_config(cfg, comm.get_world_size())
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )

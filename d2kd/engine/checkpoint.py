@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
-from ..meta_arch import Distiller
+from ..meta_arch import HEADS_PREFIX, Distiller
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:
@@ -45,16 +44,30 @@ class AtomicCheckpointer(DetectionCheckpointer):
         write_atomically(os.path.join(self.save_dir, "last_checkpoint"), write)
 
     def _load_model(self, checkpoint):
-        if checkpoint.get("matching_heuristics") and isinstance(self.model, Distiller):
-            # Names of foreign backbones are matched by their ends; the heads' are not among them.
-            self._convert_ndarray_to_tensor(checkpoint["model"])
-            checkpoint["model"] = align_and_update_state_dicts(
-                self.model.student.state_dict(),
-                checkpoint["model"],
-                c2_conversion=checkpoint.get("__author__") == "Caffe2",
-            )
-            checkpoint = {**checkpoint, "matching_heuristics": False}
-        return super()._load_model(checkpoint)
+        """Load a Distiller part by part: Detectron2 follows a name to its module where shapes
+        differ, and matches names of foreign backbones by their ends, which the heads' must not see.
+        """
+        distiller = self.model
+        if not isinstance(distiller, Distiller):
+            return super()._load_model(checkpoint)
+        state = checkpoint.pop("model")
+        heads = {key: state.pop(key) for key in list(state) if key.startswith(HEADS_PREFIX)}
+        try:
+            self.model = distiller.student
+            result = super()._load_model({**checkpoint, "model": state})
+            if heads and len(distiller.distill_heads):
+                self.model = distiller.distill_heads
+                own = {key.removeprefix(HEADS_PREFIX): value for key, value in heads.items()}
+                for found, more in zip(result, super()._load_model({"model": own}), strict=True):
+                    found += [_with_prefix(HEADS_PREFIX, key) for key in more]
+        finally:
+            self.model = distiller
+        return result
+
+
+def _with_prefix(prefix: str, key):
+    """``key``, or the key that a tuple (key, shape, shape) begins with, after ``prefix``."""
+    return prefix + key if isinstance(key, str) else (prefix + key[0], *key[1:])
 
 
 def save_student(model: torch.nn.Module, path: str) -> None:

@@ -7,11 +7,12 @@ import logging
 import os
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
-from torch import nn
 
+from ..bundle import describe_detector
 from ..teacher import Teacher
 from .checkpoint import save_student, write_atomically
 from .summary import summarise
@@ -38,7 +39,8 @@ class FinishHook(HookBase):
 
     def after_train(self) -> None:
         trainer = self.trainer
-        if trainer.iter + 1 < trainer.max_iter or not comm.is_main_process():
+        # Also called after a failure; Detectron2 counts once more after the last good step.
+        if trainer.iter < trainer.max_iter or not comm.is_main_process():
             return
         output = trainer.cfg.OUTPUT_DIR
         save_student(trainer.checkpointer.model, os.path.join(output, STUDENT_FILE))
@@ -52,19 +54,21 @@ class FinishHook(HookBase):
         )
 
 
-class _OnStudentInput(nn.Module):
-    """The teacher on images that were loaded for the student."""
+class _OnStudentInput:
+    """The teacher on images that were loaded for the student.
+
+    Not a module: Detectron2's evaluation would put it back into "its" training mode afterwards, and
+    the teacher's batch norm with it.
+    """
 
     def __init__(self, teacher: Teacher):
-        super().__init__()
         self.teacher = teacher
-        self.detector = teacher.model
 
-    def forward(self, inputs: list[dict]):
+    def __call__(self, inputs: list[dict]):
         if self.teacher.flip_channels:
             inputs = [{**item, "image": item["image"].flip(0)} for item in inputs]
         with self.teacher.context():
-            return self.detector(inputs)
+            return self.teacher.model(inputs)
 
 
 def read_teacher_results(output_dir: str) -> dict:
@@ -77,9 +81,23 @@ def read_teacher_results(output_dir: str) -> dict:
 
 
 def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class) -> None:
-    """Evaluate the teacher on ``DATASETS.TEST``, on the student's input; keep the result."""
+    """Evaluate the teacher on ``DATASETS.TEST``, on the student's input; keep the result.
+
+    A teacher of other classes than the dataset's cannot be evaluated on it, but its features can
+    be distilled: it is only named.
+    """
     results = {}
+    known = describe_detector(teacher.model, "teacher").num_classes
     for name in cfg.DATASETS.TEST:
+        classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+        if known is not None and classes and known != classes:
+            logger.warning(
+                "Not checking the teacher on %s: it predicts %d classes, the dataset has %d",
+                name,
+                known,
+                classes,
+            )
+            continue
         logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
         loader = trainer_class.build_test_loader(cfg, name)  # first: it may make the dataset
         evaluator = trainer_class.build_evaluator(cfg, name)

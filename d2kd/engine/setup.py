@@ -21,12 +21,14 @@ from ..config import (
     ConfigError,
     add_distillation_config,
     load_config,
+    resolve_config_file,
     similar_files,
     unknown_key,
     validate_distillation_config,
     validate_meta_arch,
 )
 from ..data.custom import check_datasets
+from ..data.loader import validate_loader_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,11 @@ def import_user_module(name: str) -> None:
         raise ConfigError(f"--import: no file '{name}'")
     module_name = os.path.splitext(os.path.basename(name))[0]
     if module_name in sys.modules:
+        found = getattr(sys.modules[module_name], "__file__", None)
+        if found is None or not os.path.exists(found) or not os.path.samefile(found, name):
+            raise ConfigError(
+                f"--import: another module is called '{module_name}': rename '{name}'"
+            )
         return
     spec = importlib.util.spec_from_file_location(module_name, name)
     module = importlib.util.module_from_spec(spec)
@@ -78,8 +85,11 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
         validate_distillation_config(cfg)
-    check_weights(cfg.MODEL.WEIGHTS)
+    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+        check_weights(cfg.MODEL.WEIGHTS)
     check_datasets(cfg, train=not args.eval_only)
+    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # else the batch is scaled
+        validate_loader_config(cfg, max(args.num_gpus * args.num_machines, 1))
     cfg.freeze()
     return cfg
 
@@ -102,5 +112,9 @@ def check_weights(path: str) -> None:
 
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Detectron2's set-up of a job, which makes the output folder, and d2kd's own logger."""
+    # It logs the file's text, and knows no names of the model zoo.
+    args = argparse.Namespace(
+        **{**vars(args), "config_file": resolve_config_file(args.config_file)}
+    )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")

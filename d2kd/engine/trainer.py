@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import weakref
@@ -161,7 +162,7 @@ class DistillTrainer(DefaultTrainer):
         self._trainer = StepTrainer(
             model,
             optimizer,
-            lambda seed, start: build_train_loader(cfg, seed, start),
+            functools.partial(self.build_train_loader, cfg),
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             seed=seed,
         )
@@ -199,8 +200,9 @@ class DistillTrainer(DefaultTrainer):
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
-        return build_train_loader(cfg, seed=max(cfg.SEED, 0))
+    def build_train_loader(cls, cfg: CfgNode, seed: int = 0, start: int = 0):
+        """The loader of training, from batch ``start`` on; override it for a mapper of yours."""
+        return build_train_loader(cfg, seed, start)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
