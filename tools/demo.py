@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, pairwise_iou
 from runs import ROOT, run_stage
 from tabulate import tabulate
 
@@ -34,6 +35,7 @@ from d2kd.engine.hooks import write_json
 
 CONFIGS = "configs/digits"
 STUDENT, TEACHER = "retinanet_R18", "retinanet_R34_teacher"
+WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (60, 60, 255)
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
 
@@ -144,7 +146,7 @@ class Demo:
         }
         print(f"\n{markdown(figures)}")
         write_json(figures, str(self.output / "demo.json"))
-        picture = self.output / "demo.png"
+        picture = self.output / "demo.jpg"
         save_picture(
             {
                 "alone": (f"{CONFIGS}/{STUDENT}.yaml", self.folder(runs["student alone"][0])),
@@ -195,36 +197,44 @@ def load_detector(config: str, folder: Path) -> torch.nn.Module:
     return model
 
 
-def draw(image: np.ndarray, boxes, labels, colour, zoom: int = 2) -> np.ndarray:
+def draw(image: np.ndarray, boxes, labels, colours, zoom: int = 2) -> np.ndarray:
     """``image`` enlarged, with labelled boxes."""
     image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    for box, label in zip(boxes, labels, strict=True):
+    for box, label, colour in zip(boxes, labels, colours, strict=True):
         x0, y0, x1, y1 = (int(round(float(v) * zoom)) for v in box)
-        cv2.rectangle(image, (x0, y0), (x1, y1), colour, 1, cv2.LINE_AA)
-        place = (x0 + 1, max(y0 - 2, 10))
-        cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
+        cv2.rectangle(image, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
+        place = (x0 + 2, max(y0 - 3, 12))
+        cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 3, cv2.LINE_AA)
+        cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
     return image
 
 
+def draw_detections(model, image: np.ndarray, truth: Boxes, classes: list[int]) -> np.ndarray:
+    """The model's most confident detections, as many as there are objects; green if right."""
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        found = model([{"image": pixels}])[0]["instances"][: len(classes)]
+    labels = found.pred_classes.tolist()
+    overlap = pairwise_iou(found.pred_boxes, truth)
+    same = found.pred_classes[:, None] == torch.tensor(classes)[None]
+    right = ((overlap >= 0.5) & same).any(dim=1).tolist()
+    colours = [GREEN if hit else RED for hit in right]
+    return draw(image, found.pred_boxes.tensor.tolist(), [str(x) for x in labels], colours)
+
+
 def save_picture(runs: dict[str, tuple[str, Path]], path: Path, count: int = 4) -> None:
-    """Ground truth and each run's detections (score over 0.5), a row an image."""
-    names = MetadataCatalog.get("digits_val").thing_classes
-    records = sorted(DatasetCatalog.get("digits_val"), key=lambda r: -len(r["annotations"]))[:40:10]
+    """Ground truth and each run's detections, a row an image."""
+    records = [r for r in DatasetCatalog.get("digits_val") if len(r["annotations"]) == 5][:count]
     models = {name: load_detector(*where) for name, where in runs.items()}
     rows = []
-    for record in records[:count]:
+    for record in records:
         image = cv2.imread(record["file_name"])
-        truth = [(a["bbox"], names[a["category_id"]]) for a in record["annotations"]]
-        boxes = [(x, y, x + w, y + h) for (x, y, w, h), _ in truth]
-        panels = [draw(image, boxes, [label for _, label in truth], (255, 255, 255))]
-        pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
-        for model in models.values():
-            with torch.no_grad():
-                found = model([{"image": pixels}])[0]["instances"]
-            found = found[found.scores > 0.5]
-            labels = [names[c] for c in found.pred_classes.tolist()]
-            panels.append(draw(image, found.pred_boxes.tensor.tolist(), labels, (80, 255, 255)))
+        xywh = np.array([a["bbox"] for a in record["annotations"]], np.float32)
+        truth = Boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
+        classes = [a["category_id"] for a in record["annotations"]]
+        names, colours = [str(c) for c in classes], [WHITE] * len(classes)
+        panels = [draw(image, truth.tensor.tolist(), names, colours)]
+        panels += [draw_detections(model, image, truth, classes) for model in models.values()]
         rows.append(np.hstack(panels))
     titles = ["ground truth", *models]
     width = rows[0].shape[1] // len(titles)
@@ -232,7 +242,7 @@ def save_picture(runs: dict[str, tuple[str, Path]], path: Path, count: int = 4) 
     for column, title in enumerate(titles):
         place = (column * width + 8, 18)
         cv2.putText(header, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.imwrite(str(path), np.vstack([header, *rows]))
+    cv2.imwrite(str(path), np.vstack([header, *rows]), [cv2.IMWRITE_JPEG_QUALITY, 75])
 
 
 def main(argv: list[str] | None = None) -> None:
