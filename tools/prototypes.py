@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import launch
+from detectron2.engine import default_argument_parser, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "show":
             show(args)
         else:
-            args.eval_only = False
+            # What train_net.py's arguments are where this command has none.
+            defaults = vars(default_argument_parser().parse_args([]))
+            args = argparse.Namespace(**{**defaults, **vars(args)})
             launch(make, args.num_gpus, dist_url="auto", args=(args,))
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
