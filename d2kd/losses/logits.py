@@ -128,6 +128,33 @@ def mask_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 # ------------------------------------------------------------------------------------------------
 
 
+class _FocusedDivergence(torch.autograd.Function):
+    """sum over anchors of ``counted`` x sum over classes of |q - p|^focus BCE(q, p).
+
+    There are millions of these logits: value and gradient in one pass over them take half the time
+    of autograd's.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, counted: Tensor, focus: float) -> Tensor:
+        p, q = teacher.sigmoid(), student.sigmoid()
+        divergence = F.softplus(student).sub_(p * student)
+        gap = q - p
+        size = gap.abs()
+        weight = size if focus == 1 else size**focus
+        total = torch.einsum("bnk,bnk,bn->", weight, divergence, counted)
+        if ctx.needs_input_grad[0]:
+            slope = gap.sign() if focus == 1 else focus * gap.sign() * size ** (focus - 1)
+            gradient = slope.mul_(divergence).mul_(q).mul_(1 - q).addcmul_(weight, gap)
+            ctx.save_for_backward(gradient.mul_(counted[..., None]))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None
+
+
 @full_precision
 def dense_class_loss(
     student: Tensor,
@@ -159,14 +186,13 @@ def dense_class_loss(
     """
     if not (focus == 0 or focus >= 1):
         raise ValueError(f"focus must be 0 or at least 1, got {focus}")
+    counted = (labels >= 0).to(student.dtype)
     if focus:
-        q = student / temperature
-        p = (teacher.detach() / temperature).sigmoid()
-        loss = F.binary_cross_entropy_with_logits(q, p, reduction="none")
-        loss = loss * (q.sigmoid() - p).abs() ** focus
+        if temperature != 1:
+            student, teacher = student / temperature, teacher / temperature
+        total = _FocusedDivergence.apply(student, teacher.detach(), counted, focus)
     else:
-        loss = binary_kl(student, teacher, temperature)
-    total = torch.where(labels >= 0, loss.sum(-1), 0.0).sum()
+        total = (binary_kl(student, teacher, temperature).sum(-1) * counted).sum()
     return temperature**2 * total / _foreground(labels, num_classes).sum().clamp(min=1)
 
 
