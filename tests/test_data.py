@@ -150,13 +150,13 @@ def test_annotations_agree_with_the_visible_masks(made, split):
 
 
 def test_objects_are_varied_and_many_are_small(tmp_path):
-    """At 160 px: all classes, 2 to 10 digits an image, sides from about 10 to about 70 px."""
+    """At 160 px: all classes, 2 to 8 digits an image, sides from about 16 to about 80 px."""
     digits.make_digits(tmp_path / "d", digits.DigitsSpec(train=60, val=1))
     content = content_of(tmp_path / "d", "train")
     boxes = np.array([annotation["bbox"] for annotation in content["annotations"]])
     sides = boxes[:, 2:].max(axis=1)
-    assert 5 <= sides.min() <= 12 and 55 <= sides.max() <= 95
-    assert 0.1 < (sides < 16).mean() < 0.4 and 0.1 < (sides > 40).mean() < 0.4
+    assert 8 <= sides.min() <= 18 and 55 <= sides.max() <= 105
+    assert 0.2 < (sides < 32).mean() < 0.7 and 0.2 < (sides > 40).mean() < 0.7
     assert {annotation["category_id"] for annotation in content["annotations"]} == set(range(1, 11))
     counts = np.bincount([a["image_id"] - 1 for a in content["annotations"]], minlength=60)
     assert np.flatnonzero(counts == 0).tolist() == [49]  # each 50th image holds clutter only
