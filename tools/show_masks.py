@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from matplotlib.patches import Rectangle
@@ -110,7 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.eval_only = True  # the teacher's files need not exist
     try:
-        cfg = read_config(args)
+        defaults = vars(default_argument_parser().parse_args([]))
+        # Nothing is trained or loaded here: the config's weights need not be there.
+        opts = [*args.opts, "MODEL.WEIGHTS", ""]
+        cfg = read_config(argparse.Namespace(**{**defaults, **vars(args), "opts": opts}))
         item = read_image(cfg, args.image)
     except (ConfigError, IndexError) as error:
         sys.exit(f"show_masks: {error}")
