@@ -244,7 +244,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     old.save(path)
 
     def die(content, file):
-        file.write(b"half")
+        Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", die)

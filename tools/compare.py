@@ -24,7 +24,7 @@ from runs import run_stage
 from scipy import stats
 from tabulate import tabulate
 
-from d2kd.engine.checkpoint import write_atomically
+from d2kd.files import write_atomically
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from d2kd import add_distillation_config
 from d2kd.config import load_config, student_config
-from d2kd.engine.hooks import write_json
+from d2kd.files import write_json
 
 CONFIGS = "configs/digits"
 STUDENT, TEACHER = "retinanet_R18", "retinanet_R34_teacher"

@@ -29,7 +29,7 @@ from torchvision.ops import box_iou, roi_align
 
 from d2kd import add_distillation_config
 from d2kd.config import ConfigError, load_config
-from d2kd.engine.checkpoint import write_atomically
+from d2kd.files import write_atomically
 
 
 def read_dataset(name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from ..files import write_atomically
 from ..meta_arch import HEADS_PREFIX, Distiller
-
-
-def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 class AtomicCheckpointer(DetectionCheckpointer):

@@ -13,25 +13,15 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 
 from ..bundle import describe_detector
+from ..files import write_json
 from ..teacher import Teacher
-from .checkpoint import save_student, write_atomically
+from .checkpoint import save_student
 from .summary import summarise
 
 logger = logging.getLogger(__name__)
 
 TEACHER_RESULTS = "teacher_results.json"
 STUDENT_FILE = "student_final.pth"
-
-
-def write_json(data, path: str) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
-
-    write_atomically(path, write)
 
 
 class FinishHook(HookBase):
@@ -44,14 +34,9 @@ class FinishHook(HookBase):
             return
         output = trainer.cfg.OUTPUT_DIR
         save_student(trainer.checkpointer.model, os.path.join(output, STUDENT_FILE))
-        times = trainer.storage.histories().get("time")
-        step_seconds = times.median(len(times.values())) if times else None
-        results = {"results": trainer.last_results, "step_seconds": step_seconds}
-        write_json(results, os.path.join(output, "results.json"))
-        teacher_results = read_teacher_results(output)
-        logger.info(
-            "\n%s", summarise(trainer.cfg, trainer.last_results, teacher_results, step_seconds)
-        )
+        cost, teacher_results = trainer.cost, read_teacher_results(output)
+        write_json({"results": trainer.last_results, **cost}, os.path.join(output, "results.json"))
+        logger.info("\n%s", summarise(trainer.cfg, trainer.last_results, teacher_results, cost))
 
 
 class _OnStudentInput:

@@ -11,12 +11,13 @@ classes, C_t, C_s: channels of teacher and student.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from ..files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,10 @@ class Prototypes:
         return torch.stack([level.offsets.diff() for level in self.levels.values()])
 
     def save(self, path: str) -> None:
-        """Write to ``path`` so that a reader finds the old file or the new one, never a part."""
+        """Write to ``path``, whole or not at all."""
         content = dataclasses.asdict(self)
         content["instances"] = [tuple(item.values()) for item in content["instances"]]
-        partial = f"{path}.{os.getpid()}.partial"
-        try:
-            with open(partial, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     @classmethod
     def load(cls, path: str) -> Prototypes:
