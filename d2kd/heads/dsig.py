@@ -23,7 +23,7 @@ from ..losses import dsig as losses
 from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
 from ..losses.mimic import pyramid_mimic_loss
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .logits import check_anchors
+from .dense import DensePair
 
 # Terms and the keys of DISTILL.DSIG that hold their weights.
 WEIGHT_KEYS = {
@@ -309,30 +309,19 @@ class DSIG(DistillHead):
 
     def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
-        mine, theirs = student.dense, teacher.dense
-        strides = [stride for stride in mine.anchors if stride in theirs.anchors]
+        pair = DensePair(student.dense, teacher.dense)
         if not self._anchors_checked:
-            check_anchors("DSIG", mine, theirs, strides)
+            pair.check_anchors("DSIG")
             self._anchors_checked = True
-        counts = [len(anchors) for anchors in mine.anchors.values()]
-        levels = dict(zip(mine.anchors, mine.labels.split(counts, dim=1), strict=True))
-
-        def gather(maps: dict[int, Tensor]) -> Tensor:
-            return torch.cat([maps[stride] for stride in strides], dim=1)
-
-        labels = gather(levels)
-        terms = {}
+        labels, terms = pair.labels, {}
         if "class" in self.weights:
+            logits = (outputs.flatten(0, 1) for outputs in pair.logits)
             terms["class"] = losses.class_logit_loss(
-                gather(mine.logits).flatten(0, 1),
-                gather(theirs.logits).flatten(0, 1),
-                labels.flatten() >= 0,
-                temperature=self.temperature,
+                *logits, labels.flatten() >= 0, temperature=self.temperature
             )
         if "box" in self.weights:
-            weights = mine.delta_weights, theirs.delta_weights
             terms["box"] = dense_box_loss(
-                gather(mine.deltas), gather(theirs.deltas), labels, self.num_classes, *weights
+                *pair.deltas, labels, self.num_classes, *pair.delta_weights
             )
         return terms
 

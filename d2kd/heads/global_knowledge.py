@@ -20,7 +20,7 @@ from ..losses import global_knowledge as losses
 from ..prototypes.hook import PrototypeHook
 from ..prototypes.store import PrototypeBank, Prototypes
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .logits import check_anchors
+from .dense import DensePair
 
 BOXES = ("positives", "gt")
 RESPONSES = ("cosine", "projection")
@@ -467,4 +467,4 @@ def _check_same_anchors(student: DenseView, teacher: DenseView) -> None:
             f"GlobalKnowledge: the student predicts at strides {mine}, the teacher at {its}; "
             "DISTILL.GLOBAL_KNOWLEDGE.SOFT_LABELS.WEIGHT 0 trains without soft labels"
         )
-    check_anchors("GlobalKnowledge", student, teacher, mine)
+    DensePair(student, teacher).check_anchors("GlobalKnowledge")

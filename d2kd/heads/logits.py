@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..adapters import pair_levels
-from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle
+from ..bundle import Batch, DetectorSpec, FeatureBundle
 from ..config import ConfigError
 from ..losses.logits import (
     dense_box_loss,
@@ -17,6 +16,7 @@ from ..losses.logits import (
     roi_class_loss,
 )
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from .dense import DensePair
 
 # Term -> the config key of its weight.
 WEIGHT_KEYS = {"cls": "CLASS_WEIGHT", "box": "BOX_WEIGHT", "mask": "MASK_WEIGHT"}
@@ -118,53 +118,20 @@ class Logits(DistillHead):
 
     def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
         """Class and box terms on the anchors of the levels that both detectors have."""
-        mine, theirs = student.dense, teacher.dense
-        strides = [s for s in mine.anchors if s in theirs.anchors]
+        pair = DensePair(student.dense, teacher.dense)
         if not self._anchors_checked:
-            check_anchors("Logits", mine, theirs, strides)
+            pair.check_anchors("Logits")
             self._anchors_checked = True
-        counts = [len(anchors) for anchors in mine.anchors.values()]
-        labels = dict(zip(mine.anchors, mine.labels.split(counts, dim=1), strict=True))
-
-        def gather(maps: dict[int, Tensor]) -> Tensor:
-            return torch.cat([maps[s] for s in strides], dim=1)
-
-        terms = {}
+        labels, terms = pair.labels, {}
         if "cls" in self.weights:
             terms["cls"] = dense_class_loss(
-                gather(mine.logits),
-                gather(theirs.logits),
-                gather(labels),
-                self.num_classes,
-                self.temperature,
-                self.focus,
+                *pair.logits, labels, self.num_classes, self.temperature, self.focus
             )
         if "box" in self.weights:
             terms["box"] = dense_box_loss(
-                gather(mine.deltas),
-                gather(theirs.deltas),
-                gather(labels),
-                self.num_classes,
-                mine.delta_weights,
-                theirs.delta_weights,
-                self.box_beta,
+                *pair.deltas, labels, self.num_classes, *pair.delta_weights, self.box_beta
             )
         return terms
-
-
-def check_anchors(head: str, student: DenseView, teacher: DenseView, strides: list[int]) -> None:
-    """Refuse a dense pair whose anchors differ; anchors exist from the first step on.
-
-    Raises:
-        ConfigError: names the head and the first level where they differ.
-    """
-    for stride in strides:
-        mine, theirs = student.anchors[stride], teacher.anchors[stride]
-        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=1e-3):
-            raise ConfigError(
-                f"{head}: student and teacher have different anchors at stride {stride}; "
-                "MODEL.ANCHOR_GENERATOR must be the same in both configs"
-            )
 
 
 def _fields(weights: dict[str, float], two_stage: bool) -> tuple[str, ...]:
