@@ -1,135 +1,358 @@
 #!/usr/bin/env python
-"""Train configs from several seeds on one footing and compare their AP with a baseline's.
+"""Train a student alone and with each method on one footing, and compare AP and cost.
 
+    python tools/compare.py --suite configs/suites/digits_retinanet.yaml --jobs 2
     python tools/compare.py --configs configs/digits/faster_rcnn_R18.yaml \\
         configs/digits/faster_rcnn_R18_ssim.yaml --seeds 1 2 3 --output output/compare
+    python tools/compare.py --report-only output/compare
 
-The first config is the baseline. Runs of one seed see the same images in the same order, with the
-same augmentation and the same initial weights of the student. A run that was stopped goes on where
-its last checkpoint is, a finished one is kept: one JSON line each in OUTPUT/results.jsonl. Where
-there is more than one seed, the difference to the baseline is paired by seed, with a 95 % interval
-of Student's t.
+A suite (tools/suite.py says what it holds) names arms and a baseline; of --configs the first is the
+baseline. Runs of one seed see the same images in the same order, with the same augmentation and the
+same initial weights of the student. A run that was stopped goes on where its last checkpoint is, a
+finished one is kept, one of other settings is refused: one JSON line each in OUTPUT/results.jsonl,
+whose tables are in OUTPUT/report.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
-from runs import run_stage
-from scipy import stats
-from tabulate import tabulate
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from report import read_lines, write_report
+from runs import ROOT, Devices, Processes, run_in_order, run_stage
+from suite import (
+    Arm,
+    Suite,
+    as_list,
+    fingerprint,
+    first_difference,
+    head_nodes,
+    read_suite,
+    settings_of,
+    stretched,
+    suite_of_configs,
+)
 
-from d2kd.files import write_atomically
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def label_of(config: str) -> str:
-    return Path(config).stem
-
-
-def train(config: str, seed: int, args: argparse.Namespace) -> dict:
-    """One run; returns its JSON line."""
-    label = label_of(config)
-    folder = args.output.resolve() / f"{label}_{seed}"
-    command = ["train_net.py", "--resume", "--config-file", str(Path(config).resolve())]
-    command += ["SEED", str(seed), "OUTPUT_DIR", str(folder), "DATALOADER.NUM_WORKERS", "0"]
-    command += ["DISTILL.TEACHER.CHECK", "False", *args.opts]
-    done = folder / "results.json"
-    run_stage(f"{label} {seed}", command, done, args.output.resolve() / "logs", args.threads)
-    return {"config": config, "seed": seed, "opts": args.opts, **json.loads(done.read_text())}
-
-
-def interval(values: np.ndarray) -> float:
-    """Half the width of the 95 % interval of the mean; NaN for a single value."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+from d2kd.config import ConfigError, student_config
+from d2kd.engine.setup import merged_config, read_config
+from d2kd.engine.trainer import DistillTrainer
+from d2kd.files import write_atomically, write_json
 
 
-def table(lines: list[dict], configs: list[str], task: str) -> str:
-    """Means over the seeds, and paired differences to the first config, as Markdown."""
-    runs = {(line["config"], line["seed"]): line for line in lines if task in line["results"]}
-    seeds = {config: [s for c, s in runs if c == config] for config in configs}
+class Comparison:
+    """The runs of a suite in one output folder.
 
-    def values(config: str, metric: str, over: list[int]) -> np.ndarray:
-        return np.array([runs[config, seed]["results"][task][metric] for seed in over])
+    Args:
+        suite: what to train.
+        output: folder of the runs; ``<arm>_<seed>`` each.
+        jobs: runs at a time; ``threads``: CPU threads of each.
+        keep_checkpoints: leave a finished run's checkpoints of the way.
+    """
 
-    rows = []
-    for config in configs:
-        if not seeds[config]:
-            continue
-        cells = [f"{values(config, m, seeds[config]).mean():.1f}" for m in METRICS]
-        both = [seed for seed in seeds[config] if seed in seeds[configs[0]]]
-        gain = values(config, "AP", both) - values(configs[0], "AP", both)
-        difference = "" if config == configs[0] else f"{gain.mean():+.1f}"
-        if config != configs[0] and len(both) > 1:
-            difference += f" ± {interval(gain):.1f}"
-        # A run that was stopped after its last step, before its evaluation, has no time.
-        seconds = [runs[config, seed]["step_seconds"] for seed in seeds[config]]
-        seconds = [value for value in seconds if value is not None]
-        step = f"{1000 * np.mean(seconds):.0f}" if seconds else "-"
-        rows.append([label_of(config), len(seeds[config]), *cells, difference, step])
-    headers = ["config", "seeds", *METRICS, "gain in AP", "ms a step"]
-    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    def __init__(
+        self, suite: Suite, output: Path, *, jobs: int, threads: int, keep_checkpoints: bool = False
+    ):
+        self.suite, self.output, self.jobs, self.threads = suite, output, jobs, threads
+        self.keep_checkpoints = keep_checkpoints
+        self.processes, self.devices = Processes(), Devices(jobs)
 
+    # --- what there is to do -----------------------------------------------------------------
 
-def report(lines: list[dict], configs: list[str], opts: list[str]) -> str:
-    """The Markdown report of all tasks."""
-    parts = []
-    for task, name in (("bbox", "Boxes"), ("segm", "Masks")):
-        if any(task in line["results"] for line in lines):
-            parts += [f"### {name}", "", table(lines, configs, task), ""]
-    if opts:
-        parts.append(f"Overrides: `{' '.join(opts)}`.")
-    return "\n".join(parts).replace("nan", "-")
+    def runs(self, labels: list[str] | None = None) -> list[tuple[Arm, int]]:
+        """Arms and seeds, seed by seed, so that what is there at any time can be compared."""
+        arms = [arm for arm in self.suite.arms.values() if labels is None or arm.label in labels]
+        return [(arm, s) for s in self.suite.seeds for arm in arms if s in arm.seeds]
 
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return self.output / f"{arm.slug}_{seed}"
 
-def save(lines: list[dict], configs: list[str], args: argparse.Namespace) -> str:
-    """Write the JSON lines and the report; returns the report."""
-    text = report(lines, configs, args.opts)
-    contents = {
-        "results.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
-        "report.md": text + "\n",
-    }
-    for name, content in contents.items():
-        path = str(args.output / name)
-        write_atomically(
-            path, lambda temporary, content=content: Path(temporary).write_text(content)
+    def results(self, arm: Arm, seed: int) -> dict | None:
+        """What results.json of a run says; None as long as there is none."""
+        path = self.folder(arm, seed) / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def needs(self, arm: Arm) -> list[Arm]:
+        """The arms whose times decide how long ``arm`` trains."""
+        labels = [self.suite.baseline, arm.same_time_as] if arm.same_time_as else []
+        return [self.suite.arms[label] for label in labels]
+
+    def ready(self, run: tuple[Arm, int]) -> bool:
+        arm, seed = run
+        return all(self.results(other, seed) is not None for other in self.needs(arm))
+
+    def config(self, arm: Arm, seed: int) -> tuple[CfgNode, dict]:
+        """The config of a run, which is :meth:`ready`, and all overrides that make it."""
+        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
+        opts |= {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+        cfg = merged_config(arm.config, as_list(opts))
+        iterations = round(cfg.SOLVER.MAX_ITER * arm.times)
+        if arm.same_time_as:
+            base, other = (self.results(a, seed) for a in self.needs(arm))
+            iterations = same_time_iterations(base, other)
+        if iterations != cfg.SOLVER.MAX_ITER:
+            opts |= stretched(cfg, iterations)
+            cfg = merged_config(arm.config, as_list(opts))
+        return cfg, opts
+
+    # --- checks before anything runs -----------------------------------------------------------
+
+    def check(self, runs: list[tuple[Arm, int]]) -> None:
+        """Check every config, and that no folder holds a run of other settings.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        made = self.teacher_file()
+        for arm, seed in runs:
+            for other in self.needs(arm):
+                if (other, seed) not in runs and self.results(other, seed) is None:
+                    raise ConfigError(f"arm '{arm.label}' needs a run of '{other.label}'")
+            opts = ["SEED", str(seed), "OUTPUT_DIR", str(self.folder(arm, seed))]
+            arguments = {"eval_only": False, "resume": True, "num_gpus": 1, "num_machines": 1}
+            cfg = read_config(
+                SimpleNamespace(
+                    config_file=arm.config, opts=[*as_list(arm.opts), *opts], **arguments
+                )
+            )
+            teacher = cfg.DISTILL.TEACHER.WEIGHTS
+            missing = teacher.endswith(".pth") and "://" not in teacher and teacher != made
+            if head_nodes(cfg) and missing and not Path(teacher).is_file():
+                raise ConfigError(
+                    f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{teacher}', and it is "
+                    f"not what the suite's teacher writes ({made or 'it has none'})"
+                )
+
+    def check_kept_runs(self) -> None:
+        """Check that all runs in the output folder are of the suite's settings."""
+        for run in self.runs():
+            if self.folder(*run).exists() and self.ready(run):
+                self.check_settings(*run, settings_of(self.config(*run)[0]))
+
+    def check_settings(self, arm: Arm, seed: int, settings: dict[str, str]) -> None:
+        """Check that a run's folder is new or of these settings.
+
+        Raises:
+            ConfigError: it is of others; names the first key.
+        """
+        folder = self.folder(arm, seed)
+        path = folder / "settings.json"
+        if not folder.exists():
+            return
+        if not path.is_file():
+            raise ConfigError(f"{folder} was not made by this tool; give another --output")
+        difference = first_difference(json.loads(path.read_text())["settings"], settings)
+        if difference:
+            raise ConfigError(
+                f"{folder} is a run of other settings: {difference}; "
+                "remove it or give another --output"
+            )
+
+    # --- running -------------------------------------------------------------------------------
+
+    def run(self, labels: list[str] | None = None) -> None:
+        """Train the teacher, then all runs, writing results and report after each."""
+        runs = self.runs(labels)
+        self.check(runs)
+        self.train_teacher()
+        self.check_kept_runs()
+        self.save()
+        run_in_order(
+            runs,
+            lambda run: self.train(*run),
+            jobs=self.jobs,
+            ready=self.ready,
+            finished=lambda run: self.save(),
+            processes=self.processes,
         )
-    return text
+
+    def train(self, arm: Arm, seed: int) -> None:
+        """One run, from where it was left."""
+        cfg, opts = self.config(arm, seed)
+        settings, folder = settings_of(cfg), self.folder(arm, seed)
+        self.check_settings(arm, seed, settings)
+        command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {"arm": arm.label, "seed": seed, "command": command, "settings": settings}
+        if not (folder / "settings.json").is_file():
+            write_json(kept, folder / "settings.json")
+        self.stage(f"{arm.label} {seed}", command, folder, self.threads)
+
+    def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
+        environment = self.devices.take()
+        try:
+            run_stage(
+                name,
+                command,
+                folder / "results.json",
+                self.output / "logs",
+                threads,
+                environment=environment,
+                processes=self.processes,
+            )
+        finally:
+            self.devices.give_back(environment)
+        if not self.keep_checkpoints:
+            for path in folder.glob("model_[0-9]*.pth"):
+                path.unlink()
+
+    def teacher_file(self) -> str:
+        """Where the suite's teacher lies when it is trained; "" without one."""
+        teacher = self.suite.teacher
+        if teacher is None:
+            return ""
+        return (
+            f"{merged_config(teacher.config, as_list(teacher.opts)).OUTPUT_DIR}/student_final.pth"
+        )
+
+    def train_teacher(self) -> None:
+        """Train the teacher if its weights are not there, and evaluate it if no one has."""
+        teacher = self.suite.teacher
+        if teacher is None:
+            return
+        weights = Path(self.teacher_file())
+        if not weights.is_file():
+            opts = {**teacher.opts, "DATALOADER.NUM_WORKERS": 0}
+            command = ["train_net.py", "--resume", "--config-file", teacher.config]
+            threads = self.threads * self.jobs
+            self.stage("teacher", [*command, *as_list(opts)], weights.parent, threads)
+        known, own = self.output / "teacher.json", weights.parent / "results.json"
+        if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
+            return
+        if own.is_file():
+            results = json.loads(own.read_text())
+        else:
+            results = {"results": evaluate(teacher, str(weights))}
+        write_json({"file": fingerprint(str(weights)), **results}, known)
+
+    # --- results -------------------------------------------------------------------------------
+
+    def lines(self) -> list[dict]:
+        """One JSON line a finished run, the teacher's first, in the order of :meth:`runs`."""
+        common = {"suite": self.suite.title, "baseline": self.suite.baseline}
+        lines = []
+        if self.suite.teacher is not None:
+            teacher = self.suite.teacher
+            about = {"arm": "teacher", "config": teacher.config, "opts": teacher.opts}
+            results = json.loads((self.output / "teacher.json").read_text())
+            lines.append({**common, "role": "teacher", **about, **results})
+        for arm, seed in self.runs():
+            results = self.results(arm, seed)
+            if results is not None:
+                about = {"arm": arm.label, "seed": seed, "config": arm.config, "opts": arm.opts}
+                control = {"times": arm.times, "same_time_as": arm.same_time_as}
+                where = {"threads": self.threads, "folder": self.folder(arm, seed).name}
+                lines.append({**common, "role": "student", **about, **control, **where, **results})
+        return lines
+
+    def save(self) -> None:
+        """Write results.jsonl and the tables."""
+        text = "".join(json.dumps(line) + "\n" for line in self.lines())
+        write_atomically(self.output / "results.jsonl", lambda path: Path(path).write_text(text))
+        write_report(self.output)
 
 
-def main(argv: list[str] | None = None) -> None:
+def same_time_iterations(base: dict, other: dict) -> int:
+    """How many steps of the run ``base`` take as long as all of the run ``other``.
+
+    Times are the median step's, which a busy machine disturbs least, and what heads did between
+    steps.
+    """
+    seconds = other["iterations"] * other["step_seconds"] + other["hook_seconds"]
+    return max(round(seconds / base["step_seconds"]), 1)
+
+
+def evaluate(teacher: Arm, weights: str) -> dict:
+    """Results of a teacher that was not trained here, on its own ``DATASETS.TEST``."""
+    print("teacher: evaluating", flush=True)
+    cfg = merged_config(teacher.config, as_list(teacher.opts))
+    cfg.MODEL.DEVICE = "cuda" if Devices(1).count else "cpu"
+    model = build_model(student_config(cfg))
+    DetectionCheckpointer(model).load(weights)
+    return DistillTrainer.test(cfg, model)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--configs", nargs="+", required=True, help="the baseline first")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--output", type=Path, default=Path("output/compare"))
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--suite", type=Path, help="a file of configs/suites")
+    what.add_argument("--configs", nargs="+", help="the baseline first")
+    what.add_argument(
+        "--report-only", type=Path, metavar="OUTPUT", help="write the reports of OUTPUT anew"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the suite's, else 1 2 3")
+    parser.add_argument("--arms", nargs="+", help="train only these arms of the suite")
+    parser.add_argument("--output", type=Path, help="default: output/compare[/<suite>]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
+    parser.add_argument(
+        "--keep-checkpoints", action="store_true", help="also those before the end of a run"
+    )
     parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE overrides of all runs")
-    args = parser.parse_args(argv)
-    missing = [config for config in args.configs if not Path(config).is_file()]
-    if missing:
-        sys.exit(f"error: no file {', '.join(missing)}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    lines: list[dict] = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [
-            pool.submit(train, config, seed, args) for seed in args.seeds for config in args.configs
-        ]
-        for future in todo:
-            lines.append(future.result())
-            save(lines, args.configs, args)
-    print("\n" + save(lines, args.configs, args))
-    print(f"\nwrote {args.output}/results.jsonl and report.md")
+    return parser
+
+
+def suite_of(args: argparse.Namespace) -> Suite:
+    """The suite that the command line asks for.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    if len(args.opts) % 2:
+        raise ConfigError("--opts: KEY VALUE pairs, please")
+    opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
+    if args.suite is not None:
+        suite = read_suite(args.suite, args.seeds, opts)
+    else:
+        configs = [str(Path(c).resolve()) if Path(c).is_file() else c for c in args.configs]
+        configs = [c.removeprefix(f"{ROOT}{os.sep}") for c in configs]
+        suite = suite_of_configs(configs, args.seeds or [1, 2, 3], opts)
+    for label in args.arms or []:
+        if label not in suite.arms:
+            known = ", ".join(f"'{known}'" for known in suite.arms)
+            raise ConfigError(f"--arms: no arm '{label}'; valid: {known}")
+    return suite
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    if args.report_only is not None:
+        if not read_lines(args.report_only):
+            sys.exit(f"error: no finished run in {args.report_only}")
+        print(write_report(args.report_only))
+        return
+    output = args.output or Path("output/compare") / (args.suite.stem if args.suite else "")
+    output = output.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        suite = suite_of(args)
+        os.chdir(ROOT)
+        comparison = Comparison(
+            suite,
+            output,
+            jobs=args.jobs,
+            threads=args.threads,
+            keep_checkpoints=args.keep_checkpoints,
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        comparison.run(args.arms)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; the same command goes on, finished runs are in {output}")
+    print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl and report.md")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import queue
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,15 +29,54 @@ def progress_of(line: str) -> str | None:
     return f"iteration {match[2]}, loss {match[3]}, {match[1]} to go" if match else None
 
 
-def run_stage(name: str, command: list[str], done: Path, logs: Path, threads: int) -> None:
+class Processes:
+    """The processes that run now, so that they can be ended together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def start(self, command: list[str], **kwargs) -> subprocess.Popen:
+        with self._lock:
+            if self._stopped:
+                raise SystemExit("stopped")
+            process = subprocess.Popen(command, **kwargs)
+            self._running.add(process)
+        return process
+
+    def forget(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        """End all, and start none any more. Their checkpoints stay whole."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def run_stage(
+    name: str,
+    command: list[str],
+    done: Path,
+    logs: Path,
+    threads: int,
+    *,
+    environment: dict[str, str] | None = None,
+    processes: Processes | None = None,
+) -> None:
     """Run ``python command``, showing its progress, unless the file ``done`` is there already.
 
     Args:
         logs: folder for the full output.
         threads: CPU threads of the process.
+        environment: further variables of the process.
+        processes: where to enlist the process.
 
     Raises:
-        SystemExit: it failed; names the log.
+        SystemExit: it failed, or another process works on it; names the log.
     """
     if done.exists():
         print(f"{name}: done before", flush=True)
@@ -38,28 +84,120 @@ def run_stage(name: str, command: list[str], done: Path, logs: Path, threads: in
     start = time.perf_counter()
     print(f"{name} ...", flush=True)
     logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{name.replace(' ', '_')}.log"
+    log = logs / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.log"
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": str(threads),
+        **(environment or {}),
     }
-    with log.open("w") as file:
-        process = subprocess.Popen(
+    processes = processes or Processes()
+    with lock_file(log.with_suffix(".lock"), name) as lock, log.open("w") as file:
+        process = processes.start(
             [sys.executable, *command],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            pass_fds=[lock.fileno()],
         )
+        last = ""
         for line in process.stdout:
             file.write(line)
+            last = line.strip() or last
             progress = progress_of(line)
             if progress:
                 print(f"  {name}: {progress}", flush=True)
-    if process.wait() != 0 or not done.exists():
-        sys.exit(f"{name} failed; its output is in {log}")
+    code = process.wait()
+    processes.forget(process)
+    if code != 0 or not done.exists():
+        raise SystemExit(f"{name} failed ({last[:200]}); its output is in {log}")
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def lock_file(path: Path, name: str):
+    """Open and lock a file; the lock is the process's that inherits it, and goes with its end.
+
+    So a training that outlived a killed parent is not started a second time beside itself.
+
+    Raises:
+        SystemExit: another process has it.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise SystemExit(f"{name}: another process is at it ({path})") from None
+    return file
+
+
+def run_in_order(
+    tasks: list,
+    work: Callable,
+    *,
+    jobs: int,
+    ready: Callable = lambda task: True,
+    finished: Callable = lambda task: None,
+    processes: Processes,
+) -> None:
+    """Do ``work(task)`` for all tasks, ``jobs`` at a time: always the first that is ready.
+
+    Args:
+        ready: whether a task can start, or waits for another one.
+        finished: called in this thread after each task.
+
+    Raises:
+        Exception: of a task that failed. Those that run are waited for, no other is started.
+        KeyboardInterrupt: after ending the processes that run.
+    """
+    waiting, running, failures = list(tasks), {}, []
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        while waiting or running:
+            while len(running) < jobs:
+                task = next((t for t in waiting if ready(t)), None)
+                if task is None:
+                    break
+                waiting.remove(task)
+                running[pool.submit(work, task)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task = running.pop(future)
+                if future.exception() is None:
+                    finished(task)
+                else:
+                    print(future.exception(), flush=True)
+                    failures.append(future.exception())
+                    waiting.clear()
+    except BaseException:
+        processes.stop()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failures:
+        raise failures[0]
+
+
+class Devices:
+    """GPUs shared out to processes, one each as long as there are enough; none on a CPU."""
+
+    def __init__(self, jobs: int):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = (
+            visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        )
+        self._free: queue.Queue[str] = queue.Queue()
+        for job in range(jobs if torch.cuda.is_available() else 0):
+            self._free.put(names[job % len(names)])
+        self.count = len(names) if torch.cuda.is_available() else 0
+
+    def take(self) -> dict[str, str]:
+        """Environment of a process on the next free GPU."""
+        return {"CUDA_VISIBLE_DEVICES": self._free.get()} if self.count else {}
+
+    def give_back(self, environment: dict[str, str]) -> None:
+        for name in environment.values():
+            self._free.put(name)

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 
 import torch
@@ -61,6 +62,24 @@ def import_user_module(name: str) -> None:
     spec.loader.exec_module(module)
 
 
+def merged_config(config_file: str, opts: list[str]) -> CfgNode:
+    """The config of a file and KEY VALUE overrides, before any check of what they say.
+
+    Raises:
+        ConfigError: in one line, for a missing file or an unknown key.
+    """
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    load_config(cfg, config_file)
+    try:
+        cfg.merge_from_list(opts)
+    except (AssertionError, KeyError, ValueError, SyntaxError) as error:
+        if "Non-existent" in str(error):
+            raise ConfigError(unknown_key(cfg, error)) from error
+        raise ConfigError(f"KEY VALUE overrides {opts}: {error}") from error
+    return cfg
+
+
 def read_config(args: argparse.Namespace) -> CfgNode:
     """The checked config of ``--config-file`` and the KEY VALUE overrides.
 
@@ -69,15 +88,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     """
     for name in getattr(args, "imports", []):
         import_user_module(name)
-    cfg = get_cfg()
-    add_distillation_config(cfg)
-    load_config(cfg, args.config_file)
-    try:
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, ValueError, SyntaxError) as error:
-        if "Non-existent" in str(error):
-            raise ConfigError(unknown_key(cfg, error)) from error
-        raise ConfigError(f"KEY VALUE overrides {args.opts}: {error}") from error
+    cfg = merged_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
@@ -85,7 +96,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
         validate_distillation_config(cfg)
-    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
+    if not resumes(cfg, args):
         check_weights(cfg.MODEL.WEIGHTS)
     check_datasets(cfg, train=not args.eval_only)
     if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # else the batch is scaled
@@ -94,17 +105,35 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
+    """Whether ``--resume`` finds a checkpoint, which then takes the place of all other weights."""
+    return args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+
+
+def model_config(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
+    """``cfg`` to build the model from: without pretrained weights that a checkpoint replaces."""
+    if not (args.eval_only or resumes(cfg, args)):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.freeze()
+    return cfg
+
+
 def check_weights(path: str) -> None:
     """Check that a checkpoint is there, if it is a local file.
 
     Raises:
-        ConfigError: it is not; names files like it, or for digits the command that makes it.
+        ConfigError: it is not; names files like it, or the tool that makes it.
     """
     if not path or "://" in path or PathManager.isfile(path):
         return
     hint = ""
     if path.endswith("_pretrained.pth"):
         hint = "; tools/pretrain_digits.py makes it"
+    elif re.search(r"R-\d+\.pkl$", path):
+        hint = "; tools/convert_torchvision_resnet.py makes it"
     elif similar_files(path):
         hint = f"; there is {similar_files(path)}"
     raise ConfigError(f"MODEL.WEIGHTS: no file '{path}'{hint}")

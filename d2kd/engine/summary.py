@@ -24,12 +24,12 @@ def _rows(name: str, results: dict) -> list[list]:
     return rows
 
 
-def summarise(cfg: CfgNode, student: dict, teacher: dict, step_seconds: float | None = None) -> str:
+def summarise(cfg: CfgNode, student: dict, teacher: dict, cost: dict) -> str:
     """AP of student and teacher, what was distilled, the time of a step and where the files are.
 
     Args:
         student, teacher: results of Detectron2's evaluators; {} where there are none.
-        step_seconds: median time of a training step.
+        cost: of the training, see :meth:`~d2kd.engine.cost.TrainingCost.summary`.
     """
     lines = []
     rows = _rows("student", student) + _rows("teacher", teacher)
@@ -41,8 +41,15 @@ def summarise(cfg: CfgNode, student: dict, teacher: dict, step_seconds: float | 
         lines.append(f"distilled: {', '.join(parts)}   from: {cfg.DISTILL.TEACHER.CONFIG_FILE}")
     else:
         lines.append("distilled: nothing (the student alone)")
-    if step_seconds is not None:
-        lines.append(f"time a step: {step_seconds:.3f} s   iterations: {cfg.SOLVER.MAX_ITER}")
+    if cost["step_seconds"] is not None:
+        lines.append(
+            f"time a step: {cost['step_seconds']:.3f} s   iterations: {cfg.SOLVER.MAX_ITER}   "
+            f"peak memory ({cost['memory_of']}): {cost['peak_memory_mib']:.0f} MiB"
+        )
+    lines.append(
+        f"parameters: {cost['student_parameters']:,} of the student, "
+        f"{cost['distillation_parameters']:,} of distillation, which are not kept"
+    )
     lines.append(f"weights: {cfg.OUTPUT_DIR}/student_final.pth (plain Detectron2 student)")
     lines.append(f"         {cfg.OUTPUT_DIR}/model_final.pth (the same with the heads' state)")
     return "\n".join(lines)

@@ -1,0 +1,275 @@
+"""Suites: which arms a comparison trains from which seeds, and the exact config of each run.
+
+A suite is a YAML file::
+
+    title: RetinaNet on digits
+    teacher: {config: configs/digits/retinanet_R34_teacher.yaml}  # trained first if it is not there
+    baseline: alone
+    seeds: [1, 2, 3]
+    opts: {SOLVER.MAX_ITER: 3000}                                 # of all arms
+    arms:
+      alone: {config: configs/digits/retinanet_R18.yaml}
+      SSIM: {config: configs/digits/retinanet_R18_ssim.yaml, opts: {DISTILL.SSIM.WEIGHT: 2.0}}
+      alone x1.5: {config: configs/digits/retinanet_R18.yaml, times: 1.5}
+      alone, time of SSIM: {config: configs/digits/retinanet_R18.yaml, same_time_as: SSIM}
+
+The last two are controls: they train ``times`` as many iterations, or as many as fit into the wall
+time that the named arm took with the same seed. Paths start at the repository.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+
+from d2kd.config import ConfigError
+from d2kd.engine.setup import merged_config
+from d2kd.heads import node_name
+
+SUITE_KEYS = ("title", "teacher", "baseline", "seeds", "opts", "arms")
+ARM_KEYS = ("config", "opts", "seeds", "times", "same_time_as")
+TEACHER_KEYS = ("config", "opts")
+# Keys that say where and when something is written or checked, and change no result.
+NO_SETTINGS = (
+    "OUTPUT_DIR",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "DATALOADER.NUM_WORKERS",
+    "DISTILL.TEACHER.CHECK",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of a comparison: a config, trained from several seeds.
+
+    Args:
+        opts: overrides of the config, key -> value.
+        times: train so many times the iterations.
+        same_time_as: label of the arm whose wall time to fill instead; "" for none.
+    """
+
+    label: str
+    config: str
+    seeds: tuple[int, ...]
+    opts: dict = field(default_factory=dict)
+    times: float = 1.0
+    same_time_as: str = ""
+
+    @property
+    def slug(self) -> str:
+        """The label as a name of files."""
+        return re.sub(r"[^\w.+-]+", "_", self.label)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Arms by label, in the order of the tables; ``teacher`` is an arm of one seed, or None."""
+
+    title: str
+    baseline: str
+    arms: dict[str, Arm]
+    teacher: Arm | None = None
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(seed for arm in self.arms.values() for seed in arm.seeds))
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = None) -> Suite:
+    """The suite of a YAML file.
+
+    Args:
+        seeds: instead of the file's; an arm with seeds of its own keeps those among them.
+        opts: overrides of all arms, after the file's.
+
+    Raises:
+        ConfigError: in one line that names what is valid.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    _check_keys(str(path), data, SUITE_KEYS, required=("baseline", "seeds", "arms"))
+    _check_keys(f"{path}: arms", data["arms"])
+    common, opts = data.get("opts") or {}, opts or {}
+    _check_keys(f"{path}: opts", common)
+    arms = {}
+    for label, entry in data["arms"].items():
+        where = f"{path}: arm '{label}'"
+        _check_keys(where, entry, ARM_KEYS, required=("config",))
+        own = _seeds(where, entry.get("seeds", data["seeds"]))
+        if seeds is not None:
+            own = tuple(s for s in seeds if "seeds" not in entry or s in own)
+        arms[str(label)] = Arm(
+            str(label),
+            entry["config"],
+            own,
+            {**common, **(entry.get("opts") or {}), **opts},
+            entry.get("times", 1.0),
+            str(entry.get("same_time_as", "")),
+        )
+    teacher = data.get("teacher")
+    if teacher is not None:
+        _check_keys(f"{path}: teacher", teacher, TEACHER_KEYS, required=("config",))
+        teacher = Arm("teacher", teacher["config"], (-1,), teacher.get("opts") or {})
+    suite = Suite(str(data.get("title", path.stem)), str(data["baseline"]), arms, teacher)
+    check_suite(suite, str(path))
+    return suite
+
+
+def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
+    """Configs as arms, labelled by their names; the first is the baseline."""
+    arms = {
+        Path(config).stem: Arm(Path(config).stem, config, tuple(seeds), opts) for config in configs
+    }
+    if len(arms) < len(configs):
+        raise ConfigError("--configs: two configs of one name; name them apart in a suite")
+    suite = Suite("", next(iter(arms)), arms)
+    check_suite(suite, "--configs")
+    return suite
+
+
+def check_suite(suite: Suite, where: str) -> None:
+    """Check what the arms say of each other.
+
+    Raises:
+        ConfigError: an unknown or unusable arm.
+    """
+    known = ", ".join(f"'{label}'" for label in suite.arms)
+    if suite.baseline not in suite.arms:
+        raise ConfigError(f"{where}: baseline '{suite.baseline}' is no arm; valid: {known}")
+    slugs: dict[str, str] = {}
+    for arm in suite.arms.values():
+        place = f"{where}: arm '{arm.label}'"
+        if slugs.setdefault(arm.slug.lower(), arm.label) != arm.label:
+            raise ConfigError(f"{place} and '{slugs[arm.slug.lower()]}' would share a folder")
+        if not isinstance(arm.times, (int, float)) or arm.times <= 0:
+            raise ConfigError(f"{place}: times is {arm.times}; it must be a positive number")
+        if not arm.same_time_as:
+            continue
+        base, other = suite.arms[suite.baseline], suite.arms.get(arm.same_time_as)
+        if other is None or other.same_time_as:
+            raise ConfigError(
+                f"{place}: same_time_as '{arm.same_time_as}' is no arm with a time of its own; "
+                f"valid: {known}"
+            )
+        if (arm.config, arm.opts) != (base.config, base.opts) or arm.times != 1:
+            raise ConfigError(
+                f"{place}: same_time_as needs the config and opts of the baseline "
+                f"'{base.label}', whose time a step it goes by, and no times"
+            )
+
+
+def _check_keys(where: str, node, valid: tuple = (), required: tuple = ()) -> None:
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where}: must be a mapping, is {node!r}")
+    for key in node if valid else ():
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key '{key}'; valid: {', '.join(valid)}")
+    for key in required:
+        if not node.get(key):
+            raise ConfigError(f"{where}: '{key}' is missing")
+
+
+def _seeds(where: str, seeds) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of numbers from 0 on")
+    return tuple(dict.fromkeys(seeds))
+
+
+# --- the config of a run ------------------------------------------------------------------------
+
+
+def as_list(opts: dict) -> list[str]:
+    """Overrides as a command line has them."""
+    return [str(part) for pair in opts.items() for part in pair]
+
+
+def stretched(cfg: CfgNode, max_iter: int) -> dict:
+    """Overrides for a training of ``max_iter`` iterations: schedules keep their proportions."""
+    factor = max_iter / cfg.SOLVER.MAX_ITER
+    opts = {"SOLVER.MAX_ITER": max_iter}
+
+    def stretch(key: str, value) -> None:
+        if isinstance(value, int) and value > 0:
+            opts[key] = round(factor * value)
+        elif isinstance(value, (tuple, list)) and value:
+            opts[key] = type(value)(round(factor * step) for step in value)
+
+    stretch("SOLVER.STEPS", cfg.SOLVER.STEPS)
+    stretch("SOLVER.WARMUP_ITERS", cfg.SOLVER.WARMUP_ITERS)
+    for name, node in head_nodes(cfg).items():
+        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
+            stretch(f"DISTILL.{name}.SCHEDULE.{key}", node.SCHEDULE[key])
+    return opts
+
+
+def head_nodes(cfg: CfgNode) -> dict[str, CfgNode]:
+    """Nodes of the heads that ``cfg`` trains with, by name."""
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        return {}
+    return {node_name(head): cfg.DISTILL[node_name(head)] for head in cfg.DISTILL.HEADS}
+
+
+def settings_of(cfg: CfgNode) -> dict[str, str]:
+    """All that decides the result of a run: every key it uses, and the weights it starts from.
+
+    Two runs with equal settings are one run; keys of other heads than its own do not count.
+    """
+    flat = _flat(cfg)
+    heads = head_nodes(cfg)
+    kept = {"HEADS", "TEACHER", "STUDENT_META_ARCH", *heads} if heads else set()
+    flat = {
+        key: value
+        for key, value in flat.items()
+        if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
+    }
+    flat["file of MODEL.WEIGHTS"] = fingerprint(cfg.MODEL.WEIGHTS)
+    if heads:
+        flat["file of DISTILL.TEACHER.WEIGHTS"] = fingerprint(cfg.DISTILL.TEACHER.WEIGHTS)
+        teacher = merged_config(cfg.DISTILL.TEACHER.CONFIG_FILE, list(cfg.DISTILL.TEACHER.OPTS))
+        flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
+    return flat
+
+
+def _flat(node: CfgNode, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def fingerprint(path: str) -> str:
+    """The start of a file's SHA-256; "" where there is no such file."""
+    if not path or not Path(path).is_file():
+        return ""
+    return _fingerprint(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.cache
+def _fingerprint(path: str, changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def first_difference(old: dict[str, str], new: dict[str, str]) -> str:
+    """The first key that both have and that differs, with its values; "" if there is none.
+
+    A key that only one has came or went with a version of the code.
+    """
+    for key, value in new.items():
+        if key in old and old[key] != value:
+            return f"{key} was {old[key] or 'none'} and is {value or 'none'}"
+    return ""
