@@ -10,7 +10,7 @@ A suite (tools/suite.py says what it holds) names arms and a baseline; of --conf
 baseline. Runs of one seed see the same images in the same order, with the same augmentation and the
 same initial weights of the student. A run that was stopped goes on where its last checkpoint is, a
 finished one is kept, one of other settings is refused: one JSON line each in OUTPUT/results.jsonl,
-whose tables are in OUTPUT/report.md.
+whose tables, plots and pictures are in OUTPUT/report.html and report.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from types import SimpleNamespace
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from report import read_lines, write_report
+from report import read_lines, write_markdown
+from report_html import write_report
 from runs import ROOT, Devices, Processes, run_in_order, run_stage
 from suite import (
     Arm,
@@ -180,9 +181,9 @@ class Comparison:
         self.check_settings(arm, seed, settings)
         command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {"arm": arm.label, "seed": seed, "command": command, "settings": settings}
         if not (folder / "settings.json").is_file():
-            write_json(kept, folder / "settings.json")
+            about = {"arm": arm.label, "seed": seed, "threads": self.threads, "command": command}
+            write_json({**about, "settings": settings}, folder / "settings.json")
         self.stage(f"{arm.label} {seed}", command, folder, self.threads)
 
     def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
@@ -248,7 +249,8 @@ class Comparison:
             if results is not None:
                 about = {"arm": arm.label, "seed": seed, "config": arm.config, "opts": arm.opts}
                 control = {"times": arm.times, "same_time_as": arm.same_time_as}
-                where = {"threads": self.threads, "folder": self.folder(arm, seed).name}
+                settings = json.loads((self.folder(arm, seed) / "settings.json").read_text())
+                where = {"threads": settings["threads"], "folder": self.folder(arm, seed).name}
                 lines.append({**common, "role": "student", **about, **control, **where, **results})
         return lines
 
@@ -256,7 +258,7 @@ class Comparison:
         """Write results.jsonl and the tables."""
         text = "".join(json.dumps(line) + "\n" for line in self.lines())
         write_atomically(self.output / "results.jsonl", lambda path: Path(path).write_text(text))
-        write_report(self.output)
+        write_markdown(self.output)
 
 
 def same_time_iterations(base: dict, other: dict) -> int:
@@ -329,9 +331,11 @@ def suite_of(args: argparse.Namespace) -> Suite:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.report_only is not None:
-        if not read_lines(args.report_only):
-            sys.exit(f"error: no finished run in {args.report_only}")
-        print(write_report(args.report_only))
+        output = args.report_only.resolve()
+        if not read_lines(output / "results.jsonl"):
+            sys.exit(f"error: no finished run in {output}")
+        os.chdir(ROOT)
+        print(write_report(output))
         return
     output = args.output or Path("output/compare") / (args.suite.stem if args.suite else "")
     output = output.resolve()
@@ -352,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on, finished runs are in {output}")
-    print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl and report.md")
+    print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl, report.md and report.html")
 
 
 if __name__ == "__main__":

@@ -18,24 +18,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, pairwise_iou
+from pictures import save_picture
 from runs import ROOT, run_stage
 from tabulate import tabulate
 
-from d2kd import add_distillation_config
-from d2kd.config import load_config, student_config
+from d2kd.engine.setup import merged_config
 from d2kd.files import write_json
 
 CONFIGS = "configs/digits"
 STUDENT, TEACHER = "retinanet_R18", "retinanet_R34_teacher"
-WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (60, 60, 255)
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
 
@@ -147,13 +141,16 @@ class Demo:
         print(f"\n{markdown(figures)}")
         write_json(figures, str(self.output / "demo.json"))
         picture = self.output / "demo.jpg"
+        records = [r for r in DatasetCatalog.get("digits_val") if len(r["annotations"]) == 5]
+        student, teacher = f"{CONFIGS}/{STUDENT}.yaml", f"{CONFIGS}/{TEACHER}.yaml"
         save_picture(
             {
-                "alone": (f"{CONFIGS}/{STUDENT}.yaml", self.folder(runs["student alone"][0])),
-                "SSIM": (f"{CONFIGS}/{STUDENT}.yaml", self.folder(runs["student + SSIM"][0])),
-                "teacher": (f"{CONFIGS}/{TEACHER}.yaml", self.folder("teacher")),
+                "alone": picture_of(student, self.folder(runs["student alone"][0])),
+                "SSIM": picture_of(student, self.folder(runs["student + SSIM"][0])),
+                "teacher": picture_of(teacher, self.folder("teacher")),
             },
             picture,
+            records=records[:4],
         )
         print(f"picture: {picture}   figures: {self.output / 'demo.json'}")
 
@@ -183,66 +180,9 @@ def wait(pool: ThreadPoolExecutor, *jobs) -> None:
         future.result()
 
 
-# --- the picture --------------------------------------------------------------------------------
-
-
-def load_detector(config: str, folder: Path) -> torch.nn.Module:
-    """The trained detector of a run, for evaluation on the CPU."""
-    cfg = get_cfg()
-    add_distillation_config(cfg)
-    load_config(cfg, str(ROOT / config))
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(student_config(cfg)).eval()
-    DetectionCheckpointer(model).load(str(folder / "student_final.pth"))
-    return model
-
-
-def draw(image: np.ndarray, boxes, labels, colours, zoom: int = 2) -> np.ndarray:
-    """``image`` enlarged, with labelled boxes."""
-    image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-    for box, label, colour in zip(boxes, labels, colours, strict=True):
-        x0, y0, x1, y1 = (int(round(float(v) * zoom)) for v in box)
-        cv2.rectangle(image, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
-        place = (x0 + 2, max(y0 - 3, 12))
-        cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
-    return image
-
-
-def draw_detections(model, image: np.ndarray, truth: Boxes, classes: list[int]) -> np.ndarray:
-    """The model's most confident detections, as many as there are objects; green if right."""
-    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    with torch.no_grad():
-        found = model([{"image": pixels}])[0]["instances"][: len(classes)]
-    labels = found.pred_classes.tolist()
-    overlap = pairwise_iou(found.pred_boxes, truth)
-    same = found.pred_classes[:, None] == torch.tensor(classes)[None]
-    right = ((overlap >= 0.5) & same).any(dim=1).tolist()
-    colours = [GREEN if hit else RED for hit in right]
-    return draw(image, found.pred_boxes.tensor.tolist(), [str(x) for x in labels], colours)
-
-
-def save_picture(runs: dict[str, tuple[str, Path]], path: Path, count: int = 4) -> None:
-    """Ground truth and each run's detections, a row an image."""
-    records = [r for r in DatasetCatalog.get("digits_val") if len(r["annotations"]) == 5][:count]
-    models = {name: load_detector(*where) for name, where in runs.items()}
-    rows = []
-    for record in records:
-        image = cv2.imread(record["file_name"])
-        xywh = np.array([a["bbox"] for a in record["annotations"]], np.float32)
-        truth = Boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
-        classes = [a["category_id"] for a in record["annotations"]]
-        names, colours = [str(c) for c in classes], [WHITE] * len(classes)
-        panels = [draw(image, truth.tensor.tolist(), names, colours)]
-        panels += [draw_detections(model, image, truth, classes) for model in models.values()]
-        rows.append(np.hstack(panels))
-    titles = ["ground truth", *models]
-    width = rows[0].shape[1] // len(titles)
-    header = np.full((26, rows[0].shape[1], 3), 255, np.uint8)
-    for column, title in enumerate(titles):
-        place = (column * width + 8, 18)
-        cv2.putText(header, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    cv2.imwrite(str(path), np.vstack([header, *rows]), [cv2.IMWRITE_JPEG_QUALITY, 75])
+def picture_of(config: str, folder: Path) -> tuple[CfgNode, Path]:
+    """What :func:`~pictures.save_picture` needs of a run."""
+    return merged_config(config, []), folder / "student_final.pth"
 
 
 def main(argv: list[str] | None = None) -> None:
