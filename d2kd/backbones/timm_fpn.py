@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
@@ -74,7 +74,10 @@ class TimmBackbone(Backbone):
         self._check_maps(name, in_channels)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, C, H, W), H and W multiples of the largest stride -> level -> (B, C_level, H/s, W/s)."""
+        """(B, C, H, W) -> level of stride s -> (B, C_level, H / s, W / s).
+
+        H and W are multiples of the largest stride, which the pyramid asks Detectron2 for.
+        """
         maps = self.body(images)
         if self.channels_last:
             maps = [feature.permute(0, 3, 1, 2).contiguous() for feature in maps]
@@ -159,8 +162,8 @@ def check_levels(name: str, levels: dict[str, dict], wanted: Sequence[str]) -> N
     strides = [levels[level]["reduction"] for level in wanted]
     if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:], strict=False)):
         raise ConfigError(
-            f"MODEL.FPN.IN_FEATURES is {list(wanted)}: an FPN needs levels that follow one another, "
-            f"fine to coarse; {name} has: {has}"
+            f"MODEL.FPN.IN_FEATURES is {list(wanted)}: an FPN needs levels that follow one "
+            f"another, fine to coarse; {name} has: {has}"
         )
 
 
@@ -189,8 +192,6 @@ def freeze_stages(body: nn.Module, name: str, levels: dict[str, dict], freeze_at
     Layers are taken in the order of their registration, which timm's own feature extractors take
     for the order of execution.
     """
-    from timm.utils.model import freeze_batch_norm_2d
-
     ends = [info["module"] for info in levels.values() if info["reduction"] <= 2**freeze_at]
     names = [module for module, _ in body.named_modules()]
     # Wrappers of timm put modules one level up ("stages.0" -> "stages_0") or below a prefix.
@@ -207,38 +208,66 @@ def freeze_stages(body: nn.Module, name: str, levels: dict[str, dict], freeze_at
         module = body.get_submodule(module_name)
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad = False
-        frozen = freeze_batch_norm_2d(module) if isinstance(module, nn.BatchNorm2d) else module
-        if frozen is not module:
+        if isinstance(module, nn.BatchNorm2d):
             parent, _, child = module_name.rpartition(".")
-            setattr(body.get_submodule(parent), child, frozen)
+            setattr(body.get_submodule(parent), child, freeze_batch_norm(module))
 
 
 def convert_norms(body: nn.Module, norm: str) -> nn.Module:
-    """``body`` with its batch norms (also those of timm that include the activation) converted."""
-    from timm.layers import convert_sync_batchnorm
-    from timm.utils.model import freeze_batch_norm_2d
-
+    """``body`` with its batch norms, activation included or not, turned into ``norm``."""
     if norm == "SyncBN":
+        from timm.layers import convert_sync_batchnorm
+
         return convert_sync_batchnorm(body)
-    if norm == "FrozenBN":
-        return freeze_batch_norm_2d(body)
-    return _convert_to_group_norm(body) if norm == "GN" else body
+    convert = {"FrozenBN": freeze_batch_norm, "GN": group_norm_like}.get(norm)
+    return body if convert is None else _map_batch_norms(body, convert)
 
 
-def _convert_to_group_norm(module: nn.Module) -> nn.Module:
-    from timm.layers import BatchNormAct2d, GroupNormAct
-
+def _map_batch_norms(module: nn.Module, convert: Callable) -> nn.Module:
     if isinstance(module, nn.BatchNorm2d):
-        channels = module.num_features
-        groups = math.gcd(32, channels)  # 32 as in Detectron2, or as many as divide the channels
-        if not isinstance(module, BatchNormAct2d):
-            return nn.GroupNorm(groups, channels)
-        converted = GroupNormAct(channels, groups)
-        converted.drop, converted.act = module.drop, module.act
-        return converted
+        return convert(module)
     for name, child in module.named_children():
-        setattr(module, name, _convert_to_group_norm(child))
+        setattr(module, name, _map_batch_norms(child, convert))
     return module
+
+
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    """Detectron2's frozen batch norm, and the activation that many of timm's norms include.
+
+    timm's own computes in float32 where autocast is on, and keeps maps of twice the size.
+    """
+
+    def __init__(self, num_features: int, eps: float, drop: nn.Module, act: nn.Module):
+        super().__init__(num_features, eps)
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def freeze_batch_norm(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
+    """The frozen batch norm, with the activation if it has one, that computes what ``norm`` does in
+    evaluation."""
+    if hasattr(norm, "act"):
+        frozen = FrozenBatchNormAct2d(norm.num_features, norm.eps, norm.drop, norm.act)
+    else:
+        frozen = FrozenBatchNorm2d(norm.num_features, norm.eps)
+    with torch.no_grad():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(frozen, name).copy_(getattr(norm, name))
+    return frozen
+
+
+def group_norm_like(norm: nn.BatchNorm2d) -> nn.GroupNorm:
+    """A new group norm in the place of ``norm``, with its activation if it has one."""
+    from timm.layers import GroupNormAct
+
+    groups = math.gcd(32, norm.num_features)  # Detectron2's 32, or as many as divide the channels
+    if not hasattr(norm, "act"):
+        return nn.GroupNorm(groups, norm.num_features)
+    converted = GroupNormAct(norm.num_features, groups)
+    converted.drop, converted.act = norm.drop, norm.act
+    return converted
 
 
 # --- builders ------------------------------------------------------------------------------------
