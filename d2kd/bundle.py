@@ -43,6 +43,7 @@ class DetectorSpec:
         class_agnostic_mask: one mask for all classes.
     """
 
+        sigmoid_classes: its box head is trained with a sigmoid a class (as for LVIS), not softmax.
     role: str
     meta_arch: str
     channels: dict[int, int]
@@ -60,6 +61,7 @@ class DetectorSpec:
     class_agnostic_mask: bool = False
 
     @property
+    sigmoid_classes: bool = False
     def strides(self) -> tuple[int, ...]:
         """Strides of the pyramid, fine to coarse."""
         return tuple(self.channels)
@@ -374,6 +376,7 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
             known["class_agnostic_mask"] = roi_heads.mask_head.predictor.out_channels == 1
             fields.add("mask.logits")
 
+        sigmoid_classes=getattr(predictor, "use_sigmoid_ce", False),
 
 def _describe_rpn(rpn: nn.Module, known: dict, fields: set[str]) -> None:
     head = rpn.rpn_head

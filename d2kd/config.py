@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from detectron2 import model_zoo
@@ -22,6 +25,47 @@ DECAYS = ("constant", "linear", "cosine", "step")
 
 class ConfigError(ValueError):
     """A mistake in the configuration, said in one line that names what is valid."""
+
+
+# --- what values may be -------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """What a config value must be: a test, and the words for it in a message."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+POSITIVE = Rule(lambda value: value > 0, "it must be positive")
+NOT_NEGATIVE = Rule(lambda value: value >= 0, "it must be 0 or positive")
+COUNT = Rule(lambda value: value >= 1, "it must be at least 1")
+
+
+def one_of(choices: Collection) -> Rule:
+    """The value is one of ``choices``."""
+    return Rule(lambda value: value in choices, f"valid: {list(choices)}")
+
+
+def check_values(prefix: str, node: CfgNode, rules: Mapping[str, Rule]) -> None:
+    """Refuse values that a head is not defined for.
+
+    Args:
+        prefix: name of ``node``, e.g. "DISTILL.SSIM".
+        rules: key, with dots where it is nested -> what its value must be. NaN, and another type
+            where the key's default does not fix it, break every rule on numbers.
+
+    Raises:
+        ConfigError: names the first key that breaks its rule, and what is valid.
+    """
+    for key, rule in rules.items():
+        value = operator.attrgetter(key)(node)
+        try:
+            good = rule.holds(value)
+        except TypeError:  # of values that cannot be compared
+            good = False
+        if not good:
+            raise ConfigError(f"{prefix}.{key} is {value!r}; {rule.words}")
 
 
 def add_distillation_config(cfg: CfgNode) -> None:
@@ -155,7 +199,8 @@ def _add_feature_mimic(distill: CfgNode) -> None:
 def _add_logits(distill: CfgNode) -> None:
     """Distillation of the class, box and mask outputs.
 
-    Each term is normalised as Detectron2 normalises its own loss of that output.
+    Terms on RoIs and masks are divided as Detectron2 divides its own losses of these outputs, dense
+    ones by the foreground anchors of the step.
     """
     distill.LOGITS = _head_node()
     # Class outputs: KL divergence of softmax outputs on the student's RoIs (Hinton et al., 2015),
@@ -525,12 +570,7 @@ def validate_distillation_config(cfg: CfgNode) -> None:
 def _validate_schedule(cfg: CfgNode, key: str, node: CfgNode) -> None:
     schedule, max_iter = node.SCHEDULE, cfg.SOLVER.MAX_ITER
     stop = max_iter if schedule.STOP_ITER < 0 else schedule.STOP_ITER
-    if schedule.DECAY not in DECAYS:
-        raise ConfigError(f"{key}.SCHEDULE.DECAY is '{schedule.DECAY}'; valid: {list(DECAYS)}")
-    if node.WEIGHT < 0:
-        raise ConfigError(f"{key}.WEIGHT is {node.WEIGHT}; it must not be negative")
-    if schedule.START_ITER < 0 or schedule.WARMUP_ITERS < 0:
-        raise ConfigError(f"{key}.SCHEDULE: START_ITER and WARMUP_ITERS must not be negative")
+    check_values(key, node, SCHEDULE_RULES)
     if schedule.START_ITER >= stop:
         raise ConfigError(
             f"{key}.SCHEDULE never runs: START_ITER {schedule.START_ITER} is not before "
@@ -546,3 +586,16 @@ def student_config(cfg: CfgNode) -> CfgNode:
         student.MODEL.META_ARCHITECTURE = student.DISTILL.STUDENT_META_ARCH
     student.freeze()
     return student
+SCHEDULE_RULES = {
+    "WEIGHT": NOT_NEGATIVE,
+    "SCHEDULE.START_ITER": NOT_NEGATIVE,
+    "SCHEDULE.STOP_ITER": Rule(lambda value: value >= -1, "it must be an iteration, or -1"),
+    "SCHEDULE.WARMUP_ITERS": NOT_NEGATIVE,
+    "SCHEDULE.DECAY": one_of(DECAYS),
+    "SCHEDULE.STEPS": Rule(
+        lambda value: all(step >= 0 for step in value), "they must be iterations, 0 or positive"
+    ),
+    "SCHEDULE.GAMMA": NOT_NEGATIVE,
+}
+
+

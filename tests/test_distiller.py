@@ -216,7 +216,7 @@ def test_optimizer_has_student_and_heads_only(teacher_files):
         (("DISTILL.TEACHER.PRECISION", "int8"), "PRECISION is 'int8'; valid"),
         (("DISTILL.TOY_MIMIC.SCHEDULE.DECAY", "slow"), "DECAY is 'slow'; valid"),
         (("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 10), "never runs"),
-        (("DISTILL.TOY_MIMIC.WEIGHT", -1.0), "must not be negative"),
+        (("DISTILL.TOY_MIMIC.WEIGHT", -1.0), "WEIGHT is -1.0; it must be 0 or positive"),
         (("DISTILL.STUDENT_META_ARCH", "Distiller"), "names the student"),
     ],
 )

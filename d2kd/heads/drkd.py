@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters import build_adapters, pair_levels
 from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import ConfigError
+from ..config import COUNT, NOT_NEGATIVE, ConfigError, Rule, check_values, one_of
 from ..losses.drkd import (
     PROFILES,
     batch_size_factors,
@@ -42,6 +42,26 @@ DEFAULT_WEIGHTS = {
     ("code", False): (4e-3, 5e-3, 6e-3),
     ("paper", True): (4.0, 10.0, 2.6e-4),
     ("paper", False): (8.0, 10.0, 6.6e-4),
+}
+
+WEIGHT_KEYS = ("PIXEL_WEIGHT", "RELATION_WEIGHT", "INSTANCE_WEIGHT")
+
+# Keys of DISTILL.DRKD and what their values must be.
+RULES = {
+    **dict.fromkeys(
+        WEIGHT_KEYS,
+        Rule(lambda value: value is None or value >= 0, "it must be None, 0 or positive"),
+    ),
+    "PROFILE": one_of(PROFILES),
+    "NODES": Rule(
+        lambda value: len(value) > 0 and min(value) >= 1, "it must have a positive number a level"
+    ),
+    "INSTANCE_LEVELS": COUNT,
+    "POOL_RESOLUTION": COUNT,
+    "SAMPLING_RATIO": NOT_NEGATIVE,
+    "RELATION_FILTER": one_of(RELATION_FILTERS),
+    "BOTTLENECK": NOT_NEGATIVE,
+    "MAX_INSTANCES": COUNT,
 }
 
 
@@ -159,11 +179,13 @@ class DRKD(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.DRKD
-        _check(node)
+        check_values("DISTILL.DRKD", node, RULES)
+        if all(node[key] == 0 for key in WEIGHT_KEYS):
+            raise ConfigError("DISTILL.DRKD: all three of its weights are 0")
         strides = pair_levels(student_spec, teacher_spec, node.STRIDES)
         finest = pair_levels(student_spec, teacher_spec)[: node.INSTANCE_LEVELS]
         defaults = DEFAULT_WEIGHTS[node.PROFILE, student_spec.two_stage]
-        chosen = (node.PIXEL_WEIGHT, node.RELATION_WEIGHT, node.INSTANCE_WEIGHT)
+        chosen = (node[key] for key in WEIGHT_KEYS)
         pixel, relation, instance = (
             default if weight is None else weight
             for weight, default in zip(chosen, defaults, strict=True)
@@ -332,23 +354,3 @@ def _copy_where_shapes_agree(source: nn.ModuleDict, target: nn.ModuleDict) -> No
         shapes = {key: value.shape for key, value in module.state_dict().items()}
         if shapes == {key: value.shape for key, value in state.items()}:
             module.load_state_dict(state)
-
-
-def _check(node) -> None:
-    for key, value, valid in (
-        ("PROFILE", node.PROFILE, PROFILES),
-        ("RELATION_FILTER", node.RELATION_FILTER, RELATION_FILTERS),
-    ):
-        if value not in valid:
-            raise ConfigError(f"DISTILL.DRKD.{key} is '{value}'; valid: {list(valid)}")
-    if not node.NODES or min(node.NODES) < 1:
-        raise ConfigError(f"DISTILL.DRKD.NODES is {node.NODES}; give a positive number a level")
-    for key in ("INSTANCE_LEVELS", "POOL_RESOLUTION", "MAX_INSTANCES"):
-        if node[key] < 1:
-            raise ConfigError(f"DISTILL.DRKD.{key} is {node[key]}; it must be at least 1")
-    for key in ("PIXEL_WEIGHT", "RELATION_WEIGHT", "INSTANCE_WEIGHT", "BOTTLENECK"):
-        if node[key] is not None and node[key] < 0:
-            raise ConfigError(f"DISTILL.DRKD.{key} is {node[key]}; it must not be negative")
-    weights = (node.PIXEL_WEIGHT, node.RELATION_WEIGHT, node.INSTANCE_WEIGHT)
-    if all(weight == 0 for weight in weights):
-        raise ConfigError("DISTILL.DRKD: all three of its weights are 0")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapters import Adapters, build_adapters, pair_levels
 from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle, image_index
-from ..config import ConfigError
+from ..config import COUNT, NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values, one_of
 from ..losses import dsig as losses
 from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
 from ..losses.mimic import pyramid_mimic_loss
@@ -34,6 +34,19 @@ WEIGHT_KEYS = {
     "box": "BOX_WEIGHT",
     "mask": "MASK_WEIGHT",
     "pyramid": "PYRAMID_WEIGHT",
+}
+# Keys of DISTILL.DSIG and what their values must be.
+RULES = {
+    **dict.fromkeys(WEIGHT_KEYS.values(), NOT_NEGATIVE),
+    "IMAGE_REDUCTION": one_of(losses.IMAGE_REDUCTIONS),
+    "BACKGROUND_ALPHA": NOT_NEGATIVE,
+    "MINING_THRESHOLD": NOT_NEGATIVE,
+    "CLASS_TEMPERATURE": POSITIVE,
+    "STAGE": NOT_NEGATIVE,
+    "PREDICTIONS_PER_LEVEL": COUNT,
+    "PREDICTIONS_NMS": Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
+    "PREDICTIONS_PER_IMAGE": COUNT,
+    "POOL_RESOLUTION": COUNT,
 }
 GRAPH_TERMS = {"foreground", "background", "edge"}
 OUTPUT_TERMS = {"class", "box"}
@@ -162,6 +175,10 @@ class DSIG(DistillHead):
         node = cfg.DISTILL.DSIG
         _check_values(node, student_spec)
         weights = _weights(node, student_spec)
+        if not weights:
+            raise ConfigError(
+                f"the weights in DISTILL.DSIG leave a {student_spec.meta_arch} nothing to distil"
+            )
         mining_threshold = node.MINING_THRESHOLD if node.MINE_BACKGROUND else None
         _check_pair(weights, mining_threshold, student_spec, teacher_spec)
 
@@ -365,20 +382,9 @@ def _build_node_adapter(
 
 
 def _check_values(node: CfgNode, student: DetectorSpec) -> None:
-    """Refuse values of ``DISTILL.DSIG`` that make no sense for this student."""
-    for key in WEIGHT_KEYS.values():
-        if node[key] < 0:
-            raise ConfigError(f"DISTILL.DSIG.{key} is {node[key]}; it must not be negative")
-    if node.IMAGE_REDUCTION not in losses.IMAGE_REDUCTIONS:
-        raise ConfigError(
-            f"DISTILL.DSIG.IMAGE_REDUCTION is '{node.IMAGE_REDUCTION}'; "
-            f"valid: {list(losses.IMAGE_REDUCTIONS)}"
-        )
-    if node.CLASS_TEMPERATURE <= 0:
-        raise ConfigError(
-            f"DISTILL.DSIG.CLASS_TEMPERATURE is {node.CLASS_TEMPERATURE}; it must be positive"
-        )
-    if student.two_stage and not 0 <= node.STAGE < student.num_stages:
+    """Refuse values of ``DISTILL.DSIG`` that make no sense, or none for this student."""
+    check_values("DISTILL.DSIG", node, RULES)
+    if student.two_stage and node.STAGE >= student.num_stages:
         raise ConfigError(
             f"DISTILL.DSIG.STAGE is {node.STAGE}; "
             f"the student's box head has the stages {list(range(student.num_stages))}"
@@ -435,3 +441,26 @@ def _check_pair(
             f"mining background RoIs needs a teacher with a box head, and a {teacher.meta_arch} "
             "has none; without mining: DISTILL.DSIG.MINE_BACKGROUND False"
         )
+    _check_softmax("class" in weights and student.two_stage, mines, student, teacher)
+
+
+def _check_softmax(
+    compares: bool, mines: bool, student: DetectorSpec, teacher: DetectorSpec
+) -> None:
+    """Refuse to read box heads that are trained with sigmoids as softmax: their background logit
+    is not trained at all.
+
+    Args:
+        compares: whether the "class" term reads both box heads.
+        mines: whether the teacher's tells which background RoIs have edges.
+    """
+    for wanted, spec, remedy in (
+        (compares, student, "CLASS_WEIGHT 0 (the head Logits has a term for sigmoids)"),
+        (compares, teacher, "CLASS_WEIGHT 0"),
+        (mines, teacher, "MINE_BACKGROUND False"),
+    ):
+        if wanted and spec.sigmoid_classes:
+            raise ConfigError(
+                f"DSIG reads class logits of RoIs as softmax, but the {spec.role}'s box head is "
+                f"trained with sigmoids (USE_SIGMOID_CE): set DISTILL.DSIG.{remedy}"
+            )

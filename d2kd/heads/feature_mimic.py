@@ -9,11 +9,18 @@ from torch import Tensor
 
 from ..adapters import Adapters
 from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import ConfigError
+from ..config import check_values, one_of
 from ..losses.mimic import DISTANCES, pyramid_mimic_loss
 from ..losses.ssim import RESCALE_SCOPES
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .pyramid import adapted_levels, build_pyramid_adapters
+from .pyramid import PYRAMID_RULES, adapted_levels, build_pyramid_adapters
+
+# Keys of DISTILL.FEATURE_MIMIC and what their values must be.
+RULES = {
+    **PYRAMID_RULES,
+    "DISTANCE": one_of(DISTANCES),
+    "RESCALE": one_of(("none", *RESCALE_SCOPES)),
+}
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -47,11 +54,7 @@ class FeatureMimic(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.FEATURE_MIMIC
-        for key, valid in (("DISTANCE", DISTANCES), ("RESCALE", ("none", *RESCALE_SCOPES))):
-            if node[key] not in valid:
-                raise ConfigError(
-                    f"DISTILL.FEATURE_MIMIC.{key} is '{node[key]}'; valid: {list(valid)}"
-                )
+        check_values("DISTILL.FEATURE_MIMIC", node, RULES)
         strides, adapters = build_pyramid_adapters(node, student_spec, teacher_spec)
         return {
             "strides": strides,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from detectron2.engine import HookBase
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapters import Adapters, build_adapters, pair_levels
+from ..adapters import INITS, MODES, Adapters, build_adapters, pair_levels
 from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle
-from ..config import ConfigError
+from ..config import COUNT, NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values, one_of
 from ..geometry import assign_levels, box_mask, crop_means
 from ..losses import global_knowledge as losses
 from ..prototypes.hook import PrototypeHook
@@ -25,6 +26,38 @@ from .dense import DensePair
 BOXES = ("positives", "gt")
 RESPONSES = ("cosine", "projection")
 ATTENUATIONS = ("linear", "none")
+
+WEIGHT_KEYS = (
+    "GLOBAL.WEIGHT",
+    "LOCAL.FOREGROUND_WEIGHT",
+    "LOCAL.BACKGROUND_WEIGHT",
+    "SOFT_LABELS.WEIGHT",
+)
+
+# Keys of DISTILL.GLOBAL_KNOWLEDGE and what their values must be.
+RULES = {
+    **dict.fromkeys(WEIGHT_KEYS, NOT_NEGATIVE),
+    "BOXES": one_of(BOXES),
+    "MAX_BOXES": COUNT,
+    "LEVEL_SIZE": POSITIVE,
+    "ATTENUATION": one_of(ATTENUATIONS),
+    "GLOBAL.RESPONSES": one_of(RESPONSES),
+    "GLOBAL.RIDGE": POSITIVE,
+    "LOCAL.ADAPTER": one_of(MODES),
+    "LOCAL.ADAPTER_KERNEL": one_of((1, 3)),
+    "LOCAL.ADAPTER_INIT": one_of(INITS),
+    "SOFT_LABELS.TEMPERATURE": POSITIVE,
+    "PROTOTYPES.COUNT": COUNT,
+    "PROTOTYPES.REFRESH_PERIOD": Rule(
+        lambda value: value >= -1, "it must be a number of iterations, 0 or -1"
+    ),
+    "PROTOTYPES.MIN_BOX_SIZE": NOT_NEGATIVE,
+    "PROTOTYPES.MAX_IMAGES": COUNT,
+    "PROTOTYPES.ALPHA": NOT_NEGATIVE,
+    "PROTOTYPES.BANDWIDTH": POSITIVE,
+    "PROTOTYPES.QUANTILE": Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1"),
+    "PROTOTYPES.BATCH_SIZE": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -206,7 +239,9 @@ class GlobalKnowledge(DistillHead):
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
     ) -> dict[str, Tensor]:
         picked = self.pick_boxes(student, batch)
-        reliability, global_loss = self._compare(student, teacher, picked)
+        reliability, global_loss = self._compare(
+            student, teacher, picked, with_global=self.global_weight > 0
+        )
         decay = losses.attenuation(batch.iteration, batch.max_iter) if self.attenuate else 1.0
         terms = {}
         if self.global_weight:
@@ -261,27 +296,37 @@ class GlobalKnowledge(DistillHead):
     # --- prototypes ------------------------------------------------------------------------------
 
     def _compare(
-        self, student: FeatureBundle, teacher: FeatureBundle, picked: PickedBoxes
+        self,
+        student: FeatureBundle,
+        teacher: FeatureBundle,
+        picked: PickedBoxes,
+        *,
+        with_global: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Reliability (B, P, L) of the boxes on each level, and the global loss, a scalar."""
+        """Reliability (B, P, L) of the boxes on each level, a constant, and the global loss, a
+        scalar; 0 without."""
+        zero = picked.boxes.new_zeros(())
         if self.bank is None:
-            ones = picked.boxes.new_ones(*picked.valid.shape, len(self.strides))
-            return ones, ones.new_zeros(())
+            return picked.boxes.new_ones(*picked.valid.shape, len(self.strides)), zero
         assigned = self._levels_of(picked.boxes)
+        pyramids = [bundle.pyramid for bundle in (student, teacher)]
+        if not with_global:  # nothing to differentiate
+            pyramids = [{s: feature.detach() for s, feature in p.items()} for p in pyramids]
         reliabilities, terms = [], []
         for number, stride in enumerate(self.strides):
             features = [
-                crop_means(bundle.pyramid[stride], picked.boxes, stride).flatten(0, 1)
-                for bundle in (student, teacher)
+                crop_means(pyramid[stride], picked.boxes, stride).flatten(0, 1)
+                for pyramid in pyramids
             ]
             labels = picked.labels.flatten()
             responses = self._respond(*features, stride)
             r = self._reliability(responses, labels, stride)
-            takes_part = picked.valid & (assigned == number)
-            valid = (takes_part if self.assigned_level_only else picked.valid).flatten()
-            terms.append(self._global_loss(responses, labels, r, valid, stride))
+            if with_global:
+                takes_part = picked.valid & (assigned == number)
+                valid = (takes_part if self.assigned_level_only else picked.valid).flatten()
+                terms.append(self._global_loss(responses, labels, r, valid, stride))
             reliabilities.append(r.view_as(picked.valid))
-        return torch.stack(reliabilities, dim=-1), torch.stack(terms).sum()
+        return torch.stack(reliabilities, dim=-1), torch.stack(terms).sum() if terms else zero
 
     def _respond(self, student: Tensor, teacher: Tensor, stride: int) -> tuple[Tensor, Tensor]:
         """Features (N, C_s), (N, C_t) -> responses (N, K, M) of both detectors."""
@@ -382,8 +427,7 @@ class GlobalKnowledge(DistillHead):
     ) -> Tensor:
         if self.boxes != "positives":
             picked = self._pick_anchors(student)
-            with torch.no_grad():
-                reliability, _ = self._compare(student, teacher, picked)
+            reliability, _ = self._compare(student, teacher, picked, with_global=False)
         if not self._anchors_checked:
             _check_same_anchors(student.dense, teacher.dense)
             self._anchors_checked = True
@@ -421,33 +465,29 @@ def _build_bank(
 
 def _check_config(node, student: DetectorSpec, teacher: DetectorSpec) -> None:
     prefix = "DISTILL.GLOBAL_KNOWLEDGE"
-    for key, value, valid in (
-        ("BOXES", node.BOXES, BOXES),
-        ("GLOBAL.RESPONSES", node.GLOBAL.RESPONSES, RESPONSES),
-        ("ATTENUATION", node.ATTENUATION, ATTENUATIONS),
-    ):
-        if value not in valid:
-            raise ConfigError(f"{prefix}.{key} is '{value}'; valid: {list(valid)}")
-    for key, value in (
-        ("MAX_BOXES", node.MAX_BOXES),
-        ("LEVEL_SIZE", node.LEVEL_SIZE),
-        ("GLOBAL.RIDGE", node.GLOBAL.RIDGE),
-        ("SOFT_LABELS.TEMPERATURE", node.SOFT_LABELS.TEMPERATURE),
-        ("PROTOTYPES.COUNT", node.PROTOTYPES.COUNT),
-        ("PROTOTYPES.MAX_IMAGES", node.PROTOTYPES.MAX_IMAGES),
-        ("PROTOTYPES.BATCH_SIZE", node.PROTOTYPES.BATCH_SIZE),
-        ("PROTOTYPES.BANDWIDTH", node.PROTOTYPES.BANDWIDTH),
-    ):
-        if value <= 0:
-            raise ConfigError(f"{prefix}.{key} is {value}; it must be positive")
+    check_values(prefix, node, RULES)
+    if not any(operator.attrgetter(key)(node) for key in WEIGHT_KEYS):
+        raise ConfigError(f"{prefix}: all of {', '.join(WEIGHT_KEYS)} are 0")
     if student.num_classes is None:
         raise ConfigError(f"{prefix}: the student, a {student.meta_arch}, predicts no classes")
     if node.SOFT_LABELS.WEIGHT:
-        _check_same_outputs(f"{prefix}.SOFT_LABELS.WEIGHT", student, teacher)
+        _check_soft_labels(f"{prefix}.SOFT_LABELS.WEIGHT", student, teacher)
 
 
-def _check_same_outputs(key: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Soft labels compare class outputs one by one."""
+def _check_soft_labels(key: str, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Soft labels compare class outputs one by one, and those of RoIs as softmax."""
+    field = "roi.logits" if student.two_stage else "dense.logits"
+    if field not in teacher.fields:
+        raise ConfigError(
+            f"{key} reads {field} of the teacher, and a {teacher.meta_arch} has none here; "
+            "0 trains without soft labels"
+        )
+    for spec in (student, teacher):
+        if student.two_stage and spec.sigmoid_classes:
+            raise ConfigError(
+                f"{key} reads class logits of RoIs as softmax, but the {spec.role}'s box head is "
+                "trained with sigmoids (USE_SIGMOID_CE); 0 trains without soft labels"
+            )
     for what, attribute in (("classes", "num_classes"), ("anchors", "anchors_per_location")):
         if what == "anchors" and student.two_stage:
             continue

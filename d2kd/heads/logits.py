@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..adapters import pair_levels
 from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import ConfigError
+from ..config import NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values
 from ..losses.logits import (
     dense_box_loss,
     dense_class_loss,
@@ -18,8 +18,18 @@ from ..losses.logits import (
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
 from .dense import DensePair
 
+# What a pair can do whose outputs do not correspond.
+_PYRAMID_HEADS = "heads on the pyramid (SSIM, FeatureMimic, DRKD) work for such pairs"
 # Term -> the config key of its weight.
 WEIGHT_KEYS = {"cls": "CLASS_WEIGHT", "box": "BOX_WEIGHT", "mask": "MASK_WEIGHT"}
+
+# Keys of DISTILL.LOGITS and what their values must be.
+RULES = {
+    **dict.fromkeys(WEIGHT_KEYS.values(), NOT_NEGATIVE),
+    "TEMPERATURE": POSITIVE,
+    "BOX_BETA": NOT_NEGATIVE,
+    "DENSE_FOCUS": Rule(lambda value: value == 0 or value >= 1, "it must be 0 or at least 1"),
+}
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -64,7 +74,7 @@ class Logits(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.LOGITS
-        _check_values(node)
+        check_values("DISTILL.LOGITS", node, RULES)
         weights = {term: node[key] for term, key in WEIGHT_KEYS.items() if node[key]}
         if student_spec.mask_resolution is None:
             weights.pop("mask", None)
@@ -79,7 +89,7 @@ class Logits(DistillHead):
             "temperature": node.TEMPERATURE,
             "box_beta": node.BOX_BETA,
             "focus": node.DENSE_FOCUS,
-            "sigmoid_classes": cfg.MODEL.ROI_BOX_HEAD.get("USE_SIGMOID_CE", False),
+            "sigmoid_classes": student_spec.sigmoid_classes,
         }
 
     def forward(
@@ -141,24 +151,6 @@ def _fields(weights: dict[str, float], two_stage: bool) -> tuple[str, ...]:
     return tuple(field for term, field in fields.items() if term in weights)
 
 
-def _check_values(node: CfgNode) -> None:
-    """Refuse values that the losses are not defined for.
-
-    Raises:
-        ConfigError: names the key and what is valid.
-    """
-    focus = node.DENSE_FOCUS
-    checks = [(key, node[key] >= 0, "0 or positive") for key in WEIGHT_KEYS.values()]
-    checks += [
-        ("TEMPERATURE", node.TEMPERATURE > 0, "positive"),
-        ("BOX_BETA", node.BOX_BETA >= 0, "0 or positive"),
-        ("DENSE_FOCUS", focus == 0 or focus >= 1, "0 or at least 1"),
-    ]
-    for key, good, valid in checks:
-        if not good:
-            raise ConfigError(f"DISTILL.LOGITS.{key} is {node[key]}; it must be {valid}")
-
-
 def _check_pair(weights: dict[str, float], student: DetectorSpec, teacher: DetectorSpec) -> None:
     """Refuse a pair whose outputs do not mean the same.
 
@@ -168,12 +160,27 @@ def _check_pair(weights: dict[str, float], student: DetectorSpec, teacher: Detec
     if student.two_stage != teacher.two_stage:
         raise ConfigError(
             f"outputs of a {student.meta_arch} student and a {teacher.meta_arch} teacher cannot be "
-            "compared: both must be two-stage or both dense"
+            f"compared: both must be two-stage or both dense; {_PYRAMID_HEADS}"
         )
+    if not student.two_stage:
+        pair_levels(student, teacher)
+        if student.anchors_per_location != teacher.anchors_per_location:
+            raise ConfigError(
+                f"the student has {student.anchors_per_location} anchors a location, the teacher "
+                f"{teacher.anchors_per_location}, and outputs are compared anchor by anchor; "
+                f"{_PYRAMID_HEADS}"
+            )
     if student.num_classes != teacher.num_classes:
         raise ConfigError(
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes}: "
             "class outputs can only be compared for the same classes"
+        )
+    if "cls" in weights and student.sigmoid_classes != teacher.sigmoid_classes:
+        kinds = {True: "a sigmoid a class", False: "softmax"}
+        raise ConfigError(
+            f"the student's box head is trained with {kinds[student.sigmoid_classes]}, the "
+            f"teacher's with {kinds[teacher.sigmoid_classes]} (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE): "
+            "set DISTILL.LOGITS.CLASS_WEIGHT 0"
         )
     if "mask" in weights and "mask.logits" not in teacher.fields:
         raise ConfigError(
@@ -185,10 +192,3 @@ def _check_pair(weights: dict[str, float], student: DetectorSpec, teacher: Detec
             f"the student codes boxes with {student.box_coding}, the teacher with "
             f"{teacher.box_coding}: set DISTILL.LOGITS.BOX_WEIGHT 0"
         )
-    if not student.two_stage:
-        pair_levels(student, teacher)
-        if student.anchors_per_location != teacher.anchors_per_location:
-            raise ConfigError(
-                f"the student has {student.anchors_per_location} anchors a location, the teacher "
-                f"{teacher.anchors_per_location}: MODEL.ANCHOR_GENERATOR must be the same in both"
-            )

@@ -11,10 +11,10 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapters import Adapters, build_adapters, pair_levels
+from ..adapters import INITS, MODES, Adapters, build_adapters, pair_levels
 from ..anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
 from ..bundle import Batch, DetectorSpec, FeatureBundle, RoIView
-from ..config import ConfigError
+from ..config import NOT_NEGATIVE, ConfigError, Rule, check_values, one_of
 from ..losses.mar import PIXEL_WEIGHTS, mask_guided_loss, pixel_weights, relation_loss
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
 from .pyramid import adapted_levels
@@ -28,7 +28,27 @@ SITES = {
     "roi_pixels": ("roi.features", 1.0),
     "roi_vectors": ("roi.hidden", 1.0),
 }
+MAP_SITES = ("class_tower", "rpn_dense")
 ANCHORS = ("auto", "detector", "pseudo")
+
+# Keys of DISTILL.MAR and what their values must be.
+RULES = {
+    "ADAPTER": one_of(MODES),
+    "ADAPTER_KERNEL": one_of((1, 3)),
+    "ADAPTER_INIT": one_of(INITS),
+    "MASK.WEIGHT": NOT_NEGATIVE,
+    "MASK.KIND": one_of(MASK_KINDS),
+    "MASK.IOU_RATIO": Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1"),
+    "MASK.PARTICIPATION": Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
+    "MASK.ANCHORS": one_of(ANCHORS),
+    "MASK.BACKGROUND": NOT_NEGATIVE,
+    "RELATION.SITE": one_of(("auto", *SITES)),
+    "RELATION.WEIGHT": Rule(
+        lambda value: value is None or value >= 0, "it must be None, 0 or positive"
+    ),
+    "RELATION.PIXEL_WEIGHTS": one_of(PIXEL_WEIGHTS),
+    "ADVICE_ITER": NOT_NEGATIVE,
+}
 
 # Shares of the detection loss that the weighted terms should have (calibration rule).
 _RANGES = {"mask": (0.10, 0.40), "relation": (0.05, 0.20)}
@@ -81,16 +101,23 @@ class MAR(DistillHead):
         self.relation_weight = relation_weight
         self.pixel_weighting = pixel_weighting
         self.advice = advice
+        # Relations inside RoIs know no masks; relations on maps weigh their pixels by them.
+        self.needs_masks = bool(mask_weight or (relation_weight and relation_site in MAP_SITES))
         self.reads = ("pyramid", *([SITES[relation_site][0]] if relation_weight else []))
-        self.student_reads = (anchors,) if anchors else ()
+        self.student_reads = (anchors,) if anchors and self.needs_masks else ()
 
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.MAR
-        _check_values(node)
+        check_values("DISTILL.MAR", node, RULES)
         site, weight = node.RELATION.SITE, node.RELATION.WEIGHT
         if site == "auto":
             site = "roi_pixels" if student_spec.two_stage else "class_tower"
+        relation_weight = SITES[site][1] if weight is None else weight
+        if not node.MASK.WEIGHT and not relation_weight:
+            raise ConfigError("DISTILL.MAR: MASK.WEIGHT and RELATION.WEIGHT are both 0")
+        if relation_weight:
+            _check_site(site, student_spec, teacher_spec)
         strides = pair_levels(student_spec, teacher_spec, node.STRIDES)
         adapters = build_adapters(
             student_spec,
@@ -115,7 +142,7 @@ class MAR(DistillHead):
             "anchors": _anchor_field(node.MASK.ANCHORS, student_spec),
             "background_weight": node.MASK.BACKGROUND,
             "relation_site": site,
-            "relation_weight": SITES[site][1] if weight is None else weight,
+            "relation_weight": relation_weight,
             "pixel_weighting": node.RELATION.PIXEL_WEIGHTS,
             "advice": advice if node.ADVICE_ITER > 0 else None,
         }
@@ -123,7 +150,7 @@ class MAR(DistillHead):
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
     ) -> dict[str, Tensor]:
-        masks = self.build_masks(student, batch.gt_boxes)
+        masks = self.build_masks(student, batch.gt_boxes) if self.needs_masks else {}
         terms = {}
         if self.mask_weight:
             levels = adapted_levels(student, teacher, self.strides, self.adapters)
@@ -264,6 +291,21 @@ def advise(term: str, share: float, weight: float) -> str:
     return f"{sentence}; {key} {weight * (low * high) ** 0.5 / share:.3g} would be in its middle"
 
 
+def _check_site(site: str, *specs: DetectorSpec) -> None:
+    """Refuse a relation site that one of the detectors does not have.
+
+    Raises:
+        ConfigError: names the field, the detector and what works.
+    """
+    for spec in specs:
+        if SITES[site][0] not in spec.fields:
+            raise ConfigError(
+                f"relations at '{site}' read {SITES[site][0]} of the {spec.role}, and a "
+                f"{spec.meta_arch} has none here; DISTILL.MAR.RELATION.SITE has {list(SITES)}, and "
+                "DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
+            )
+
+
 def _anchor_field(anchors: str, student: DetectorSpec) -> str:
     """The student's field that holds its anchors, or "" for pseudo-anchors.
 
@@ -278,32 +320,3 @@ def _anchor_field(anchors: str, student: DetectorSpec) -> str:
         )
     anchor_free = anchors == "auto" and student.anchors_per_location in (None, 1)
     return "" if anchors == "pseudo" or anchor_free else own
-
-
-def _check_values(node) -> None:
-    """Refuse values that the losses are not defined for.
-
-    Raises:
-        ConfigError: names the key and what is valid.
-    """
-    mask, relation = node.MASK, node.RELATION
-    sites = ("auto", *SITES)
-    for key, value, good, valid in (
-        ("ADAPTER_KERNEL", node.ADAPTER_KERNEL, node.ADAPTER_KERNEL in (1, 3), "1 or 3"),
-        ("MASK.WEIGHT", mask.WEIGHT, mask.WEIGHT >= 0, "0 or positive"),
-        ("MASK.KIND", mask.KIND, mask.KIND in MASK_KINDS, f"one of {list(MASK_KINDS)}"),
-        ("MASK.IOU_RATIO", mask.IOU_RATIO, 0 <= mask.IOU_RATIO < 1, "from 0 to below 1"),
-        ("MASK.PARTICIPATION", mask.PARTICIPATION, 0 <= mask.PARTICIPATION <= 1, "from 0 to 1"),
-        ("MASK.ANCHORS", mask.ANCHORS, mask.ANCHORS in ANCHORS, f"one of {list(ANCHORS)}"),
-        ("MASK.BACKGROUND", mask.BACKGROUND, mask.BACKGROUND >= 0, "0 or positive"),
-        ("RELATION.SITE", relation.SITE, relation.SITE in sites, f"one of {list(sites)}"),
-        ("RELATION.WEIGHT", relation.WEIGHT, (relation.WEIGHT or 0) >= 0, "None, 0 or positive"),
-        (
-            "RELATION.PIXEL_WEIGHTS",
-            relation.PIXEL_WEIGHTS,
-            relation.PIXEL_WEIGHTS in PIXEL_WEIGHTS,
-            f"one of {list(PIXEL_WEIGHTS)}",
-        ),
-    ):
-        if not good:
-            raise ConfigError(f"DISTILL.MAR.{key} is {value!r}; it must be {valid}")

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import Adapters, build_adapters, pair_levels
+from ..adapters import INITS, MODES, Adapters, build_adapters, pair_levels
 from ..bundle import DetectorSpec, FeatureBundle
+from ..config import one_of
+
+# What the values of their common keys must be.
+PYRAMID_RULES = {"ADAPTER": one_of(MODES), "ADAPTER_INIT": one_of(INITS)}
 
 
 def build_pyramid_adapters(

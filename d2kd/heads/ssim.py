@@ -14,10 +14,25 @@ from torch import Tensor
 
 from ..adapters import Adapters
 from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import ConfigError
+from ..config import NOT_NEGATIVE, POSITIVE, Rule, check_values, one_of
 from ..losses.ssim import RESCALE_SCOPES, median_patch_std, pyramid_ssim_loss
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .pyramid import adapted_levels, build_pyramid_adapters
+from .pyramid import PYRAMID_RULES, adapted_levels, build_pyramid_adapters
+
+# Keys of DISTILL.SSIM and what their values must be.
+RULES = {
+    **PYRAMID_RULES,
+    "RESCALE": one_of(RESCALE_SCOPES),
+    "EXPONENTS": Rule(
+        lambda value: len(value) == 3 and set(value) <= {0, 1} and any(value),
+        "it must be three of 0 or 1, not all 0",
+    ),
+    "WINDOW_SIZE": Rule(lambda value: value > 0 and value % 2 == 1, "it must be odd and positive"),
+    "SIGMA": POSITIVE,
+    "K1": POSITIVE,
+    "K2": POSITIVE,
+    "STATS_PERIOD": NOT_NEGATIVE,
+}
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -65,7 +80,7 @@ class SSIM(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.SSIM
-        _check_values(node)
+        check_values("DISTILL.SSIM", node, RULES)
         strides, adapters = build_pyramid_adapters(node, student_spec, teacher_spec)
         return {
             "strides": strides,
@@ -98,27 +113,3 @@ class SSIM(DistillHead):
         storage = get_event_storage()
         for stride, std in zip(self.strides, torch.stack(stds).tolist(), strict=True):
             storage.put_scalar(f"ssim/teacher_std_{stride}", std, smoothing_hint=False)
-
-
-def _check_values(node) -> None:
-    """Refuse values that the loss is not defined for.
-
-    Raises:
-        ConfigError: names the key and what is valid.
-    """
-    exponents = list(node.EXPONENTS)
-    for key, good, valid in (
-        ("RESCALE", node.RESCALE in RESCALE_SCOPES, f"one of {list(RESCALE_SCOPES)}"),
-        (
-            "EXPONENTS",
-            len(exponents) == 3 and set(exponents) <= {0, 1} and any(exponents),
-            "three of 0 or 1, not all 0",
-        ),
-        ("WINDOW_SIZE", node.WINDOW_SIZE > 0 and node.WINDOW_SIZE % 2 == 1, "odd and positive"),
-        ("SIGMA", node.SIGMA > 0, "positive"),
-        ("K1", node.K1 > 0, "positive"),
-        ("K2", node.K2 > 0, "positive"),
-        ("STATS_PERIOD", node.STATS_PERIOD >= 0, "0 or positive"),
-    ):
-        if not good:
-            raise ConfigError(f"DISTILL.SSIM.{key} is {node[key]!r}; it must be {valid}")

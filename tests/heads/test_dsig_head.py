@@ -592,6 +592,24 @@ def test_mistakes_are_named(teacher_files, student, teacher, kwargs, opts, messa
         make_distiller(teacher_files(teacher, **kwargs), student, opts)
 
 
+@pytest.mark.parametrize("sigmoid", ["student", "teacher"])
+def test_sigmoid_box_heads_are_refused(tmp_path, sigmoid):
+    """A box head that is trained with sigmoids is not read as softmax; without the terms that
+    read it, the pair works."""
+    student, teacher = detector_config(), detector_config(width=24)
+    cfg = student if sigmoid == "student" else teacher
+    cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE = True
+    file = write_config(teacher, tmp_path / "teacher.yaml")
+    opts = ()
+    for key, value in (("CLASS_WEIGHT", 0.0), ("MINE_BACKGROUND", False)):
+        if key == "CLASS_WEIGHT" or sigmoid == "teacher":
+            with pytest.raises(ConfigError, match=f"the {sigmoid}'s box head.*DSIG.{key}"):
+                build(distiller_config(student, ["DSIG"], file, opts))
+        opts = (*opts, f"DISTILL.DSIG.{key}", value)
+    terms = kd_terms(run_step(build(distiller_config(student, ["DSIG"], file, opts)), make_batch()))
+    assert "class" not in terms and terms["edge"] > 0
+
+
 def test_every_node_loss_option_reaches_the_loss(monkeypatch):
     """ALPHA and the reduction are passed on, not merely stored."""
     seen = {}

@@ -21,6 +21,7 @@ from d2kd.bundle import feature_strides
 from d2kd.config import ConfigError
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.heads.global_knowledge import gather_levels, pick_foreground
+from d2kd.losses import global_knowledge as losses
 from d2kd.prototypes.collect import FeatureTable, find_candidates
 from d2kd.prototypes.generate import PrototypeGenerator, choose_prototypes
 from d2kd.prototypes.hook import PROTOTYPES_FILE
@@ -278,7 +279,7 @@ def test_combines_with_another_head(tmp_path):
         ((f"{NODE}.BOXES", "all"), "BOXES is 'all'; valid: .*'gt'"),
         ((f"{NODE}.GLOBAL.RESPONSES", "x"), "RESPONSES is 'x'; valid"),
         ((f"{NODE}.ATTENUATION", "x"), "ATTENUATION is 'x'; valid"),
-        ((f"{NODE}.PROTOTYPES.MAX_IMAGES", 0), "MAX_IMAGES is 0; it must be positive"),
+        ((f"{NODE}.PROTOTYPES.MAX_IMAGES", 0), "MAX_IMAGES is 0; it must be at least 1"),
         ((f"{NODE}.STRIDES", [4, 5]), r"no level of stride \[5\]"),
         ((f"{NODE}.PROTOTYPES.FILE", "nowhere.pth"), "FILE: no file 'nowhere.pth'"),
     ],
@@ -299,6 +300,34 @@ def test_other_classes_are_refused(tmp_path):
     cfg.merge_from_list([f"{NODE}.SOFT_LABELS.WEIGHT", 0.0])
     terms = terms_of(run_step(build(cfg), make_batch()))
     assert set(terms) == {"global", "foreground", "background"}
+
+
+def test_sigmoid_box_heads_are_refused(tmp_path):
+    """Soft labels are softmax; a box head that is trained with sigmoids has none."""
+    cfg = head_config(tmp_path)
+    cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE = True
+    with pytest.raises(ConfigError, match="the student's box head is trained with sigmoids"):
+        build(cfg)
+    cfg.merge_from_list([f"{NODE}.SOFT_LABELS.WEIGHT", 0.0])
+    build(cfg)
+
+
+@pytest.mark.parametrize("arch", ["faster", "retinanet"])
+def test_without_the_global_loss(tmp_path, arch, monkeypatch):
+    """GLOBAL.WEIGHT 0 computes no global loss; the other terms, weighted by reliability, stay."""
+    model, _ = build_filled(head_config(tmp_path, arch))
+    full = terms_of(run_step(model, make_batch()))
+
+    def fail(*_, **__):
+        raise AssertionError("the global loss was computed")
+
+    monkeypatch.setattr(losses, "cosine_global_loss", fail)
+    model, _ = build_filled(head_config(tmp_path, arch, f"{NODE}.GLOBAL.WEIGHT", 0.0))
+    terms = terms_of(run_step(model, make_batch()))
+    assert full.keys() - terms.keys() == {"global"}
+    for name, value in terms.items():
+        torch.testing.assert_close(value, full[name])
+    sum(terms.values()).backward()
 
 
 def test_other_anchors_are_refused(tmp_path):

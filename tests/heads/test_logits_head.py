@@ -179,11 +179,10 @@ def test_only_what_is_weighted_is_read():
 
 
 def test_sigmoid_box_heads():
-    """Box heads that the config trains with a sigmoid a class are compared class by class."""
+    """Box heads that are trained with a sigmoid a class are compared class by class."""
     student, teacher = bundles = two_stage_bundles()
-    cfg = detector_config()
-    cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE = True
-    terms = run(Logits(cfg, student.spec, teacher.spec), bundles)
+    specs = (two_stage_spec(role, sigmoid_classes=True) for role in ("student", "teacher"))
+    terms = run(make_head(*specs), bundles)
     expected = sum(
         losses.roi_class_loss(s.logits, t.logits, sigmoid=True)
         for s, t in zip(student.rois, teacher.rois, strict=True)
@@ -220,6 +219,11 @@ def test_bad_values_are_refused(opts, message):
             dense_spec("student"),
             dense_spec("teacher", box_coding="Box2BoxTransformLinear"),
             "BOX_WEIGHT 0",
+        ),
+        (
+            two_stage_spec("student", sigmoid_classes=True),
+            two_stage_spec("teacher"),
+            "trained with a sigmoid a class, the teacher's with softmax .*CLASS_WEIGHT 0",
         ),
         (
             dense_spec("student"),

@@ -202,6 +202,28 @@ def test_relation_on_the_class_tower(distiller, mode):
     torch.testing.assert_close(value, 10 * sum(seen["losses"]) / 5)
 
 
+@pytest.mark.parametrize(
+    "arch, site, needed",
+    [
+        ("faster", "roi_pixels", False),
+        ("faster", "roi_vectors", False),
+        ("faster", "rpn_dense", True),
+        ("retinanet", "class_tower", True),
+    ],
+)
+def test_masks_are_built_where_they_are_read(distiller, arch, site, needed, monkeypatch):
+    """Without the mask-guided term, relations inside RoIs need neither masks nor anchors."""
+    opts = ("DISTILL.MAR.MASK.WEIGHT", 0.0, "DISTILL.MAR.RELATION.SITE", site)
+    model = distiller(arch, opts)
+    head = model.distill_heads["MAR"]
+    assert bool(head.student_reads) == needed
+    built, build_masks = [], head.build_masks
+    monkeypatch.setattr(head, "build_masks", lambda *args: built.append(1) or build_masks(*args))
+    losses = run_step(model, make_batch())
+    assert bool(built) == needed
+    assert losses["loss_kd_mar_relation"] > 0 and "loss_kd_mar_mask" not in losses
+
+
 def test_relation_on_roi_pixels(distiller):
     """On RoIs: the mean over those that the student's sampler matched to an object."""
     model = distiller("faster")
@@ -282,7 +304,7 @@ def test_default_weights(distiller):
         ("retinanet", "RELATION.PIXEL_WEIGHTS", "even", "'uniform'"),
         ("retinanet", "STRIDES", [4], "4"),
         ("retinanet", "ADAPTER", "maybe", "'always'"),
-        ("retinanet", "ADAPTER_KERNEL", 2, "1 or 3"),
+        ("retinanet", "ADAPTER_KERNEL", 2, r"valid: \[1, 3\]"),
         ("retinanet", "MASK.IOU_RATIO", 1.0, "below 1"),
     ],
 )

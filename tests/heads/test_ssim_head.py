@@ -159,7 +159,7 @@ def test_teacher_contrast_is_logged_now_and_then():
         ({"SIGMA": 0.0}, "SIGMA is 0.0; it must be positive"),
         ({"K2": 0.0}, "K2 is 0.0; it must be positive"),
         ({"STRIDES": [2]}, r"no level of stride \[2\]"),
-        ({"ADAPTER": "sometimes"}, "adapter is 'sometimes'"),
+        ({"ADAPTER": "sometimes"}, "ADAPTER is 'sometimes'; valid"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(opts, message):
