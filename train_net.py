@@ -20,7 +20,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from d2kd.config import ConfigError, student_config
 from d2kd.engine.hooks import check_teacher, read_teacher_results
-from d2kd.engine.setup import read_config, start_logging
+from d2kd.engine.setup import model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.meta_arch import Distiller
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def evaluate(cfg, args) -> dict:
     """Evaluate the plain student of ``cfg``; no teacher is built."""
     cfg = student_config(cfg)
-    model = build_model(cfg)
+    model = build_model(model_config(cfg, args))
     start_logging(cfg, args)
     DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
         cfg.MODEL.WEIGHTS, resume=args.resume
@@ -56,7 +56,8 @@ def train(cfg, args) -> dict:
     cfg = DistillTrainer.auto_scale_workers(cfg, comm.get_world_size())
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
     seed_all_rng(seed)
-    model = build_model(cfg)  # before the output folder is made: a head may refuse the pair
+    # Before the output folder is made: a head may refuse the pair.
+    model = build_model(model_config(cfg, args))
     start_logging(cfg, args)
     trainer = DistillTrainer(cfg, seed, model)
     trainer.resume_or_load(resume=args.resume)

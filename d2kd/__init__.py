@@ -1,6 +1,6 @@
 """d2kd: knowledge distillation for Detectron2 detectors. Importing it registers everything."""
 
-from . import data
+from . import backbones, data
 from .adapters import build_adapters, pair_levels
 from .bundle import Batch, DetectorSpec, FeatureBundle
 from .config import ConfigError, add_distillation_config, validate_distillation_config
@@ -20,6 +20,7 @@ __all__ = [
     "FeatureBundle",
     "Teacher",
     "add_distillation_config",
+    "backbones",
     "build_adapters",
     "data",
     "pair_levels",

@@ -26,6 +26,7 @@ def test_builds(path, monkeypatch):
     load_config(cfg, str(path))
     cfg.MODEL.DEVICE = "meta"
     cfg.DISTILL.TEACHER.WEIGHTS = "random"
+    cfg.MODEL.TIMM.PRETRAINED = False
     with torch.device("meta"):
         model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
     assert isinstance(model, Distiller) == (cfg.MODEL.META_ARCHITECTURE == "Distiller")
