@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 
 from d2kd import ConfigError
@@ -56,3 +57,14 @@ def test_pretraining_writes_both_files(tmp_path, digits_root, monkeypatch):
     small, large = (torch.load(file)["model"] for file in files)
     assert all(name.startswith("backbone.bottom_up.") for name in large)
     assert set(small) < set(large)
+
+
+def test_light_backbones_are_pretrained_too(digits_root):
+    """One step on a model of timm gives the weights of the detector's backbone, by their names."""
+    cfg = detector_config("retinanet")
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_timm_fpn_backbone"
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.PRETRAINED = "mobilenetv2_100", False
+    cfg.DATASETS.TRAIN = ("digits_tiny_train",)
+    weights = pretrain_digits.pretrain(cfg, steps=1, batch=8, crop=32, seed=0)
+    detector = build_model(cfg).state_dict()
+    assert set(weights) == {name for name in detector if name.startswith("backbone.bottom_up.")}

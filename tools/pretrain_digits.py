@@ -23,11 +23,12 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.backbone import Backbone, build_resnet_backbone
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
 from d2kd import add_distillation_config
+from d2kd.backbones.timm_fpn import build_timm_backbone
 from d2kd.config import ConfigError, load_config
 from d2kd.files import write_atomically
 
@@ -68,12 +69,18 @@ def sample_crops(
     return torch.cat([torch.stack(rois), noise]), torch.cat([torch.tensor(targets), negatives])
 
 
+def build_bottom_up(cfg: CfgNode) -> Backbone:
+    """The network below the pyramid: a ResNet, or the model of timm that the config names."""
+    build = build_timm_backbone if "timm" in cfg.MODEL.BACKBONE.NAME else build_resnet_backbone
+    return build(cfg, ShapeSpec(channels=3))
+
+
 def pretrain(cfg: CfgNode, steps: int, batch: int, crop: int, seed: int) -> dict[str, Tensor]:
     """Train the bottom-up backbone of ``cfg`` on crops; returns weights by the detector's names."""
     torch.manual_seed(seed)
     images, boxes, labels = read_dataset(cfg.DATASETS.TRAIN[0])
     classes = 1 + max(int(x.max()) for x in labels if len(x))
-    backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3)).to(cfg.MODEL.DEVICE).train()
+    backbone = build_bottom_up(cfg).to(cfg.MODEL.DEVICE).train()
     top = list(backbone.output_shape())[-1]
     classifier = nn.Linear(backbone.output_shape()[top].channels, classes + 1)
     classifier.to(cfg.MODEL.DEVICE)
