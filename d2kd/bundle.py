@@ -41,9 +41,9 @@ class DetectorSpec:
         anchors_per_location: A, of the RPN or of the dense head.
         box_coding: name of the transform its box deltas are coded with.
         class_agnostic_mask: one mask for all classes.
+        sigmoid_classes: its box head is trained with a sigmoid a class (as for LVIS), not softmax.
     """
 
-        sigmoid_classes: its box head is trained with a sigmoid a class (as for LVIS), not softmax.
     role: str
     meta_arch: str
     channels: dict[int, int]
@@ -59,9 +59,9 @@ class DetectorSpec:
     anchors_per_location: int | None = None
     box_coding: str | None = None
     class_agnostic_mask: bool = False
+    sigmoid_classes: bool = False
 
     @property
-    sigmoid_classes: bool = False
     def strides(self) -> tuple[int, ...]:
         """Strides of the pyramid, fine to coarse."""
         return tuple(self.channels)
@@ -366,6 +366,7 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
         num_stages=len(stages),
         box_hidden_dim=predictor.cls_score.in_features,
         box_coding=type(predictor.box2box_transform).__name__,
+        sigmoid_classes=getattr(predictor, "use_sigmoid_ce", False),
     )
     fields |= {"roi", "roi.features", "roi.hidden", "roi.logits", "roi.deltas"}
     mask_pooler = getattr(roi_heads, "mask_pooler", None)
@@ -376,7 +377,6 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
             known["class_agnostic_mask"] = roi_heads.mask_head.predictor.out_channels == 1
             fields.add("mask.logits")
 
-        sigmoid_classes=getattr(predictor, "use_sigmoid_ce", False),
 
 def _describe_rpn(rpn: nn.Module, known: dict, fields: set[str]) -> None:
     head = rpn.rpn_head

@@ -74,7 +74,6 @@ def add_distillation_config(cfg: CfgNode) -> None:
 
     _add_training(cfg)
     _add_data(cfg)
-    _add_timm(cfg)
 
     cfg.DISTILL = CfgNode()
     # The meta-architecture that is trained and saved: GeneralizedRCNN, RetinaNet, ... The student
@@ -111,19 +110,6 @@ def _add_data(cfg: CfgNode) -> None:
     # names can then be used in DATASETS.TRAIN and DATASETS.TEST. Relative paths start at the
     # working directory.
     cfg.DATASETS.COCO_FORMAT = []
-
-
-def _add_timm(cfg: CfgNode) -> None:
-    """Keys of the backbones build_timm_fpn_backbone and build_retinanet_timm_fpn_backbone. Frozen
-    stages (MODEL.BACKBONE.FREEZE_AT) and levels (MODEL.FPN.IN_FEATURES) have Detectron2's keys."""
-    cfg.MODEL.TIMM = CfgNode()
-    # A model of timm: "mobilenetv2_100", "efficientnet_b0", or with a tag that names its weights.
-    cfg.MODEL.TIMM.NAME = ""
-    # Start from timm's own weights. They are fetched, or taken from timm's cache, only where
-    # MODEL.WEIGHTS is empty and there is no checkpoint to resume from.
-    cfg.MODEL.TIMM.PRETRAINED = True
-    # What the model's batch norms become: "BN", "SyncBN", "FrozenBN" or "GN", which starts anew.
-    cfg.MODEL.TIMM.NORM = "FrozenBN"
 
 
 def _add_teacher(distill: CfgNode) -> None:
@@ -581,6 +567,19 @@ def validate_distillation_config(cfg: CfgNode) -> None:
         raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")
 
 
+SCHEDULE_RULES = {
+    "WEIGHT": NOT_NEGATIVE,
+    "SCHEDULE.START_ITER": NOT_NEGATIVE,
+    "SCHEDULE.STOP_ITER": Rule(lambda value: value >= -1, "it must be an iteration, or -1"),
+    "SCHEDULE.WARMUP_ITERS": NOT_NEGATIVE,
+    "SCHEDULE.DECAY": one_of(DECAYS),
+    "SCHEDULE.STEPS": Rule(
+        lambda value: all(step >= 0 for step in value), "they must be iterations, 0 or positive"
+    ),
+    "SCHEDULE.GAMMA": NOT_NEGATIVE,
+}
+
+
 def _validate_schedule(cfg: CfgNode, key: str, node: CfgNode) -> None:
     schedule, max_iter = node.SCHEDULE, cfg.SOLVER.MAX_ITER
     stop = max_iter if schedule.STOP_ITER < 0 else schedule.STOP_ITER
@@ -600,16 +599,3 @@ def student_config(cfg: CfgNode) -> CfgNode:
         student.MODEL.META_ARCHITECTURE = student.DISTILL.STUDENT_META_ARCH
     student.freeze()
     return student
-SCHEDULE_RULES = {
-    "WEIGHT": NOT_NEGATIVE,
-    "SCHEDULE.START_ITER": NOT_NEGATIVE,
-    "SCHEDULE.STOP_ITER": Rule(lambda value: value >= -1, "it must be an iteration, or -1"),
-    "SCHEDULE.WARMUP_ITERS": NOT_NEGATIVE,
-    "SCHEDULE.DECAY": one_of(DECAYS),
-    "SCHEDULE.STEPS": Rule(
-        lambda value: all(step >= 0 for step in value), "they must be iterations, 0 or positive"
-    ),
-    "SCHEDULE.GAMMA": NOT_NEGATIVE,
-}
-
-
