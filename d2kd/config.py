@@ -74,6 +74,7 @@ def add_distillation_config(cfg: CfgNode) -> None:
 
     _add_training(cfg)
     _add_data(cfg)
+    _add_timm(cfg)
 
     cfg.DISTILL = CfgNode()
     # The meta-architecture that is trained and saved: GeneralizedRCNN, RetinaNet, ... The student
@@ -110,6 +111,19 @@ def _add_data(cfg: CfgNode) -> None:
     # names can then be used in DATASETS.TRAIN and DATASETS.TEST. Relative paths start at the
     # working directory.
     cfg.DATASETS.COCO_FORMAT = []
+
+
+def _add_timm(cfg: CfgNode) -> None:
+    """Keys of the backbones build_timm_fpn_backbone and build_retinanet_timm_fpn_backbone. Frozen
+    stages (MODEL.BACKBONE.FREEZE_AT) and levels (MODEL.FPN.IN_FEATURES) have Detectron2's keys."""
+    cfg.MODEL.TIMM = CfgNode()
+    # A model of timm: "mobilenetv2_100", "efficientnet_b0", or with a tag that names its weights.
+    cfg.MODEL.TIMM.NAME = ""
+    # Start from timm's own weights. They are fetched, or taken from timm's cache, only where
+    # MODEL.WEIGHTS is empty and there is no checkpoint to resume from.
+    cfg.MODEL.TIMM.PRETRAINED = True
+    # What the model's batch norms become: "BN", "SyncBN", "FrozenBN" or "GN", which starts anew.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
 
 
 def _add_teacher(distill: CfgNode) -> None:
