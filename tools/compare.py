@@ -145,7 +145,7 @@ class Comparison:
         """
         folder = self.folder(arm, seed)
         path = folder / "settings.json"
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             return
         if not path.is_file():
             raise ConfigError(f"{folder} was not made by this tool; give another --output")

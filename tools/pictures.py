@@ -53,8 +53,11 @@ def ground_truth(record: dict) -> Instances:
 def _mask(segmentation, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
         return mask_util.decode(segmentation).astype(bool)
-    parts = mask_util.frPyObjects(segmentation, height, width)
-    return mask_util.decode(mask_util.merge(parts)).astype(bool)
+    mask = np.zeros((height, width), np.uint8)
+    polygons = [
+        np.array(polygon).reshape(-1, 2).round().astype(np.int32) for polygon in segmentation
+    ]
+    return cv2.fillPoly(mask, polygons, 1).astype(bool)
 
 
 def draw(

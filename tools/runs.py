@@ -105,14 +105,19 @@ def run_stage(
             pass_fds=[lock.fileno()],
         )
         last = ""
-        for line in process.stdout:
-            file.write(line)
-            last = line.strip() or last
-            progress = progress_of(line)
-            if progress:
-                print(f"  {name}: {progress}", flush=True)
-    code = process.wait()
-    processes.forget(process)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                last = line.strip() or last
+                progress = progress_of(line)
+                if progress:
+                    print(f"  {name}: {progress}", flush=True)
+        except BaseException:  # Ctrl-C in this thread
+            process.terminate()
+            raise
+        finally:
+            code = process.wait()
+            processes.forget(process)
     if code != 0 or not done.exists():
         raise SystemExit(f"{name} failed ({last[:200]}); its output is in {log}")
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
