@@ -1,6 +1,6 @@
 """d2kd: knowledge distillation for Detectron2 detectors. Importing it registers everything."""
 
-from . import backbones, data
+from . import backbones, data, fcos
 from .adapters import build_adapters, pair_levels
 from .bundle import Batch, DetectorSpec, FeatureBundle
 from .config import ConfigError, add_distillation_config, validate_distillation_config
@@ -23,6 +23,7 @@ __all__ = [
     "backbones",
     "build_adapters",
     "data",
+    "fcos",
     "pair_levels",
     "validate_distillation_config",
 ]

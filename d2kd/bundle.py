@@ -21,6 +21,8 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from .config import ConfigError
+
 
 @dataclass(frozen=True)
 class DetectorSpec:
@@ -334,10 +336,18 @@ def describe_detector(
 
     Args:
         model: a GeneralizedRCNN, a dense detector such as RetinaNet or FCOS, or any model with a
-            ``backbone`` (then only its pyramid can be read).
+            Detectron2 ``backbone`` (then only its pyramid can be read).
         role: "student" or "teacher".
         student: for the teacher, the student's spec: the teacher is read on the student's RoIs.
+
+    Raises:
+        ConfigError: the model has no such backbone, so nothing of it can be read.
     """
+    if not hasattr(getattr(model, "backbone", None), "output_shape"):
+        raise ConfigError(
+            f"the {role}, a {type(model).__name__}, has no Detectron2 backbone (a submodule "
+            "'backbone' with output_shape()), so nothing of it can be distilled"
+        )
     shapes = model.backbone.output_shape()
     channels = {stride: shapes[name].channels for name, stride in feature_strides(model).items()}
     if len(channels) != len(shapes):

@@ -74,11 +74,12 @@ def add_distillation_config(cfg: CfgNode) -> None:
 
     _add_training(cfg)
     _add_data(cfg)
+    _add_fcos(cfg)
     _add_timm(cfg)
 
     cfg.DISTILL = CfgNode()
-    # The meta-architecture that is trained and saved: GeneralizedRCNN, RetinaNet, ... The student
-    # is the config itself: backbone, heads, input and solver keys are its own.
+    # The meta-architecture that is trained and saved: GeneralizedRCNN, RetinaNet, FCOS, ... The
+    # student is the config itself: backbone, heads, input and solver keys are its own.
     cfg.DISTILL.STUDENT_META_ARCH = "GeneralizedRCNN"
     # Names of registered heads, e.g. ["DSIG", "SSIM"]. () trains the plain student.
     cfg.DISTILL.HEADS = []
@@ -111,6 +112,30 @@ def _add_data(cfg: CfgNode) -> None:
     # names can then be used in DATASETS.TRAIN and DATASETS.TEST. Relative paths start at the
     # working directory.
     cfg.DATASETS.COCO_FORMAT = []
+
+
+def _add_fcos(cfg: CfgNode) -> None:
+    """Keys of Detectron2's FCOS (``d2kd/fcos.py``), named as RetinaNet's.
+
+    Values are those of its config fcos_R_50_FPN_1x.py, of RetinaNet where that says nothing.
+    """
+    cfg.MODEL.FCOS = CfgNode()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    # Levels that the head reads, fine to coarse.
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each tower, and their norm ("" for none).
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    # Probability of foreground that the class bias starts with.
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # A location is positive within this many strides of an object's centre.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Inference: the score is the root of class probability times centerness.
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
 
 def _add_timm(cfg: CfgNode) -> None:

@@ -104,7 +104,16 @@ class Teacher:
         return self
 
     def describe(self, student: DetectorSpec) -> DetectorSpec:
-        """The teacher's build, with the RoI fields that it can compute on the student's RoIs."""
+        """The teacher's build, with the RoI fields that it can compute on the student's RoIs.
+
+        Raises:
+            ConfigError: it cannot be given the student's images.
+        """
+        if not hasattr(self.model, "preprocess_image"):
+            raise ConfigError(
+                f"the teacher, a {type(self.model).__name__}, has no preprocess_image(), which "
+                "normalises the student's images for it; a GeneralizedRCNN, RetinaNet or FCOS has"
+            )
         return describe_detector(self.model, "teacher", student)
 
     @contextlib.contextmanager

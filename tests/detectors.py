@@ -11,7 +11,8 @@ from detectron2.utils.events import EventStorage
 from d2kd import DISTILL_HEAD_REGISTRY, add_distillation_config
 from d2kd.heads import node_name
 
-ARCHS = ("faster", "cascade", "mask", "retinanet")
+ARCHS = ("faster", "cascade", "mask", "retinanet", "fcos")
+DENSE = ("retinanet", "fcos")
 
 
 def detector_config(
@@ -39,20 +40,22 @@ def detector_config(
     cfg.MODEL.FPN.NORM = "BN"
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+    cfg.MODEL.FCOS.NUM_CLASSES = num_classes
     cfg.INPUT.MIN_SIZE_TRAIN = (64,)
     cfg.INPUT.MIN_SIZE_TEST = 64
     cfg.SOLVER.MAX_ITER = 10
     cfg.SOLVER.IMS_PER_BATCH = 2
     cfg.DATALOADER.NUM_WORKERS = 0
-    if arch == "retinanet":
-        cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-        cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    if arch in DENSE:
+        cfg.MODEL.META_ARCHITECTURE = {"retinanet": "RetinaNet", "fcos": "FCOS"}[arch]
+        cfg.MODEL.BACKBONE.NAME = f"build_{arch}_resnet_fpn_backbone"
         cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
         cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
             [x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (16, 32, 64, 128, 256)
         ]
-        cfg.MODEL.RETINANET.NUM_CONVS = 2
+        cfg.MODEL.RETINANET.NUM_CONVS = cfg.MODEL.FCOS.NUM_CONVS = 2
+        cfg.MODEL.FCOS.NORM = ""
         return cfg
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]

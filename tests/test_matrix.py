@@ -5,19 +5,41 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .detectors import ARCHS, build, detector_config, distiller_config, make_batch, run_step
+from d2kd import ConfigError
+from d2kd.bundle import describe_detector
+
+from .detectors import (
+    ARCHS,
+    DENSE,
+    build,
+    detector_config,
+    distiller_config,
+    make_batch,
+    run_step,
+    write_config,
+)
 
 METHODS = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR")
+FEATURES = tuple(method for method in METHODS if method != "Logits")
 # (student, teacher) of different build, and what each pair can serve.
 MIXED = [
-    ("retinanet", "faster", ("SSIM", "FeatureMimic", "DSIG", "DRKD")),
-    ("retinanet", "cascade", ("SSIM", "FeatureMimic", "DSIG", "DRKD")),
-    ("faster", "retinanet", ("SSIM", "FeatureMimic", "DRKD")),
+    ("retinanet", "faster", FEATURES),
+    ("retinanet", "cascade", ("SSIM", "DSIG")),
+    ("faster", "retinanet", FEATURES),
+    ("fcos", "retinanet", FEATURES),
+    ("fcos", "faster", FEATURES),
+    ("retinanet", "fcos", FEATURES),
+    ("faster", "fcos", FEATURES),
     ("faster", "cascade", METHODS),
     ("cascade", "faster", METHODS),
     ("faster", "mask", METHODS),
     ("mask", "cascade", ("SSIM", "FeatureMimic", "DRKD", "GlobalKnowledge", "MAR")),
 ]
+# What makes do without outputs that a teacher of another kind, or with other anchors, lacks.
+DSIG_GRAPH = ("DISTILL.DSIG.CLASS_WEIGHT", 0.0, "DISTILL.DSIG.BOX_WEIGHT", 0.0)
+DSIG_UNMINED = (*DSIG_GRAPH, "DISTILL.DSIG.MINE_BACKGROUND", False)
+GLOBAL_HARD = ("DISTILL.GLOBAL_KNOWLEDGE.SOFT_LABELS.WEIGHT", 0.0)
+MAR_MASKED = ("DISTILL.MAR.RELATION.WEIGHT", 0.0)
 BATCHES = {"normal": (2, 3), "an image without objects": (2, 0), "a batch without objects": (0, 0)}
 
 
@@ -76,7 +98,7 @@ def test_situations(method, arch, teacher_files, plain_losses):
     model = distiller(arch, teacher_files[arch], method)
     # PyTorch's bf16 weight gradient of a strided convolution on a 1x1 map, P7 of a smaller image,
     # holds uninitialised memory on the CPU.
-    batch = make_batch(size=(160, 160) if arch == "retinanet" else (64, 64))
+    batch = make_batch(size=(160, 160) if arch in DENSE else (64, 64))
     with torch.autocast("cpu", torch.bfloat16):
         losses = run_step(model, batch)
     assert all(loss.dtype == torch.float32 for loss in distillation(losses).values())
@@ -84,7 +106,7 @@ def test_situations(method, arch, teacher_files, plain_losses):
 
     resumed = distiller(arch, teacher_files[arch], method)
     resumed.load_state_dict(model.state_dict())
-    if arch == "retinanet":  # a float outside the state dict, which the trainer keeps
+    if arch in DENSE:  # a float outside the state dict, which the trainer keeps
         resumed.student.loss_normalizer = model.student.loss_normalizer
     expected, found = (run_step(m, make_batch(seed=5), 1) for m in (model, resumed))
     assert {n: v.item() for n, v in found.items()} == {n: v.item() for n, v in expected.items()}
@@ -96,11 +118,57 @@ def test_situations(method, arch, teacher_files, plain_losses):
 )
 def test_mixed_pairs(student, teacher, method, teacher_files, plain_losses):
     """Teacher and student of different build, as far as the method can serve them."""
-    opts = ()
-    if (method, student) == ("DSIG", "retinanet"):  # a two-stage teacher has no dense outputs
-        opts = ("DISTILL.DSIG.CLASS_WEIGHT", 0.0, "DISTILL.DSIG.BOX_WEIGHT", 0.0)
+    opts, same_kind = (), (student in DENSE) == (teacher in DENSE)
+    if not same_kind or student in DENSE:
+        opts = {"DSIG": DSIG_GRAPH, "GlobalKnowledge": GLOBAL_HARD}.get(method, ())
+    if not same_kind:
+        opts = {"DSIG": DSIG_UNMINED, "MAR": MAR_MASKED}.get(method, opts)
     model = distiller(student, teacher_files[teacher], method, opts=opts)
     check_step(model, run_step(model, make_batch()), plain_losses(student, BATCHES["normal"]))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "method", "remedy"),
+    [
+        ("fcos", "retinanet", "DSIG", "DISTILL.DSIG.CLASS_WEIGHT 0"),
+        ("fcos", "retinanet", "GlobalKnowledge", GLOBAL_HARD[0]),
+        ("fcos", "retinanet", "Logits", "SSIM, FeatureMimic, DRKD"),
+        ("fcos", "faster", "DSIG", "DISTILL.DSIG.CLASS_WEIGHT 0"),
+        ("fcos", "faster", "GlobalKnowledge", GLOBAL_HARD[0]),
+        ("fcos", "faster", "Logits", "SSIM, FeatureMimic, DRKD"),
+        ("fcos", "faster", "MAR", "DISTILL.MAR.RELATION.WEIGHT 0"),
+        ("faster", "fcos", "DSIG", "DISTILL.DSIG.CLASS_WEIGHT 0"),
+        ("faster", "fcos", "GlobalKnowledge", GLOBAL_HARD[0]),
+        ("faster", "fcos", "Logits", "SSIM, FeatureMimic, DRKD"),
+        ("faster", "fcos", "MAR", "DISTILL.MAR.RELATION.WEIGHT 0"),
+    ],
+)
+def test_refused_pairs(student, teacher, method, remedy, teacher_files):
+    """What a pair cannot serve is refused when it is built: the message names the head, the
+    detectors, and what works. All other methods build as they are (the test above)."""
+    with pytest.raises(ConfigError) as refused:
+        distiller(student, teacher_files[teacher], method)
+    message = str(refused.value)
+    assert method in message or f"DISTILL.{method.upper()}" in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("method", ("SSIM", "FeatureMimic", "DRKD"))
+def test_other_models(method, teacher_files, tmp_path):
+    """The pyramid of a student with no outputs that d2kd knows; a teacher must take images."""
+    cfg = detector_config("faster")
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    model = build(distiller_config(cfg, [method], teacher_files["faster"]))
+    check_step(model, run_step(model, make_batch()), None)
+    with pytest.raises(ConfigError, match="the teacher, a ProposalNetwork, .* preprocess_image"):
+        distiller("faster", write_config(cfg, tmp_path / "teacher.yaml"), method)
+
+
+def test_models_without_a_backbone_are_refused():
+    """There is nothing to read of a model that is not built as Detectron2's are."""
+    with pytest.raises(ConfigError, match="the teacher, a Linear, has no Detectron2 backbone"):
+        describe_detector(torch.nn.Linear(1, 1), "teacher")
 
 
 @pytest.mark.parametrize("arch", ARCHS)

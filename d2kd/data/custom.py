@@ -112,7 +112,7 @@ def _check_class_count(cfg: CfgNode, name: str) -> None:
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture == "Distiller":
         architecture = cfg.DISTILL.STUDENT_META_ARCH
-    nodes = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+    nodes = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
     classes = MetadataCatalog.get(name).get("thing_classes")
     if architecture not in nodes or classes is None:
         return

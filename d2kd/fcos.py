@@ -1,0 +1,86 @@
+"""Detectron2's FCOS from a YAML file.
+
+Detectron2 has the meta-architecture FCOS, but builds it from Python configs (LazyConfig) only: it
+is neither registered nor does it read a CfgNode. What is added here is the reading of
+``MODEL.FCOS`` (see ``config.py``), training in mixed precision, and a builder of the backbone of
+Detectron2's FCOS config.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
+from detectron2.modeling.backbone.resnet import build_resnet_backbone
+from detectron2.modeling.meta_arch import fcos
+
+
+class FCOS(fcos.FCOS):
+    """Detectron2's FCOS, which can be built from a config: ``FCOS(cfg)``.
+
+    An anchor-free dense detector (Tian et al., ICCV 2019, with the improvements of
+    arXiv 2006.09214). Its arguments are those of :class:`detectron2.modeling.FCOS`.
+    """
+
+    @configurable
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.FCOS
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        inputs = [shapes[name] for name in node.IN_FEATURES]
+        head = fcos.FCOSHead(
+            input_shape=inputs,
+            num_classes=node.NUM_CLASSES,
+            conv_dims=[inputs[0].channels] * node.NUM_CONVS,
+            norm=node.NORM,
+            prior_prob=node.PRIOR_PROB,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": list(node.IN_FEATURES),
+            "num_classes": node.NUM_CLASSES,
+            "center_sampling_radius": node.CENTER_SAMPLING_RADIUS,
+            "focal_loss_alpha": node.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": node.FOCAL_LOSS_GAMMA,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def losses(
+        self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness
+    ):
+        """Detectron2's, with box outputs in float32 as RetinaNet's are: in half precision its
+        decoding would round boxes to several pixels, and its GIoU loss fails."""
+        deltas, centerness = (
+            [level.float() for level in levels] for levels in (pred_anchor_deltas, pred_centerness)
+        )
+        return super().losses(anchors, pred_logits, gt_labels, deltas, gt_boxes, centerness)
+
+
+# A later Detectron2, or another project, may have an FCOS of its own in the registry.
+if "FCOS" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(FCOS)
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A ResNet with a pyramid p3 to p7 whose p6 and p7 come from p5, where RetinaNet takes res5."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
