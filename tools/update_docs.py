@@ -5,8 +5,9 @@
     python tools/update_docs.py --check  # exit 1 if a page does not say what the files say
 
 A block is what stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
-``benchmark`` (a file of tools/benchmark.py --json), ``compare`` (results.jsonl of tools/compare.py)
-or ``demo`` (demo.json of make demo).
+``benchmark`` (a file of tools/benchmark.py --json), ``compare`` (results.jsonl of
+tools/compare.py), ``demo`` (demo.json of make demo) or ``published`` (a folder of configs, of which
+tools/published.py makes a table).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import benchmark
 import compare
 import demo
+import published
 from runs import ROOT
 
 BLOCK = re.compile(r"(<!-- measured: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -47,7 +49,12 @@ def render_demo(path: Path) -> str:
     return demo.markdown(json.loads(path.read_text()))
 
 
-RENDER = {"benchmark": render_benchmark, "compare": render_compare, "demo": render_demo}
+RENDER = {
+    "benchmark": render_benchmark,
+    "compare": render_compare,
+    "demo": render_demo,
+    "published": published.markdown,
+}
 
 
 def update(text: str) -> str:
@@ -56,7 +63,7 @@ def update(text: str) -> str:
     def block(match: re.Match) -> str:
         begin, kind, name, end = match.groups()
         path = ROOT / name
-        return f"{begin}{RENDER[kind](path)}\n{end}" if path.is_file() else match[0]
+        return f"{begin}{RENDER[kind](path)}\n{end}" if path.exists() else match[0]
 
     return BLOCK.sub(block, text)
 

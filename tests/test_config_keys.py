@@ -1,0 +1,109 @@
+"""No key without effect: whatever d2kd adds to a config is read by what trains from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_backbone, build_model
+
+import train_net
+from d2kd import add_distillation_config
+from d2kd.data.custom import check_datasets
+
+from .detectors import detector_config, distiller_config, write_config
+from .test_matrix import METHODS
+
+HAS_TIMM = importlib.util.find_spec("timm") is not None  # an optional extra
+# To check a value is not to use it.
+CHECKS = re.compile(r"check_values|_?validate_\w+")
+
+
+def leaves(node: CfgNode, prefix: str = "") -> set[str]:
+    """Names, with dots, of the values under ``node``."""
+    names = set()
+    for key, value in node.items():
+        is_node = isinstance(value, CfgNode)
+        names |= leaves(value, f"{prefix}{key}.") if is_node else {prefix + key}
+    return names
+
+
+class Recorder(CfgNode):
+    """A config that notes which of its values are read; its clones note them in the same place."""
+
+    noted: set[str] = set()
+
+    @classmethod
+    def of(cls, node: CfgNode, prefix: str = "") -> Recorder:
+        recorder = cls()
+        recorder.__dict__["prefix"] = prefix
+        for key, value in node.items():
+            is_node = isinstance(value, CfgNode)
+            recorder[key] = cls.of(value, f"{prefix}{key}.") if is_node else value
+        return recorder
+
+    def __getitem__(self, key):
+        reader = sys._getframe(1)
+        if reader.f_code.co_name == "__getattr__":
+            reader = reader.f_back
+        if not CHECKS.fullmatch(reader.f_code.co_name):
+            self.noted.add(self.__dict__["prefix"] + key)
+        return super().__getitem__(key)
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory, digits_root) -> set[str]:
+    """What is read when a Mask R-CNN is trained for two steps with all heads, and when a dense
+    student and what d2kd adds to Detectron2's models are built."""
+    folder = tmp_path_factory.mktemp("keys")
+    teachers = {
+        arch: write_config(detector_config(arch, num_classes=10), folder / f"{arch}.yaml")
+        for arch in ("mask", "fcos")
+    }
+    student = detector_config("mask", num_classes=10)
+    student.DATASETS.TRAIN, student.DATASETS.TEST = ("digits_tiny_train",), ()
+    student.SOLVER.MAX_ITER = 2
+    student.SOLVER.AMP.ENABLED, student.SOLVER.AMP.PRECISION = True, "bf16"
+    student.OUTPUT_DIR = str(folder / "out")
+    cfg = distiller_config(student, list(METHODS), teachers["mask"])
+    file = write_config(cfg, folder / "student.yaml")
+
+    Recorder.noted.clear()
+    cfg = Recorder.of(cfg)
+    check_datasets(cfg, train=True)
+    train_net.train(cfg, train_net.build_parser().parse_args(["--config-file", file]))
+    dense = detector_config("fcos", num_classes=10)
+    build_model(Recorder.of(distiller_config(dense, list(METHODS), teachers["fcos"])))
+    if HAS_TIMM:
+        light = detector_config()
+        light.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+        light.MODEL.TIMM.NAME, light.MODEL.TIMM.PRETRAINED = "mobilenetv2_050", False
+        build_backbone(Recorder.of(light))
+    return set(Recorder.noted)
+
+
+def test_every_key_is_read(noted):
+    """Each key that d2kd adds to Detectron2's is read by a training or a build; checking its value
+    does not count."""
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    ours = leaves(cfg) - leaves(get_cfg())
+    elsewhere = ("DISTILL.TOY_MIMIC.",) if HAS_TIMM else ("DISTILL.TOY_MIMIC.", "MODEL.TIMM.")
+    assert {key for key in ours - noted if not key.startswith(elsewhere)} == set()
+
+
+def test_the_recorder_sees_what_is_read():
+    """It notes attributes, items and reads of a clone; not a check, nor what is not read."""
+    Recorder.noted.clear()
+    cfg = Recorder.of(detector_config()).clone()
+
+    def check_values(node):
+        return node.DISTILL.SSIM.K1
+
+    check_values(cfg)
+    assert cfg.DISTILL.SSIM.K2 == cfg["DISTILL"]["SSIM"]["K2"]
+    assert "DISTILL.SSIM.K2" in Recorder.noted
+    assert not {"DISTILL.SSIM.K1", "DISTILL.SSIM.SIGMA"} & Recorder.noted
