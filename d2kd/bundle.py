@@ -34,7 +34,8 @@ class DetectorSpec:
         channels: stride -> channels of the pyramid, fine to coarse.
         fields: names of the bundle's fields that it can serve, e.g. "pyramid", "roi.logits".
         num_classes: foreground classes, None where it predicts none.
-        roi_strides: strides its box head pools from; () for dense detectors.
+        roi_strides, mask_strides: strides its box head, and its mask head, pools from; () where
+            there is none.
         roi_resolution, mask_resolution: pooled size P of the box and the mask branch.
         num_stages: stages of a cascade, 1 for an ordinary box head, 0 for dense detectors.
         box_hidden_dim: width of the box head's output.
@@ -52,6 +53,7 @@ class DetectorSpec:
     fields: frozenset[str]
     num_classes: int | None = None
     roi_strides: tuple[int, ...] = ()
+    mask_strides: tuple[int, ...] = ()
     roi_resolution: int | None = None
     mask_resolution: int | None = None
     num_stages: int = 0
@@ -76,7 +78,7 @@ class DetectorSpec:
     @property
     def mask_channels(self) -> int | None:
         """Channels of the mask branch's pooled features, None without one."""
-        return self.channels[self.roi_strides[0]] if self.mask_resolution else None
+        return self.channels[self.mask_strides[0]] if self.mask_strides else None
 
 
 @dataclass
@@ -382,6 +384,7 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
     mask_pooler = getattr(roi_heads, "mask_pooler", None)
     if mask_pooler is not None:
         known["mask_resolution"] = mask_pooler.output_size[0]
+        known["mask_strides"] = _pooled_strides(model, roi_heads.mask_in_features)
         fields |= {"mask", "mask.features"}
         if hasattr(roi_heads.mask_head, "predictor"):
             known["class_agnostic_mask"] = roi_heads.mask_head.predictor.out_channels == 1
@@ -420,11 +423,10 @@ def _restrict_to_student_rois(
         fields -= {name for name in fields if name.split(".")[0] in ("roi", "mask")}
         return
     fields.add("roi")
-    poolable = set(student.roi_strides) <= set(channels)
-    for branch, present in (("roi", True), ("mask", student.mask_resolution is not None)):
-        if present and poolable:
-            fields |= {branch, f"{branch}.features"}
-        elif not present:
+    for branch, strides in (("roi", student.roi_strides), ("mask", student.mask_strides)):
+        if not strides:
             fields -= {name for name in fields if name.split(".")[0] == branch}
+        elif set(strides) <= set(channels):
+            fields |= {branch, f"{branch}.features"}
         else:
             fields.discard(f"{branch}.features")

@@ -222,7 +222,7 @@ class _TeacherStep:
     def _pool(self, branch: str, boxes: list[Tensor]) -> Tensor:
         """Pool ``boxes`` on the teacher's pyramid as the student's ``branch`` pools its own."""
         pooler = getattr(self.student_model.roi_heads, f"{branch}_pooler")
-        maps = [self.pyramid[s] for s in self.student.spec.roi_strides]
+        maps = [self.pyramid[s] for s in _branch_strides(self.student.spec, branch)]
         # forward() and not a call: a call would fire the student's taps.
         return pooler.forward(maps, [Boxes(b) for b in boxes])
 
@@ -230,9 +230,9 @@ class _TeacherStep:
         """Pool ``boxes`` as the teacher's own ``branch`` expects; once where that is the same."""
         heads = self.model.roi_heads
         pooler = getattr(heads, f"{branch}_pooler")
-        own_strides = self.spec.roi_strides
+        own_strides = _branch_strides(self.spec, branch)
         student_pooler = getattr(self.student_model.roi_heads, f"{branch}_pooler")
-        same_levels = own_strides == self.student.spec.roi_strides
+        same_levels = own_strides == _branch_strides(self.student.spec, branch)
         if same_levels and _pooling(pooler) == _pooling(student_pooler):
             return shared.features
         return pooler([self.pyramid[s] for s in own_strides], [Boxes(b) for b in boxes])
@@ -333,6 +333,11 @@ class _TeacherStep:
             **fields,
         )
         return view
+
+
+def _branch_strides(spec: DetectorSpec, branch: str) -> tuple[int, ...]:
+    """The levels that the "box" or the "mask" branch pools from."""
+    return spec.mask_strides if branch == "mask" else spec.roi_strides
 
 
 def _pooling(pooler: nn.Module) -> tuple:

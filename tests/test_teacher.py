@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detectron2.modeling.poolers import ROIPooler
 
 from d2kd import ConfigError, Teacher
 from d2kd.bundle import Batch, describe_detector
@@ -144,6 +145,26 @@ def test_same_boxes_give_the_same_outputs():
         (mine.rpn.features[8], theirs.rpn.features[8]),
     ):
         torch.testing.assert_close(a.detach(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_branch_has_levels_of_its_own():
+    """A mask branch that pools from other levels than the box branch is read on those."""
+    cfg = detector_config("mask")
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "FrozenBN"
+    student = build(cfg)
+    heads = student.roi_heads
+    heads.mask_in_features = ["p3", "p4"]
+    heads.mask_pooler = ROIPooler(10, (1 / 8, 1 / 16), 0, "ROIAlignV2")
+    spec = describe_detector(student, "student")
+    assert spec.mask_strides == (8, 16) and spec.roi_strides == (4, 8, 16, 32)
+    taps, teacher, batch = Taps(student, spec), Teacher(build(cfg)), make_batch()
+    with taps:
+        run_step(student, batch)
+    mine = taps.bundle(Batch.from_inputs(batch, student.device))
+    theirs = teacher.bundle(batch, teacher.describe(spec), mine, taps)
+    assert theirs.mask.features.shape == (len(mine.mask.labels), 16, 10, 10)
+    torch.testing.assert_close(mine.mask.features, theirs.mask.features, rtol=1e-4, atol=1e-5)
+    assert theirs.mask.logits.shape[-1] == 28  # its own head, pooled as it expects
 
 
 def test_maps_have_the_students_size(monkeypatch):
