@@ -85,6 +85,18 @@ def build_adapters(
     return adapters
 
 
+def build_roi_adapter(student: DetectorSpec, teacher: DetectorSpec, stride: int) -> nn.Module:
+    """1x1 convolution on pooled features, student -> teacher; the identity for equal channels.
+
+    The levels that RoIs are pooled from share one, as they share one box or mask head.
+
+    Args:
+        stride: of any of those levels.
+    """
+    adapters = build_adapters(student, teacher, (stride,))
+    return adapters[str(stride)] if len(adapters) else nn.Identity()
+
+
 def _build_adapter(c_in: int, c_out: int, kernel_size: int, init: str) -> nn.Conv2d:
     conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2)
     if init == "identity" and c_in == c_out:

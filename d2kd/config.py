@@ -83,10 +83,15 @@ def add_distillation_config(cfg: CfgNode) -> None:
     cfg.DISTILL.STUDENT_META_ARCH = "GeneralizedRCNN"
     # Names of registered heads, e.g. ["DSIG", "SSIM"]. () trains the plain student.
     cfg.DISTILL.HEADS = []
+    # Parts that the student copies from the teacher before training, after MODEL.WEIGHTS are
+    # loaded and not on --resume: any of "fpn", "rpn", "box_head", "mask_head", "head" (of dense
+    # detectors), or paths of modules such as "backbone.bottom_up". [] copies nothing.
+    cfg.DISTILL.INHERIT = []
     _add_teacher(cfg.DISTILL)
     _add_ssim(cfg.DISTILL)
     _add_feature_mimic(cfg.DISTILL)
     _add_logits(cfg.DISTILL)
+    _add_mask_mimic(cfg.DISTILL)
     _add_dsig(cfg.DISTILL)
     _add_drkd(cfg.DISTILL)
     _add_global_knowledge(cfg.DISTILL)
@@ -257,6 +262,19 @@ def _add_logits(distill: CfgNode) -> None:
     # al., 2020; with exponent 1 as a distillation loss in Yang et al., ICCV 2023). 0: plain
     # divergence, in which easy background anchors dominate.
     distill.LOGITS.DENSE_FOCUS = 1.0
+
+
+def _add_mask_mimic(distill: CfgNode) -> None:
+    """Distillation of the mask branch, on the student's foreground RoIs, beside any method."""
+    distill.MASK_MIMIC = _head_node()
+    # Mask logits of the labelled class: the term that LOGITS.MASK_WEIGHT and DSIG.MASK_WEIGHT
+    # weigh too; 0 switches a term off.
+    distill.MASK_MIMIC.LOGITS_WEIGHT = 1.0
+    # T, by which mask logits are divided; the term is multiplied by T^2.
+    distill.MASK_MIMIC.TEMPERATURE = 1.0
+    # Mean squared error of the features that are pooled for the mask head (14x14 cells), through a
+    # 1x1 convolution where channels differ.
+    distill.MASK_MIMIC.FEATURES_WEIGHT = 1.0
 
 
 def _add_dsig(distill: CfgNode) -> None:
@@ -575,6 +593,8 @@ def validate_distillation_config(cfg: CfgNode) -> None:
     """
     from .heads import DISTILL_HEAD_REGISTRY, node_name
 
+    if "DISTILL" not in cfg:
+        raise ConfigError("the config has no DISTILL: call d2kd.add_distillation_config(cfg) first")
     known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
     heads = list(cfg.DISTILL.HEADS)
     for name in heads:
@@ -587,12 +607,18 @@ def validate_distillation_config(cfg: CfgNode) -> None:
                 f"there is no node DISTILL.{node_name(name)}: the head {name} must be registered "
                 "(imported) before add_distillation_config(cfg) is called"
             )
+        if not {"WEIGHT", "SCHEDULE"} <= cfg.DISTILL[node_name(name)].keys():
+            raise ConfigError(
+                f"DISTILL.{node_name(name)} has no WEIGHT or no SCHEDULE: leave the node to "
+                "add_distillation_config(cfg), and add the head's own keys in its add_config"
+            )
         _validate_schedule(cfg, f"DISTILL.{node_name(name)}", cfg.DISTILL[node_name(name)])
-    if heads and not cfg.DISTILL.TEACHER.CONFIG_FILE:
+    needs_teacher = bool(heads or cfg.DISTILL.INHERIT)
+    if needs_teacher and not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError(
             "DISTILL.TEACHER.CONFIG_FILE is empty: give the teacher's YAML file or model-zoo name"
         )
-    if heads:
+    if needs_teacher:
         resolve_config_file(cfg.DISTILL.TEACHER.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE")
     for key, value, valid in (
         ("DISTILL.TEACHER.PRECISION", cfg.DISTILL.TEACHER.PRECISION, list(PRECISIONS)),
@@ -601,6 +627,8 @@ def validate_distillation_config(cfg: CfgNode) -> None:
     ):
         if value not in valid:
             raise ConfigError(f"{key} is '{value}'; valid: {valid}")
+    if cfg.DISTILL.TEACHER.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError("DISTILL.TEACHER.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
     validate_meta_arch("DISTILL.STUDENT_META_ARCH", cfg.DISTILL.STUDENT_META_ARCH)
     if cfg.DISTILL.STUDENT_META_ARCH == "Distiller":
         raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")

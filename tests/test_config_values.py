@@ -15,7 +15,16 @@ from d2kd.heads import build_head, node_name
 
 from .detectors import detector_config, distiller_config
 
-HEADS = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR")
+HEADS = (
+    "SSIM",
+    "FeatureMimic",
+    "Logits",
+    "MaskMimic",
+    "DSIG",
+    "DRKD",
+    "GlobalKnowledge",
+    "MAR",
+)
 
 
 def leaf_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -104,7 +113,7 @@ def test_borders(head, opts, message, specs, teacher_files):
         build_head(head, cfg, *specs)
 
 
-@pytest.mark.parametrize("head", ["DSIG", "GlobalKnowledge"])
+@pytest.mark.parametrize("head", ["DSIG", "GlobalKnowledge", "MaskMimic"])
 def test_heads_without_a_term_are_refused(head, specs, teacher_files):
     """All weights 0 is a mistake, not a silent plain training."""
     prefix = f"DISTILL.{node_name(head)}"

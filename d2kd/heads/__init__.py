@@ -7,6 +7,7 @@ from .feature_mimic import FeatureMimic
 from .global_knowledge import GlobalKnowledge
 from .logits import Logits
 from .mar import MAR
+from .mask_mimic import MaskMimic
 from .ssim import SSIM
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FeatureMimic",
     "GlobalKnowledge",
     "Logits",
+    "MaskMimic",
     "build_head",
     "node_name",
     "require_fields",

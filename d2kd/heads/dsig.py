@@ -16,7 +16,7 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from ..adapters import Adapters, build_adapters, pair_levels
+from ..adapters import Adapters, build_adapters, build_roi_adapter, pair_levels
 from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle, image_index
 from ..config import COUNT, NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values, one_of
 from ..losses import dsig as losses
@@ -370,15 +370,10 @@ class DSIG(DistillHead):
 def _build_node_adapter(
     weights: dict[str, float], student: DetectorSpec, teacher: DetectorSpec
 ) -> nn.Module:
-    """1x1 convolution student -> teacher on pooled features; the identity for equal channels.
-
-    The levels that RoIs are pooled from share one, as their pooled features share one set of nodes.
-    """
+    """Student -> teacher channels, for the terms that compare nodes one by one."""
     if not weights.keys() & {"foreground", "background", "mask_node"}:
         return nn.Identity()
-    stride = pair_levels(student, teacher)[0]
-    adapters = build_adapters(student, teacher, (stride,))
-    return adapters[str(stride)] if len(adapters) else nn.Identity()
+    return build_roi_adapter(student, teacher, pair_levels(student, teacher)[0])
 
 
 def _check_values(node: CfgNode, student: DetectorSpec) -> None:
