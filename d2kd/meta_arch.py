@@ -13,6 +13,9 @@ scheduled, to the student's losses. In evaluation, and in checkpoints, it is the
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -20,11 +23,14 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .bundle import Batch, describe_detector
-from .config import student_config, validate_distillation_config
+from .config import ConfigError, student_config, validate_distillation_config
 from .engine.schedules import Schedule
 from .heads import DistillHead, build_head, node_name
+from .inherit import plan_inheritance
 from .taps import Taps
 from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 STUDENT_PREFIX = "student."
 HEADS_PREFIX = "distill_heads."
@@ -36,10 +42,14 @@ class Distiller(nn.Module):
 
     Args:
         student: a detector that returns a dict of losses in training.
-        teacher: the frozen teacher; None where there are no heads.
+        teacher: the frozen teacher; None where nothing is distilled or inherited.
         heads: name -> head, in the order in which they run.
         schedules: name -> factor of the head by iteration.
         max_iter: length of training, told to the heads.
+        inherit: parts of the student that :meth:`inherit_weights` copies from the teacher.
+
+    Raises:
+        ConfigError: heads without teacher or schedule, or a part that cannot be inherited.
     """
 
     @configurable
@@ -51,14 +61,17 @@ class Distiller(nn.Module):
         heads: dict[str, DistillHead] | None = None,
         schedules: dict[str, Schedule] | None = None,
         max_iter: int = 1,
+        inherit: Sequence[str] = (),
     ):
         super().__init__()
+        _check_complete(teacher, heads or {}, schedules or {}, inherit)
         self.student = student
         self.distill_heads = nn.ModuleDict(heads or {})
         self.schedules = schedules or {}
         self.max_iter = max_iter
         # In a tuple the teacher is no submodule, whatever it is.
         self._hidden = (teacher,)
+        self._inheritance = plan_inheritance(student, teacher.model, inherit) if inherit else None
         if len(self.distill_heads):
             spec = describe_detector(student, "student")
             self.teacher_spec = teacher.describe(spec)
@@ -72,10 +85,11 @@ class Distiller(nn.Module):
         validate_distillation_config(cfg)
         plain = student_config(cfg)
         student = META_ARCH_REGISTRY.get(plain.MODEL.META_ARCHITECTURE)(plain)
-        built = {"student": student, "max_iter": cfg.SOLVER.MAX_ITER}
-        names = list(cfg.DISTILL.HEADS)
+        names, inherit = list(cfg.DISTILL.HEADS), list(cfg.DISTILL.INHERIT)
+        built = {"student": student, "max_iter": cfg.SOLVER.MAX_ITER, "inherit": inherit}
+        if names or inherit:
+            built["teacher"] = teacher = Teacher.from_config(cfg)
         if names:
-            teacher = Teacher.from_config(cfg)
             student_spec = describe_detector(student, "student")
             teacher_spec = teacher.describe(student_spec)
             # The student's random numbers, now and in training, are those of plain Detectron2.
@@ -83,7 +97,7 @@ class Distiller(nn.Module):
                 heads = {n: build_head(n, cfg, student_spec, teacher_spec) for n in names}
             nodes = {n: cfg.DISTILL[node_name(n)] for n in names}
             schedules = {n: Schedule.from_config(nodes[n], cfg.SOLVER) for n in names}
-            built.update(teacher=teacher, heads=heads, schedules=schedules)
+            built.update(heads=heads, schedules=schedules)
         return built
 
     @property
@@ -93,6 +107,16 @@ class Distiller(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.student.device
+
+    def inherit_weights(self) -> None:
+        """Copy ``DISTILL.INHERIT`` from the teacher, and log what was copied.
+
+        To be called once, before training and after the student's own weights are loaded, which it
+        overwrites. Each rank copies from its own teacher: all of them loaded the same file.
+        """
+        if self._inheritance is not None:
+            self._inheritance.copy(self.student, self.teacher.model)
+            logger.info("Inherited from the teacher (DISTILL.INHERIT):\n%s", self._inheritance)
 
     def _apply(self, fn, recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
@@ -139,6 +163,15 @@ class Distiller(nn.Module):
     def inference(self, *args, **kwargs):
         """The student's inference."""
         return self.student.inference(*args, **kwargs)
+
+
+def _check_complete(teacher, heads: dict, schedules: dict, inherit: Sequence[str]) -> None:
+    if teacher is None and (heads or inherit):
+        wanted = f"the heads {list(heads)} need" if heads else f"inheriting {list(inherit)} needs"
+        raise ConfigError(f"Distiller: {wanted} a teacher; None was given")
+    missing = [name for name in heads if name not in schedules]
+    if missing:
+        raise ConfigError(f"Distiller: no schedule for the heads {missing}; one for each is needed")
 
 
 def _loss_name(head: str, term: str) -> str:

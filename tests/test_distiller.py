@@ -196,6 +196,28 @@ def test_usable_without_a_config():
     assert losses["loss_kd_toy_mimic"] > 0
 
 
+def test_incomplete_distillers_are_refused():
+    """Heads without teacher or schedule, and configs without d2kd's keys, say what is missing."""
+    student = build(detector_config())
+    heads = {"ToyMimic": torch.nn.Identity()}
+    with pytest.raises(ConfigError, match=r"heads \['ToyMimic'\] need a teacher"):
+        Distiller(student=student, heads=heads)
+    with pytest.raises(ConfigError, match=r"no schedule for the heads \['ToyMimic'\]"):
+        Distiller(student=student, teacher=Teacher(build(detector_config())), heads=heads)
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "Distiller", "cpu"
+    with pytest.raises(ConfigError, match="call d2kd.add_distillation_config"):
+        build(cfg)
+
+
+def test_a_node_without_schedule_is_named(teacher_files):
+    """A node that a user made by hand, without the keys of every head, is named."""
+    cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
+    del cfg.DISTILL.TOY_MIMIC["SCHEDULE"]
+    with pytest.raises(ConfigError, match="DISTILL.TOY_MIMIC has no WEIGHT or no SCHEDULE"):
+        build(cfg)
+
+
 def test_optimizer_has_student_and_heads_only(teacher_files):
     """No parameter of the teacher reaches the optimiser; the heads' do."""
     cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
@@ -214,6 +236,7 @@ def test_optimizer_has_student_and_heads_only(teacher_files):
         (("DISTILL.TEACHER.CONFIG_FILE", ""), "DISTILL.TEACHER.CONFIG_FILE is empty"),
         (("DISTILL.TEACHER.CONFIG_FILE", "COCO-Detection/faster_rcnn_R_101_FPN.yaml"), "_3x"),
         (("DISTILL.TEACHER.PRECISION", "int8"), "PRECISION is 'int8'; valid"),
+        (("DISTILL.TEACHER.PRECISION", "fp16"), "TEACHER.PRECISION fp16 needs a GPU; bf16"),
         (("DISTILL.TOY_MIMIC.SCHEDULE.DECAY", "slow"), "DECAY is 'slow'; valid"),
         (("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 10), "never runs"),
         (("DISTILL.TOY_MIMIC.WEIGHT", -1.0), "WEIGHT is -1.0; it must be 0 or positive"),

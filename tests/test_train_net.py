@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 import train_net
 from d2kd import ConfigError, Teacher
 from d2kd.engine.setup import import_user_module, read_config, start_logging
+from d2kd.engine.trainer import write_losses
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -56,9 +60,26 @@ def test_the_end_of_training(job, capsys):
     assert "AP" in json.loads((out / "teacher_results.json").read_text())["bbox"]
     metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     logged = set().union(*metrics)
-    assert {"loss_kd_feature_mimic", "loss_kd_logits_cls", "total_kd_loss"} <= logged
+    assert {"loss_kd_feature_mimic", "loss_kd_logits_cls"} <= logged
     log = (out / "log.txt").read_text()
+    assert re.search(r"total_loss: \S+  total_detection_loss: \S+  total_kd_loss: \S+  loss_", log)
+    if not torch.cuda.is_available():
+        assert log.count("Running on the CPU: no CUDA GPU is available") == 1
     assert "distilled: FeatureMimic x 1, Logits x 1" in log
+
+
+def test_the_log_compares_distillation_with_detection():
+    """Both sums are logged beside the total, which they add up to; without heads there is none."""
+    terms = {"loss_cls": 1.0, "loss_box_reg": 0.5, "loss_kd_ssim": 0.25, "loss_kd_dsig_edge": 2.0}
+    with EventStorage() as storage:
+        write_losses({name: torch.tensor(value) for name, value in terms.items()}, 0.1, 0)
+        latest = {name: history.latest() for name, history in storage.histories().items()}
+    expected = {"total_loss": 3.75, "total_detection_loss": 1.5, "total_kd_loss": 2.25}
+    assert latest == {"data_time": 0.1, **expected, **terms}
+    assert list(latest)[1:4] == list(expected)  # neighbours on the console
+    with EventStorage() as storage:
+        write_losses({"loss_cls": torch.tensor(1.0)}, 0.1, 0)
+        assert set(storage.histories()) == {"data_time", "total_loss", "loss_cls"}
 
 
 def test_resume_equals_no_stop(job, tmp_path):
@@ -149,6 +170,8 @@ def test_a_users_head(job, tmp_path):
         (["DATASETS.TRAIN", "('digits_tiny_trian',)"], "digits_tiny_trian.*digits_tiny_train"),
         (["DISTILL.TEACHER.CONFIG_FILE", "no.yaml"], "'no.yaml' is neither a file nor"),
         (["DISTILL.TEACHER.WEIGHTS", "no.pth"], "no file 'no.pth'"),
+        (["DISTILL.INHERIT", "['neck']"], "no part 'neck'; valid: fpn, rpn, box_head"),
+        (["DATASETS.TEST", "('digits_without_evaluator',)"], "evaluator_type 'None'; valid.*coco"),
         (["MODEL.META_ARCHITECTURE", "GeneralizedRNN"], "GeneralizedRNN.*valid: .*GeneralizedRCNN"),
         (["DISTILL.STUDENT_META_ARCH", "Retinanet"], "Retinanet.*valid: .*RetinaNet"),
         (["SOLVER.AMP.ENABLED", "True"], "fp16 needs a GPU"),
@@ -162,6 +185,8 @@ def test_a_users_head(job, tmp_path):
 def test_mistakes_are_one_line_and_leave_nothing(opts, message, job, tmp_path):
     """A mistake ends in one line that names what is valid, before anything is written."""
     _, config_file = job
+    if "digits_without_evaluator" not in DatasetCatalog:
+        DatasetCatalog.register("digits_without_evaluator", list)
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
         train_net.run(["--config-file", config_file, "OUTPUT_DIR", str(out), *opts])

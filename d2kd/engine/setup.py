@@ -30,6 +30,7 @@ from ..config import (
 )
 from ..data.custom import check_datasets
 from ..data.loader import validate_loader_config
+from .trainer import find_evaluator
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if not resumes(cfg, args):
         check_weights(cfg.MODEL.WEIGHTS)
     check_datasets(cfg, train=not args.eval_only)
+    for name in cfg.DATASETS.TEST:
+        find_evaluator(name)
     if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # else the batch is scaled
         validate_loader_config(cfg, max(args.num_gpus * args.num_machines, 1))
     cfg.freeze()
@@ -147,3 +150,5 @@ def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
     )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+    if not torch.cuda.is_available():
+        logger.warning("Running on the CPU: no CUDA GPU is available")

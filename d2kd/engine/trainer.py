@@ -34,6 +34,20 @@ EVALUATORS = {
 }
 
 
+def find_evaluator(dataset_name: str) -> str:
+    """The dataset's ``evaluator_type``.
+
+    Raises:
+        ConfigError: there is no evaluator of that type.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+    if kind not in EVALUATORS:
+        raise ConfigError(
+            f"dataset '{dataset_name}' has evaluator_type '{kind}'; valid: {list(EVALUATORS)}"
+        )
+    return kind
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -152,10 +166,12 @@ def write_losses(losses: dict[str, Tensor], data_time: float, iteration: int) ->
     if not all(math.isfinite(value) for value in mean.values()):
         raise FloatingPointError(f"a loss is not finite at iteration {iteration}: {mean}")
     distilled = [value for name, value in mean.items() if name.startswith("loss_kd_")]
-    storage.put_scalar("total_loss", sum(mean.values()))
-    storage.put_scalars(**mean)
-    if distilled:
+    total = sum(mean.values())
+    storage.put_scalar("total_loss", total)
+    if distilled:  # side by side on the console, which prints losses in the order of their coming
+        storage.put_scalar("total_detection_loss", total - sum(distilled))
         storage.put_scalar("total_kd_loss", sum(distilled))
+    storage.put_scalars(**mean)
 
 
 class DistillTrainer(DefaultTrainer):
@@ -189,6 +205,13 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume, or start: load ``MODEL.WEIGHTS``, then copy ``DISTILL.INHERIT``."""
+        model, resumes = unwrap(self.model), resume and self.checkpointer.has_checkpoint()
+        super().resume_or_load(resume)
+        if isinstance(model, Distiller) and not resumes:
+            model.inherit_weights()
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; before them those of the heads, behind them the end of training."""
@@ -237,9 +260,5 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-        if kind not in EVALUATORS:
-            raise ConfigError(
-                f"dataset '{dataset_name}' has evaluator_type '{kind}'; valid: {list(EVALUATORS)}"
-            )
+        kind = find_evaluator(dataset_name)
         return EVALUATORS[kind](dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
