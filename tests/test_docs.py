@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_commands_name_what_exists(command):
             for key in word.split("."):
                 assert key in node, word
                 node = node[key]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_yaml_blocks_are_configs(page, tmp_path):
+    """A documented piece of YAML has keys that exist, with values of their type."""
+    for number, block in enumerate(code_blocks(page, "yaml")):
+        (tmp_path / f"{number}.yaml").write_text(textwrap.dedent(block))
+        cfg = get_cfg()
+        add_distillation_config(cfg)
+        load_config(cfg, str(tmp_path / f"{number}.yaml"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

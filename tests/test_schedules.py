@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from d2kd.engine.schedules import Schedule
 
 from .detectors import detector_config
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import plot_schedules  # noqa: E402
 
 
 def test_constant_window():
@@ -45,3 +52,13 @@ def test_read_from_config():
     schedule = Schedule.from_config(node, cfg.SOLVER)
     assert schedule(25) == pytest.approx(0.3) and schedule(49) == pytest.approx(0.03)
     assert schedule(50) == 0
+
+
+def test_the_picture_in_the_docs(tmp_path):
+    """The tool draws a small picture; docs/training.md shows one, and the lines of its curves."""
+    plot_schedules.main(["--output", str(tmp_path / "new" / "schedules.png")])
+    for picture in (tmp_path / "new" / "schedules.png", ROOT / "docs/images/schedules.png"):
+        assert 5_000 < picture.stat().st_size < 60_000
+    page = (ROOT / "docs/training.md").read_text()
+    for curve in plot_schedules.CURVES:
+        assert plot_schedules.config_line(curve) in page
