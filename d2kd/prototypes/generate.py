@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -42,6 +42,7 @@ class PrototypeGenerator:
     """Makes the prototypes of a training set for a student as it is now.
 
     The candidates and the teacher's features, which do not change, are found once and kept.
+    ``cost`` says what the last call took: seconds, and numbers of objects, images and prototypes.
 
     Args:
         cfg: the student's config, for the training set, the test-time input and the keys in
@@ -68,6 +69,7 @@ class PrototypeGenerator:
             records, num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
         )
         self._teacher: FeatureTable | None = None
+        self.cost: dict[str, float] = {}
 
     @classmethod
     def for_bank(cls, cfg: CfgNode, bank: PrototypeBank) -> PrototypeGenerator:
@@ -98,8 +100,16 @@ class PrototypeGenerator:
         )
         names = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
         prototypes.meta = {"datasets": list(self.cfg.DATASETS.TRAIN), "classes": list(names)}
-        seconds = (extracted - start, time.perf_counter() - extracted)
-        self._report(prototypes, seconds, student_table, teacher_table)
+        held = sum(f.nbytes for t in (student_table, teacher_table) for f in t.features.values())
+        self.cost = {
+            "feature_seconds": extracted - start,
+            "selection_seconds": time.perf_counter() - extracted,
+            "objects": len(self.candidates.instances),
+            "images": len(self.candidates.images),
+            "prototypes": int(prototypes.counts.sum()),
+            "features_mib": held / 2**20,
+        }
+        self._report(prototypes.counts)
         return prototypes
 
     def _extract(self, student: nn.Module, teacher: Teacher) -> tuple[FeatureTable, FeatureTable]:
@@ -119,19 +129,16 @@ class PrototypeGenerator:
         self._teacher = tables.get("teacher", self._teacher)
         return tables["student"], self._teacher
 
-    def _report(
-        self, prototypes: Prototypes, seconds: Sequence[float], *tables: FeatureTable
-    ) -> None:
-        held = sum(f.nbytes for table in tables for f in table.features.values())
-        counts = prototypes.counts
+    def _report(self, counts: Tensor) -> None:
+        """Log what the last call made, (L, K) prototypes a level and class, and what it took."""
+        cost = self.cost
         logger.info(
             "%d prototypes on %d levels for %d of %d classes, from %d objects in %d images: "
             "features %.1f s, selection %.1f s; features held by this process %.0f MiB, "
             "its peak memory %.0f MiB",
             *(counts.sum(), len(counts), (counts.sum(0) > 0).sum(), counts.shape[1]),
-            *(len(self.candidates.instances), len(self.candidates.images)),
-            *seconds,
-            *(held / 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
+            *(cost["objects"], cost["images"], cost["feature_seconds"], cost["selection_seconds"]),
+            *(cost["features_mib"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
         )
 
 

@@ -11,12 +11,15 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ..files import write_json
 from .generate import PrototypeGenerator
 from .store import PrototypeBank
 
 logger = logging.getLogger(__name__)
 
 PROTOTYPES_FILE = "prototypes.pth"
+# What each refresh of this process took.
+COST_FILE = "prototypes.json"
 
 
 class PrototypeHook(HookBase):
@@ -44,6 +47,7 @@ class PrototypeHook(HookBase):
         if self.period < 0:
             self.period = -(-self.generate.num_images // self.cfg.SOLVER.IMS_PER_BATCH)
         self.made_at = int(self.bank.iteration)
+        self.costs: list[dict] = []
 
     def before_step(self) -> None:
         if self._is_due(self.trainer.iter):
@@ -67,6 +71,10 @@ class PrototypeHook(HookBase):
         self.bank.fill(prototypes, iteration)
         self.made_at = iteration
         seconds = time.perf_counter() - start
+        self.costs.append({"iteration": iteration, "seconds": seconds, **self.generate.cost})
+        if comm.is_main_process():
+            report = {"period": self.period, "refreshes": self.costs}
+            write_json(report, os.path.join(self.cfg.OUTPUT_DIR, COST_FILE))
         message = f"prototypes of iteration {iteration} made in {seconds:.1f} s"
         if self.period:
             message += f", which is {1000 * seconds / self.period:.1f} s a thousand iterations"

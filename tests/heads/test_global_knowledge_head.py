@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 from pathlib import Path
@@ -24,7 +25,7 @@ from d2kd.heads.global_knowledge import gather_levels, pick_foreground
 from d2kd.losses import global_knowledge as losses
 from d2kd.prototypes.collect import FeatureTable, find_candidates
 from d2kd.prototypes.generate import PrototypeGenerator, choose_prototypes
-from d2kd.prototypes.hook import PROTOTYPES_FILE
+from d2kd.prototypes.hook import COST_FILE, PROTOTYPES_FILE
 from d2kd.prototypes.select import select_prototypes
 from d2kd.prototypes.store import LevelPrototypes, Prototypes
 from tests.detectors import (
@@ -509,6 +510,10 @@ def test_refresh_times(tmp_path, refreshes, period, start, expected):
     assert saved.meta["iteration"] == expected[-1]
     assert torch.equal(saved.levels[8].student, student[present])
     assert {o.category for o in saved.instances} == {0, 1}
+    cost = json.loads((tmp_path / "out" / COST_FILE).read_text())
+    assert cost["period"] == hook.period
+    assert [made["iteration"] for made in cost["refreshes"]] == expected
+    assert all(0 < made["feature_seconds"] <= made["seconds"] for made in cost["refreshes"])
 
 
 def test_resume_equals_one_run(tmp_path, refreshes):
