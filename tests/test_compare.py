@@ -34,7 +34,7 @@ STUDENT = "configs/digits/retinanet_R18.yaml"
 ARMS = """
 baseline: alone
 seeds: [1, 2]
-opts: {SOLVER.MAX_ITER: 60, MODEL.WEIGHTS: ""}
+opts: {SOLVER.MAX_ITER: 60, SOLVER.WARMUP_ITERS: 10, SOLVER.BASE_LR: 0.001, MODEL.WEIGHTS: ""}
 arms:
   alone: {config: STUDENT}
   long: {config: STUDENT, times: 1.5}
@@ -133,6 +133,8 @@ def test_seeds_and_opts(tmp_path):
     }
     assert suite.arms["wide"].opts == {
         "SOLVER.MAX_ITER": "7",
+        "SOLVER.WARMUP_ITERS": 10,
+        "SOLVER.BASE_LR": 0.001,
         "MODEL.WEIGHTS": "",
         "MODEL.RETINANET.NUM_CONVS": 4,
     }
@@ -165,7 +167,7 @@ def test_order_and_controls(tmp_path, in_root):
         ("as long as wide", 2),
     ]
     cfg, _ = work.config(work.suite.arms["long"], 1)
-    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (90, 150)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (90, 15)
     assert (cfg.SEED, cfg.OUTPUT_DIR) == (1, str(tmp_path / "out" / "long_1"))
     control = (work.suite.arms["as long as wide"], 2)
     assert not work.ready(control)
@@ -180,6 +182,7 @@ def test_order_and_controls(tmp_path, in_root):
 def test_stretched_schedules(in_root):
     """Steps and schedules of heads keep their share of the training; "to the end" stays that."""
     opts = ["SOLVER.STEPS", "(600, 900)", "SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "10"]
+    opts += ["DISTILL.MAR.SCHEDULE.WARMUP_ITERS", "200"]
     cfg = merged_config("configs/digits/retinanet_R18_mar.yaml", opts)
     assert suites.stretched(cfg, 1500) == {
         "SOLVER.MAX_ITER": 1500,

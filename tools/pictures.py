@@ -36,17 +36,17 @@ def pick_records(dataset: str, count: int) -> list[dict]:
     return [records[i] for i in order[:count]]
 
 
-def ground_truth(record: dict) -> Instances:
-    """Boxes, classes and, where there are any, masks of a dataset's record."""
+def ground_truth(record: dict, masks: bool) -> Instances:
+    """Boxes, classes and, if asked for and there, masks of a dataset's record."""
     height, width = record["height"], record["width"]
     annotations = [a for a in record["annotations"] if not a.get("iscrowd")]
     truth = Instances((height, width))
     corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     truth.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
     truth.pred_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
-    if annotations and all(a.get("segmentation") for a in annotations):
-        masks = [_mask(a["segmentation"], height, width) for a in annotations]
-        truth.pred_masks = torch.from_numpy(np.stack(masks))
+    if masks and annotations and all(a.get("segmentation") for a in annotations):
+        bitmaps = [_mask(a["segmentation"], height, width) for a in annotations]
+        truth.pred_masks = torch.from_numpy(np.stack(bitmaps))
     return truth
 
 
@@ -137,7 +137,8 @@ def save_picture(
     metadata = MetadataCatalog.get(next(iter(runs.values()))[0].DATASETS.TEST[0])
     names = list(metadata.thing_classes)
     images = [read_image(record["file_name"], format="BGR") for record in records]
-    truths = [ground_truth(record) for record in records]
+    masks = any(cfg.MODEL.MASK_ON for cfg, _ in runs.values())
+    truths = [ground_truth(record, masks) for record in records]
     zoom = width / max(image.shape[1] for image in images)
     pairs = list(zip(images, truths, strict=True))
     panels = {"ground truth": [draw(i, t, names, [WHITE] * len(t), zoom) for i, t in pairs]}

@@ -120,6 +120,8 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         return False
     if name == "loss":
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel("detection loss, without distillation" if name == "loss" else "box AP")
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3, which="both")

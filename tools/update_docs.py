@@ -19,12 +19,12 @@ import sys
 from pathlib import Path
 
 import benchmark
-import compare
 import demo
 import published
+import report
 from runs import ROOT
 
-BLOCK = re.compile(r"(<!-- measured: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- measured: (\w+) ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render_benchmark(path: Path) -> str:
@@ -40,9 +40,11 @@ def render_benchmark(path: Path) -> str:
 
 
 def render_compare(path: Path) -> str:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    configs = list(dict.fromkeys(line["config"] for line in lines))
-    return compare.report(lines, configs, lines[0]["opts"]).strip()
+    return report.markdown(report.read_lines(path))
+
+
+def render_gains(*paths: Path) -> str:
+    return report.gains_table([report.read_lines(path) for path in paths]).markdown()
 
 
 def render_demo(path: Path) -> str:
@@ -52,6 +54,7 @@ def render_demo(path: Path) -> str:
 RENDER = {
     "benchmark": render_benchmark,
     "compare": render_compare,
+    "gains": render_gains,
     "demo": render_demo,
     "published": published.markdown,
 }
@@ -61,9 +64,10 @@ def update(text: str) -> str:
     """``text`` with each block rendered anew; a block whose file is not there stays as it is."""
 
     def block(match: re.Match) -> str:
-        begin, kind, name, end = match.groups()
-        path = ROOT / name
-        return f"{begin}{RENDER[kind](path)}\n{end}" if path.exists() else match[0]
+        begin, kind, names, end = match.groups()
+        paths = [ROOT / name for name in names.split()]
+        known = all(path.exists() for path in paths)
+        return f"{begin}{RENDER[kind](*paths)}\n{end}" if known else match[0]
 
     return BLOCK.sub(block, text)
 
