@@ -345,6 +345,9 @@ def _add_drkd(distill: CfgNode) -> None:
     distill.DRKD.NODES = [64, 64, 256, 256, 256]
     # Divide node features by the number of pixels. The released code does not.
     distill.DRKD.NORMALIZE = False
+    # First weights of the 1x1 convolutions on the student's side: "default" (released code),
+    # "identity" (starts as no adapter where channels agree) or "small".
+    distill.DRKD.ADAPTER_INIT = "default"
     # Start the graph units as the identity, with the scale of their batch norm at 0.
     distill.DRKD.ZERO_INIT_BN = False
     # The finest levels from which instances are pooled; every object from each of them.

@@ -11,7 +11,7 @@ from detectron2.config import configurable
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-from ..adapters import build_adapters, pair_levels
+from ..adapters import INITS, build_adapters, pair_levels
 from ..bundle import Batch, DetectorSpec, FeatureBundle
 from ..config import COUNT, NOT_NEGATIVE, ConfigError, Rule, check_values, one_of
 from ..losses.drkd import (
@@ -53,6 +53,7 @@ RULES = {
         Rule(lambda value: value is None or value >= 0, "it must be None, 0 or positive"),
     ),
     "PROFILE": one_of(PROFILES),
+    "ADAPTER_INIT": one_of(INITS),
     "NODES": Rule(
         lambda value: len(value) > 0 and min(value) >= 1, "it must have a positive number a level"
     ),
@@ -86,6 +87,7 @@ class DRKD(DistillHead):
             weight 0 is not built.
         profile: one of ``PROFILES``, see :mod:`d2kd.losses.drkd`.
         batch_size_rule: keep the meaning of the weights at other than 2 images a GPU.
+        adapter_init: first weights of the adapters, see :func:`~d2kd.adapters.build_adapters`.
         normalize, zero_init_norm: see :class:`~d2kd.heads.drkd_units.GraphUnit`.
         relation_filter: see :class:`~d2kd.heads.drkd_units.RelationFilter`.
         bottleneck: width inside the relation units; 0 for half of their input.
@@ -110,6 +112,7 @@ class DRKD(DistillHead):
         instance_weight: float,
         profile: str = "code",
         batch_size_rule: bool = True,
+        adapter_init: str = "default",
         normalize: bool = False,
         zero_init_norm: bool = False,
         relation_filter: str = "learned",
@@ -137,6 +140,7 @@ class DRKD(DistillHead):
         self.strides = tuple(strides)
         self.instance_strides = tuple(instance_strides)
         specs = student_spec, teacher_spec
+        adapters = {"mode": "always", "init": adapter_init}
 
         levels = self.strides if pixel_weight else ()
         nodes = dict(zip(strides, _repeat_last(num_nodes, len(strides)), strict=True))
@@ -152,7 +156,7 @@ class DRKD(DistillHead):
             )
             for spec in specs
         )
-        self.pixel_adapters = build_adapters(*specs, levels, mode="always")
+        self.pixel_adapters = build_adapters(*specs, levels, **adapters)
 
         levels = self.instance_strides if relation_weight else ()
         unit = RelationUnit if profile == "code" else InstanceRelation
@@ -166,12 +170,12 @@ class DRKD(DistillHead):
             for spec in specs
         )
         if profile == "code":
-            self.relation_adapters = build_adapters(*specs, levels, mode="always")
+            self.relation_adapters = build_adapters(*specs, levels, **adapters)
         else:
             _copy_where_shapes_agree(self.teacher_relations, self.student_relations)
 
         levels = self.instance_strides if instance_weight else ()
-        self.instance_adapters = build_adapters(*specs, levels, mode="always")
+        self.instance_adapters = build_adapters(*specs, levels, **adapters)
 
         self.teacher_graphs.requires_grad_(not freeze_teacher_units)
         self.teacher_relations.requires_grad_(not freeze_teacher_units and profile == "code")
@@ -202,6 +206,7 @@ class DRKD(DistillHead):
             "profile": node.PROFILE,
             "batch_size_rule": node.BATCH_SIZE_RULE,
             "normalize": node.NORMALIZE,
+            "adapter_init": node.ADAPTER_INIT,
             "zero_init_norm": node.ZERO_INIT_BN,
             "relation_filter": node.RELATION_FILTER,
             "bottleneck": node.BOTTLENECK,
