@@ -1,21 +1,26 @@
 """Time and memory of choosing prototypes from given features, and what the naive form would cost.
 
-    python tools/benchmark_prototypes.py                        # COCO's size
+    python tools/benchmark_prototypes.py --json output/selection.json     # COCO's size
     python tools/benchmark_prototypes.py --classes 8 --instances 500 --naive-instances 0
 
 Features are random, made class by class: a whole data set of them would be larger than what the
-selection needs.
+selection needs. The naive form, which computes all residuals for each candidate, is timed on one
+class and level of a smaller case.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import resource
 import time
+from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from torch import Tensor
 
+from d2kd.files import write_json
 from d2kd.prototypes.select import dense_candidates, matching_pursuit, select_prototypes
 
 
@@ -54,7 +59,7 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--instances", type=int, default=3000, help="objects a class")
@@ -64,8 +69,25 @@ def main() -> None:
     parser.add_argument(
         "--naive-instances", type=int, default=300, help="size of the naive form's case; 0: none"
     )
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    result = {
+        "environment": {
+            "torch": torch.__version__,
+            "device": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "all": select_everything(args),
+        "one": compare_with_naive(args) if args.naive_instances else None,
+    }
+    print(markdown(result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(result, args.json)
 
+
+def select_everything(args: argparse.Namespace) -> dict:
+    """The whole selection: seconds, seconds of CPU time, and growth of the memory in MiB."""
     before, spent, busy, found = peak_memory_mib(), 0.0, 0.0, 0
     for case in range(args.classes * args.levels):
         features = draw_features(args.instances, args.channels, case)
@@ -73,17 +95,17 @@ def main() -> None:
         found += len(select_prototypes(*features, args.prototypes))
         spent += time.perf_counter() - start
         busy += time.process_time() - start_busy
-    print(
-        f"{args.classes} classes x {args.instances} objects x {args.channels} channels x "
-        f"{args.levels} levels on {torch.get_num_threads()} threads: {found} prototypes in "
-        f"{spent:.1f} s ({busy:.1f} s of CPU time), memory grew by "
-        f"{peak_memory_mib() - before:.0f} MiB to {peak_memory_mib():.0f} MiB"
-    )
-    if args.naive_instances:
-        compare_with_naive(args)
+    sizes = {name: getattr(args, name) for name in ("classes", "instances", "channels", "levels")}
+    return {
+        **sizes,
+        "prototypes": found,
+        "seconds": spent,
+        "cpu_seconds": busy,
+        "memory_growth_mib": peak_memory_mib() - before,
+    }
 
 
-def compare_with_naive(args: argparse.Namespace) -> None:
+def compare_with_naive(args: argparse.Namespace) -> dict:
     """Both forms of the pursuit on one class and level of ``--naive-instances`` objects."""
     features = draw_features(args.naive_instances, args.channels, 0)
     units = [torch.nn.functional.normalize(f.double(), dim=1) for f in features]
@@ -94,11 +116,64 @@ def compare_with_naive(args: argparse.Namespace) -> None:
         chosen = form(*units, candidates, args.prototypes, 10.0)
         timed[form] = time.perf_counter() - start, chosen
     (fast, chosen), (naive, reference) = timed[matching_pursuit], timed[naive_pursuit]
-    print(
-        f"pursuit of one class and level with {args.naive_instances} objects, {len(candidates)} "
-        f"of them candidates: {1e3 * fast:.1f} ms, naive form {1e3 * naive:.0f} ms "
-        f"({naive / fast:.0f} times), same choice: {chosen == reference}"
-    )
+    return {
+        "instances": args.naive_instances,
+        "channels": args.channels,
+        "candidates": len(candidates),
+        "prototypes": len(chosen),
+        "seconds": fast,
+        "naive_seconds": naive,
+        "same_choice": chosen == reference,
+    }
+
+
+def markdown(result: dict) -> str:
+    """The figures as a Markdown table."""
+    every, one, where = result["all"], result["one"], result["environment"]
+    rows = [
+        [
+            f"{every['classes']} classes x {every['instances']} objects x {every['channels']} "
+            f"channels x {every['levels']} levels, density filter and pursuit",
+            every["prototypes"],
+            f"{every['seconds']:.1f} s ({every['cpu_seconds']:.1f} s of CPU time)",
+            f"{every['memory_growth_mib']:.0f} MiB",
+        ]
+    ]
+    if one:
+        case = f"1 class x {one['instances']} objects x {one['channels']} channels x 1 level"
+        choice = "the same choice" if one["same_choice"] else "another choice"
+        times = one["naive_seconds"] / one["seconds"]
+        rows += [
+            [f"{case}, pursuit", one["prototypes"], f"{one['seconds']:.4f} s", "-"],
+            [
+                f"{case}, pursuit in the naive form",
+                choice,
+                f"{one['naive_seconds']:.2f} s ({times:.0f} times)",
+                "-",
+            ],
+        ]
+    headers = ["case", "prototypes", "time", "memory grows by"]
+    text = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    return f"{text}\n\n{where['device']}, {where['threads']} threads, PyTorch {where['torch']}."
+
+
+def refresh_markdown(report: dict) -> str:
+    """What the refreshes of a training took, from the prototypes.json in its output folder."""
+    rows = [
+        [
+            made["iteration"],
+            made["objects"],
+            made["images"],
+            made["prototypes"],
+            *(f"{made[f'{part}_seconds']:.1f}" for part in ("feature", "selection")),
+            f"{made['seconds']:.1f}",
+            f"{1000 * made['seconds'] / report['period']:.1f}" if report["period"] else "-",
+        ]
+        for made in report["refreshes"]
+    ]
+    headers = ["iteration", "objects", "images", "prototypes", "features s", "selection s"]
+    headers += ["in all s", "s a thousand iterations"]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
 if __name__ == "__main__":

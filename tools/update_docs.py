@@ -5,9 +5,11 @@
     python tools/update_docs.py --check  # exit 1 if a page does not say what the files say
 
 A block is what stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
-``benchmark`` (a file of tools/benchmark.py --json), ``compare`` (results.jsonl of
-tools/compare.py), ``demo`` (demo.json of make demo) or ``published`` (a folder of configs, of which
-tools/published.py makes a table).
+``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of
+tools/benchmark.py --json), ``selection`` (of tools/benchmark_prototypes.py --json), ``refresh``
+(prototypes.json of a training with Global Knowledge), ``compare`` (results.jsonl of
+tools/compare.py), ``gains`` (several of them), ``demo`` (demo.json of make demo) or ``published``
+(a folder of configs, of which tools/published.py makes a table).
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import benchmark
+import benchmark_prototypes
+import benchmark_report
 import demo
 import published
 import report
@@ -27,16 +31,19 @@ from runs import ROOT
 BLOCK = re.compile(r"(<!-- measured: (\w+) ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def of_json(table: Callable[[dict], str]) -> Callable[[Path], str]:
+    """``table`` of a JSON file."""
+    return lambda path: table(json.loads(path.read_text()))
+
+
 def render_benchmark(path: Path) -> str:
-    data = json.loads(path.read_text())
-    setting = data["setting"]
-    where = f"{data['device']}, {data['threads']} threads, PyTorch {data['torch']}"
-    what = (
-        f"student R{setting['student']}, teacher R{setting['teacher']}, {setting['size']} px, "
-        f"batch {setting['batch']}, {setting['objects']} objects an image, "
-        f"medians of {setting['repeats']}"
-    )
-    return f"{benchmark.table(data['rows'])}\n\n{where}; {what}."
+    """The table and the plot beside the file, for pages in docs/."""
+    text = benchmark_report.main_table(json.loads(path.read_text()))
+    picture = path.with_suffix(".png")
+    if not picture.is_file():
+        return text
+    link = picture.relative_to(ROOT / "docs")
+    return f"{text}\n\n![Overhead of each method, and its growth]({link})"
 
 
 def render_compare(path: Path) -> str:
@@ -47,15 +54,17 @@ def render_gains(*paths: Path) -> str:
     return report.gains_table([report.read_lines(path) for path in paths]).markdown()
 
 
-def render_demo(path: Path) -> str:
-    return demo.markdown(json.loads(path.read_text()))
-
-
 RENDER = {
     "benchmark": render_benchmark,
+    "growth": of_json(benchmark_report.growth_table),
+    "teacher_options": of_json(benchmark_report.teacher_table),
+    "profile": of_json(benchmark_report.profile_table),
+    "cost": of_json(benchmark_report.cost_table),
+    "selection": of_json(benchmark_prototypes.markdown),
+    "refresh": of_json(benchmark_prototypes.refresh_markdown),
     "compare": render_compare,
     "gains": render_gains,
-    "demo": render_demo,
+    "demo": of_json(demo.markdown),
     "published": published.markdown,
 }
 
