@@ -11,13 +11,13 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone, build_model
 
 import train_net
-from d2kd import add_distillation_config
+from d2kd import DISTILL_HEAD_REGISTRY, add_distillation_config
 from d2kd.data.custom import check_datasets
 
 from .detectors import detector_config, distiller_config, write_config
-from .test_matrix import METHODS
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None  # an optional extra
+HEADS = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
 # To check a value is not to use it.
 CHECKS = re.compile(r"check_values|_?validate_\w+")
 
@@ -68,7 +68,7 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
     student.SOLVER.MAX_ITER = 2
     student.SOLVER.AMP.ENABLED, student.SOLVER.AMP.PRECISION = True, "bf16"
     student.OUTPUT_DIR = str(folder / "out")
-    cfg = distiller_config(student, [*METHODS, "MaskMimic"], teachers["mask"])
+    cfg = distiller_config(student, HEADS, teachers["mask"])
     file = write_config(cfg, folder / "student.yaml")
 
     Recorder.noted.clear()
@@ -76,7 +76,7 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
     check_datasets(cfg, train=True)
     train_net.train(cfg, train_net.build_parser().parse_args(["--config-file", file]))
     dense = detector_config("fcos", num_classes=10)
-    build_model(Recorder.of(distiller_config(dense, list(METHODS), teachers["fcos"])))
+    build_model(Recorder.of(distiller_config(dense, ["DSIG"], teachers["fcos"])))
     if HAS_TIMM:
         light = detector_config()
         light.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
