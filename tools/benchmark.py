@@ -125,7 +125,8 @@ def measure(setting: dict, args: argparse.Namespace) -> dict:
     distiller = build_model(distiller_config(student_cfg, setting["heads"], teacher_cfg, opts))
     distiller.train().student.load_state_dict(student.state_dict())
     distiller.max_iter = 90000
-    plain_teacher = plain_copy(distiller.teacher)
+    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
+    plain_teacher = plain_copy(distiller.teacher) if has_options else None
     if setting["channels_last"]:
         distiller.teacher.model.to(memory_format=torch.channels_last)
     batch = random_batch(setting["batch"], setting["size"], setting["objects"], 80)
@@ -138,7 +139,7 @@ def measure(setting: dict, args: argparse.Namespace) -> dict:
             "full": TrainingStep(distiller, batch, setting["precision"]),
             "inference": lambda: whole_inference(distiller.teacher, batch),
         }
-        if setting["teacher_precision"] or setting["channels_last"]:
+        if has_options:
             parts["plain_teacher"] = teacher_part.of(plain_teacher)
         for part in parts.values():
             for _ in range(WARM_UP[args.device]):
