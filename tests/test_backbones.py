@@ -11,19 +11,22 @@ import pytest
 import timm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 import train_net
-from d2kd import ConfigError
+from d2kd import ConfigError, add_distillation_config
 from d2kd.backbones import TimmBackbone
-from d2kd.config import student_config
+from d2kd.config import load_config, student_config
 from d2kd.engine.checkpoint import save_student
 from d2kd.engine.setup import model_config
 
 from .detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
+from .test_docs import ROOT, code_blocks
 
+STUDENTS_PAGE = ROOT / "docs" / "students.md"
 LIGHT = "mobilenetv2_100"
 MEAN, STD = [123.675, 116.280, 103.530], [58.395, 57.120, 57.375]
 
@@ -319,3 +322,38 @@ def test_training_and_resuming(teacher_files, tmp_path, digits_root, fetches):
     weights = str(tmp_path / "out" / "student_final.pth")
     train_net.run(["--config-file", config, "--eval-only", "MODEL.WEIGHTS", weights])
     assert fetches == [LIGHT]
+
+
+# --- docs/students.md ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_documented_configs(index, tmp_path):
+    """The configs of the page, over a detector's, build the backbone that the page promises."""
+    snippet = tmp_path / "student.yaml"
+    snippet.write_text(code_blocks(STUDENTS_PAGE, "yaml")[index])
+    cfg = detector_config("retinanet" if index else "faster")
+    load_config(cfg, str(snippet))
+    cfg.MODEL.TIMM.PRETRAINED = False
+    backbone = build_backbone(cfg)
+    assert isinstance(backbone.bottom_up, TimmBackbone)
+    assert list(backbone.output_shape())[0] == ("p3" if index else "p2")
+
+
+def test_documented_use(tmp_path, monkeypatch):
+    """The page's program loads a student's checkpoint, all of it, into Detectron2's predictor."""
+    program = code_blocks(STUDENTS_PAGE, "python")[0]
+    checkpoint = str(tmp_path / "student_final.pth")
+    assert program.count("student_final.pth") == 1
+    monkeypatch.chdir(ROOT)
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    load_config(cfg, "configs/coco/faster_rcnn_mobilenetv2.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.TIMM.PRETRAINED = "cpu", False
+    student = build_model(cfg)
+    save_student(student, checkpoint)
+    names = {}
+    exec(program.replace("student_final.pth", checkpoint), names)
+    found = names["predictor"].model.state_dict()
+    for name, value in student.state_dict().items():
+        assert torch.equal(found[name], value), name

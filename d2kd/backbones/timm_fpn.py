@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
@@ -33,7 +34,7 @@ class TimmBackbone(Backbone):
 
     Args:
         name: of the model, with or without a tag: "mobilenetv2_100", "efficientnet_b0.ra_in1k".
-        out_features: "res2", "res3", ...: the maps of stride 4, 8, ...
+        out_features: "res2", "res3", ...: the maps of stride 4, 8, ..., fine to coarse.
         pretrained: load timm's weights, from its cache or the network.
         freeze_at: as in Detectron2's ResNets: 1 freezes all layers up to stride 2 (the stem), 2 up
             to stride 4, and so on: no gradient, and frozen batch norms.
@@ -61,7 +62,7 @@ class TimmBackbone(Backbone):
             raise ConfigError(f"MODEL.TIMM.NORM is '{norm}'; valid: {', '.join(NORMS)}")
         levels = describe_levels(name)
         check_levels(name, levels, out_features)
-        self._out_features = sorted(out_features, key=lambda level: levels[level]["reduction"])
+        self._out_features = list(out_features)
         self._out_feature_strides = {f: levels[f]["reduction"] for f in self._out_features}
         self._out_feature_channels = {f: levels[f]["num_chs"] for f in self._out_features}
         indices = tuple(levels[f]["index"] for f in self._out_features)
@@ -114,7 +115,7 @@ def import_timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise ConfigError(
-            "this backbone needs timm: pip install timm (or d2kd with its extra, d2kd[timm])"
+            "MODEL.BACKBONE.NAME: this backbone needs timm, which is not there: pip install timm"
         ) from error
     return timm
 
@@ -303,25 +304,20 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
 
 
 def _warn_of_other_pixels(cfg: CfgNode, pretrained_cfg: dict) -> None:
-    """Say so where the images are not normalised as the weights expect (RGB, in [0, 1])."""
-    mean, std = (
-        [round(255 * value, 3) for value in pretrained_cfg.get(key, ())] for key in ("mean", "std")
-    )
-    found = (cfg.INPUT.FORMAT, *cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD)
-    wanted = ("RGB", *mean, *std)
-    same = len(found) == len(wanted) and all(
-        abs(a - b) < 0.1 for a, b in zip(found[1:], wanted[1:], strict=True)
-    )
-    if mean and not (same and cfg.INPUT.FORMAT == "RGB"):
+    """Say so where images are not normalised as the weights expect; timm's are RGB in [0, 1]."""
+    if "mean" not in pretrained_cfg:
+        return
+    wanted = [[round(255 * value, 3) for value in pretrained_cfg[key]] for key in ("mean", "std")]
+    found = [list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)]
+    same = np.shape(found) == np.shape(wanted) and np.allclose(found, wanted, atol=0.1)
+    if not same or cfg.INPUT.FORMAT != "RGB":
         logger.warning(
             "timm's weights of %s expect INPUT.FORMAT RGB, MODEL.PIXEL_MEAN %s and "
             "MODEL.PIXEL_STD %s; the config has %s, %s and %s",
             cfg.MODEL.TIMM.NAME,
-            mean,
-            std,
+            *wanted,
             cfg.INPUT.FORMAT,
-            list(cfg.MODEL.PIXEL_MEAN),
-            list(cfg.MODEL.PIXEL_STD),
+            *found,
         )
 
 
