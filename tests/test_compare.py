@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import compare  # noqa: E402
+import comparison as comparisons  # noqa: E402
 import report  # noqa: E402
 import report_html  # noqa: E402
 import report_plots  # noqa: E402
@@ -55,8 +56,10 @@ def read(tmp_path, text: str = ARMS, **kwargs) -> suites.Suite:
     return suites.read_suite(path, **kwargs)
 
 
-def comparison(tmp_path, text: str = ARMS, **kwargs) -> compare.Comparison:
-    return compare.Comparison(read(tmp_path, text, **kwargs), tmp_path / "out", jobs=1, threads=1)
+def comparison(tmp_path, text: str = ARMS, **kwargs) -> comparisons.Comparison:
+    return comparisons.Comparison(
+        read(tmp_path, text, **kwargs), tmp_path / "out", jobs=1, threads=1
+    )
 
 
 # --- suites -------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ def test_seeds_and_opts(tmp_path):
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def finish(work: compare.Comparison, label: str, seed: int, **results) -> Path:
+def finish(work: comparisons.Comparison, label: str, seed: int, **results) -> Path:
     """Make a run look finished."""
     arm = work.suite.arms[label]
     folder = work.folder(arm, seed)
@@ -243,7 +246,7 @@ def test_finished_runs_are_kept(tmp_path, in_root, monkeypatch):
         assert (folder / "settings.json").is_file() and "--resume" in command
 
     monkeypatch.setattr(work, "stage", stage)
-    monkeypatch.setattr(compare, "write_markdown", lambda output: None)
+    monkeypatch.setattr(comparisons, "write_markdown", lambda output: None)
     monkeypatch.setattr(work, "check", lambda runs: None)
     work.run(["long", "alone"])
     assert started == ["alone 1", "long 1", "alone 2", "long 2"]

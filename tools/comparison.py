@@ -1,0 +1,261 @@
+"""The runs of a suite in one output folder: what there is to do, to keep and to refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from report import write_markdown
+from runs import Devices, Processes, run_in_order, run_stage
+from suite import (
+    Arm,
+    Suite,
+    as_list,
+    fingerprint,
+    first_difference,
+    head_nodes,
+    settings_of,
+    stretched,
+)
+
+from d2kd.config import ConfigError, student_config
+from d2kd.engine.setup import merged_config, read_config
+from d2kd.engine.trainer import DistillTrainer
+from d2kd.files import write_atomically, write_json
+
+
+class Comparison:
+    """The runs of a suite in one output folder.
+
+    Args:
+        suite: what to train.
+        output: folder of the runs; ``<arm>_<seed>`` each.
+        jobs: runs at a time; ``threads``: CPU threads of each.
+        keep_checkpoints: leave a finished run's checkpoints of the way.
+    """
+
+    def __init__(
+        self, suite: Suite, output: Path, *, jobs: int, threads: int, keep_checkpoints: bool = False
+    ):
+        self.suite, self.output, self.jobs, self.threads = suite, output, jobs, threads
+        self.keep_checkpoints = keep_checkpoints
+        self.processes, self.devices = Processes(), Devices(jobs)
+
+    # --- what there is to do -----------------------------------------------------------------
+
+    def runs(self, labels: list[str] | None = None) -> list[tuple[Arm, int]]:
+        """Arms and seeds, seed by seed, so that what is there at any time can be compared."""
+        arms = [arm for arm in self.suite.arms.values() if labels is None or arm.label in labels]
+        return [(arm, s) for s in self.suite.seeds for arm in arms if s in arm.seeds]
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return self.output / f"{arm.slug}_{seed}"
+
+    def results(self, arm: Arm, seed: int) -> dict | None:
+        """What results.json of a run says; None as long as there is none."""
+        path = self.folder(arm, seed) / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def needs(self, arm: Arm) -> list[Arm]:
+        """The arms whose times decide how long ``arm`` trains."""
+        labels = [self.suite.baseline, arm.same_time_as] if arm.same_time_as else []
+        return [self.suite.arms[label] for label in labels]
+
+    def ready(self, run: tuple[Arm, int]) -> bool:
+        arm, seed = run
+        return all(self.results(other, seed) is not None for other in self.needs(arm))
+
+    def config(self, arm: Arm, seed: int) -> tuple[CfgNode, dict]:
+        """The config of a run, which is :meth:`ready`, and all overrides that make it."""
+        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
+        opts |= {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+        cfg = merged_config(arm.config, as_list(opts))
+        iterations = round(cfg.SOLVER.MAX_ITER * arm.times)
+        if arm.same_time_as:
+            base, other = (self.results(a, seed) for a in self.needs(arm))
+            iterations = same_time_iterations(base, other)
+        if iterations != cfg.SOLVER.MAX_ITER:
+            opts |= stretched(cfg, iterations)
+            cfg = merged_config(arm.config, as_list(opts))
+        return cfg, opts
+
+    # --- checks before anything runs -----------------------------------------------------------
+
+    def check(self, runs: list[tuple[Arm, int]]) -> None:
+        """Check every config, and that no folder holds a run of other settings.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        made = self.teacher_file()
+        for arm, seed in runs:
+            for other in self.needs(arm):
+                if (other, seed) not in runs and self.results(other, seed) is None:
+                    raise ConfigError(f"arm '{arm.label}' needs a run of '{other.label}'")
+            opts = ["SEED", str(seed), "OUTPUT_DIR", str(self.folder(arm, seed))]
+            arguments = {"eval_only": False, "resume": True, "num_gpus": 1, "num_machines": 1}
+            cfg = read_config(
+                SimpleNamespace(
+                    config_file=arm.config, opts=[*as_list(arm.opts), *opts], **arguments
+                )
+            )
+            teacher = cfg.DISTILL.TEACHER.WEIGHTS
+            missing = teacher.endswith(".pth") and "://" not in teacher and teacher != made
+            if head_nodes(cfg) and missing and not Path(teacher).is_file():
+                raise ConfigError(
+                    f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{teacher}', and it is "
+                    f"not what the suite's teacher writes ({made or 'it has none'})"
+                )
+
+    def check_kept_runs(self) -> None:
+        """Check that all runs in the output folder are of the suite's settings."""
+        for run in self.runs():
+            if self.folder(*run).exists() and self.ready(run):
+                self.check_settings(*run, settings_of(self.config(*run)[0]))
+
+    def check_settings(self, arm: Arm, seed: int, settings: dict[str, str]) -> None:
+        """Check that a run's folder is new or of these settings.
+
+        Raises:
+            ConfigError: it is of others; names the first key.
+        """
+        folder = self.folder(arm, seed)
+        path = folder / "settings.json"
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        if not path.is_file():
+            raise ConfigError(f"{folder} was not made by this tool; give another --output")
+        difference = first_difference(json.loads(path.read_text())["settings"], settings)
+        if difference:
+            raise ConfigError(
+                f"{folder} is a run of other settings: {difference}; "
+                "remove it or give another --output"
+            )
+
+    # --- running -------------------------------------------------------------------------------
+
+    def run(self, labels: list[str] | None = None) -> None:
+        """Train the teacher, then all runs, writing results and report after each."""
+        runs = self.runs(labels)
+        self.check(runs)
+        self.train_teacher()
+        self.check_kept_runs()
+        self.save()
+        run_in_order(
+            runs,
+            lambda run: self.train(*run),
+            jobs=self.jobs,
+            ready=self.ready,
+            finished=lambda run: self.save(),
+            processes=self.processes,
+        )
+
+    def train(self, arm: Arm, seed: int) -> None:
+        """One run, from where it was left."""
+        cfg, opts = self.config(arm, seed)
+        settings, folder = settings_of(cfg), self.folder(arm, seed)
+        self.check_settings(arm, seed, settings)
+        command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "settings.json").is_file():
+            about = {"arm": arm.label, "seed": seed, "threads": self.threads, "command": command}
+            write_json({**about, "settings": settings}, folder / "settings.json")
+        self.stage(f"{arm.label} {seed}", command, folder, self.threads)
+
+    def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
+        environment = self.devices.take()
+        try:
+            run_stage(
+                name,
+                command,
+                folder / "results.json",
+                self.output / "logs",
+                threads,
+                environment=environment,
+                processes=self.processes,
+            )
+        finally:
+            self.devices.give_back(environment)
+        if not self.keep_checkpoints:
+            for path in folder.glob("model_[0-9]*.pth"):
+                path.unlink()
+
+    def teacher_file(self) -> str:
+        """Where the suite's teacher lies when it is trained; "" without one."""
+        teacher = self.suite.teacher
+        if teacher is None:
+            return ""
+        return (
+            f"{merged_config(teacher.config, as_list(teacher.opts)).OUTPUT_DIR}/student_final.pth"
+        )
+
+    def train_teacher(self) -> None:
+        """Train the teacher if its weights are not there, and evaluate it if no one has."""
+        teacher = self.suite.teacher
+        if teacher is None:
+            return
+        weights = Path(self.teacher_file())
+        if not weights.is_file():
+            opts = {**teacher.opts, "DATALOADER.NUM_WORKERS": 0}
+            command = ["train_net.py", "--resume", "--config-file", teacher.config]
+            threads = self.threads * self.jobs
+            self.stage("teacher", [*command, *as_list(opts)], weights.parent, threads)
+        known, own = self.output / "teacher.json", weights.parent / "results.json"
+        if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
+            return
+        if own.is_file():
+            results = json.loads(own.read_text())
+        else:
+            results = {"results": evaluate(teacher, str(weights))}
+        write_json({"file": fingerprint(str(weights)), **results}, known)
+
+    # --- results -------------------------------------------------------------------------------
+
+    def lines(self) -> list[dict]:
+        """One JSON line a finished run, the teacher's first, in the order of :meth:`runs`."""
+        common = {"suite": self.suite.title, "baseline": self.suite.baseline}
+        lines = []
+        if self.suite.teacher is not None:
+            teacher = self.suite.teacher
+            about = {"arm": "teacher", "config": teacher.config, "opts": teacher.opts}
+            results = json.loads((self.output / "teacher.json").read_text())
+            lines.append({**common, "role": "teacher", **about, **results})
+        for arm, seed in self.runs():
+            results = self.results(arm, seed)
+            if results is not None:
+                about = {"arm": arm.label, "seed": seed, "config": arm.config, "opts": arm.opts}
+                control = {"times": arm.times, "same_time_as": arm.same_time_as}
+                settings = json.loads((self.folder(arm, seed) / "settings.json").read_text())
+                where = {"threads": settings["threads"], "folder": self.folder(arm, seed).name}
+                lines.append({**common, "role": "student", **about, **control, **where, **results})
+        return lines
+
+    def save(self) -> None:
+        """Write results.jsonl and the tables."""
+        text = "".join(json.dumps(line) + "\n" for line in self.lines())
+        write_atomically(self.output / "results.jsonl", lambda path: Path(path).write_text(text))
+        write_markdown(self.output)
+
+
+def same_time_iterations(base: dict, other: dict) -> int:
+    """How many steps of the run ``base`` take as long as all of the run ``other``.
+
+    Times are the median step's, which a busy machine disturbs least, and what heads did between
+    steps.
+    """
+    seconds = other["iterations"] * other["step_seconds"] + other["hook_seconds"]
+    return max(round(seconds / base["step_seconds"]), 1)
+
+
+def evaluate(teacher: Arm, weights: str) -> dict:
+    """Results of a teacher that was not trained here, on its own ``DATASETS.TEST``."""
+    print("teacher: evaluating", flush=True)
+    cfg = merged_config(teacher.config, as_list(teacher.opts))
+    cfg.MODEL.DEVICE = "cuda" if Devices(1).count else "cpu"
+    model = build_model(student_config(cfg))
+    DetectionCheckpointer(model).load(weights)
+    return DistillTrainer.test(cfg, model)
