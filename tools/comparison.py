@@ -86,30 +86,45 @@ class Comparison:
     # --- checks before anything runs -----------------------------------------------------------
 
     def check(self, runs: list[tuple[Arm, int]]) -> None:
-        """Check every config, and that no folder holds a run of other settings.
+        """Check the config of each arm that is not finished, and that no run waits in vain.
 
         Raises:
             ConfigError: in one line.
         """
-        made = self.teacher_file()
-        for arm, seed in runs:
+        todo = [(arm, seed) for arm, seed in runs if self.results(arm, seed) is None]
+        for arm, seed in todo:
             for other in self.needs(arm):
                 if (other, seed) not in runs and self.results(other, seed) is None:
-                    raise ConfigError(f"arm '{arm.label}' needs a run of '{other.label}'")
-            opts = ["SEED", str(seed), "OUTPUT_DIR", str(self.folder(arm, seed))]
-            arguments = {"eval_only": False, "resume": True, "num_gpus": 1, "num_machines": 1}
-            cfg = read_config(
-                SimpleNamespace(
-                    config_file=arm.config, opts=[*as_list(arm.opts), *opts], **arguments
-                )
+                    raise ConfigError(
+                        f"arm '{arm.label}' needs a run of '{other.label}' with seed {seed}"
+                    )
+        for arm, seed in {arm.label: (arm, seed) for arm, seed in reversed(todo)}.values():
+            self.check_config(arm, seed)
+
+    def check_config(self, arm: Arm, seed: int) -> None:
+        """Check what train_net.py would, and that the teacher is there or will be.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        opts = {**arm.opts, "SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+        cfg = read_config(
+            SimpleNamespace(
+                config_file=arm.config,
+                opts=as_list(opts),
+                eval_only=False,
+                resume=True,
+                num_gpus=1,
+                num_machines=1,
             )
-            teacher = cfg.DISTILL.TEACHER.WEIGHTS
-            missing = teacher.endswith(".pth") and "://" not in teacher and teacher != made
-            if head_nodes(cfg) and missing and not Path(teacher).is_file():
-                raise ConfigError(
-                    f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{teacher}', and it is "
-                    f"not what the suite's teacher writes ({made or 'it has none'})"
-                )
+        )
+        weights, made = cfg.DISTILL.TEACHER.WEIGHTS, self.teacher_file()
+        is_local = weights.endswith(".pth") and "://" not in weights
+        if head_nodes(cfg) and is_local and weights != made and not Path(weights).is_file():
+            raise ConfigError(
+                f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
+                f"not what the suite's teacher writes ({made or 'it has none'})"
+            )
 
     def check_kept_runs(self) -> None:
         """Check that all runs in the output folder are of the suite's settings."""
