@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2kd import Batch, Teacher, add_distillation_config
 from d2kd.bundle import FeatureBundle, Lazy, View
 from d2kd.config import load_config
-from d2kd.engine.trainer import unwrap
+from d2kd.engine.trainer import unwrap, use_fused_update
 from d2kd.meta_arch import Distiller
 
 BASES = {
@@ -182,7 +182,8 @@ class TrainingStep:
     def __init__(self, model: torch.nn.Module, batch: list[dict], precision: str = ""):
         self.model, self.batch, self.precision = model, batch, precision
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+        sgd = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = use_fused_update(sgd)  # as in training
 
     def forward(self) -> None:
         torch.manual_seed(0)
