@@ -53,13 +53,14 @@ def test_variants():
     """Heads and options of a row, its name and its promise."""
     assert benchmark.parse_variant("DSIG,SSIM") == (["DSIG", "SSIM"], [])
     heads, opts = benchmark.parse_variant(ONE_BY_ONE)
-    row = {"arch": "faster", "heads": heads, "opts": opts}
+    row = {**report.PROMISED_AT, "arch": "faster", "heads": heads, "opts": opts}
     assert opts == ["DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL", "1"]
     assert report.label(row) == "GlobalKnowledge, LOCAL.ADAPTER_KERNEL 1"
     assert report.bound(row) == 1.10 and report.bound({**row, "opts": []}) == 1.25
-    dsig = {"heads": ["DSIG"], "opts": []}
+    dsig = {**report.PROMISED_AT, "heads": ["DSIG"], "opts": []}
     assert [report.bound({"arch": arch, **dsig}) for arch in ("mask", "retinanet")] == [1.10, 1.15]
-    assert report.bound({"arch": "faster", "heads": ["DSIG", "SSIM"], "opts": []}) is None
+    assert report.bound({**row, "heads": ["DSIG", "SSIM"]}) is None
+    assert report.bound({**row, "size": 640}) is None
     with pytest.raises(ConfigError, match="KEY=VALUE"):
         benchmark.parse_variant("SSIM:DISTILL.SSIM.WEIGHT")
 
