@@ -588,6 +588,19 @@ def validate_meta_arch(key: str, name: str) -> None:
         raise ConfigError(f"{key} is '{name}'; valid: {', '.join(known)}")
 
 
+def validate_solver(cfg: CfgNode) -> None:
+    """Check the values of d2kd's own keys under ``SOLVER``, of any training.
+
+    Raises:
+        ConfigError: names the key and what is valid.
+    """
+    rules = {"OPTIMIZER": one_of(("SGD", "AdamW")), "AMP.PRECISION": one_of(("fp16", "bf16"))}
+    check_values("SOLVER", cfg.SOLVER, rules)
+    amp = cfg.SOLVER.AMP
+    if amp.ENABLED and amp.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
+        raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
+
+
 def validate_distillation_config(cfg: CfgNode) -> None:
     """Check what can be checked of ``cfg.DISTILL`` without building a model.
 
@@ -623,13 +636,7 @@ def validate_distillation_config(cfg: CfgNode) -> None:
         )
     if needs_teacher:
         resolve_config_file(cfg.DISTILL.TEACHER.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE")
-    for key, value, valid in (
-        ("DISTILL.TEACHER.PRECISION", cfg.DISTILL.TEACHER.PRECISION, list(PRECISIONS)),
-        ("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, ["SGD", "AdamW"]),
-        ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, ["fp16", "bf16"]),
-    ):
-        if value not in valid:
-            raise ConfigError(f"{key} is '{value}'; valid: {valid}")
+    check_values("DISTILL.TEACHER", cfg.DISTILL.TEACHER, {"PRECISION": one_of(PRECISIONS)})
     if cfg.DISTILL.TEACHER.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("DISTILL.TEACHER.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
     validate_meta_arch("DISTILL.STUDENT_META_ARCH", cfg.DISTILL.STUDENT_META_ARCH)

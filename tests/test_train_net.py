@@ -82,6 +82,17 @@ def test_the_log_compares_distillation_with_detection():
         assert set(storage.histories()) == {"data_time", "total_loss", "loss_cls"}
 
 
+def test_a_head_that_stopped_is_logged_as_zero():
+    """After STOP_ITER neither its terms nor the sums keep the values of its last step."""
+    with EventStorage() as storage:
+        for names in (("loss_cls", "loss_kd_ssim"), ("loss_cls",)):
+            write_losses({name: torch.tensor(1.0) for name in names}, 0.1, storage.iter)
+            storage.step()
+        latest = {name: history.latest() for name, history in storage.histories().items()}
+    assert latest["loss_kd_ssim"] == latest["total_kd_loss"] == 0
+    assert latest["total_loss"] == latest["total_detection_loss"] == 1
+
+
 def test_resume_equals_no_stop(job, tmp_path):
     """Stopped after iteration 2 and resumed: every weight and momentum is that of no stop."""
     folder, config_file = job
@@ -175,6 +186,11 @@ def test_a_users_head(job, tmp_path):
         (["MODEL.META_ARCHITECTURE", "GeneralizedRNN"], "GeneralizedRNN.*valid: .*GeneralizedRCNN"),
         (["DISTILL.STUDENT_META_ARCH", "Retinanet"], "Retinanet.*valid: .*RetinaNet"),
         (["SOLVER.AMP.ENABLED", "True"], "fp16 needs a GPU"),
+        (["SOLVER.AMP.PRECISION", "fp8"], "AMP.PRECISION is 'fp8'; valid: .*bf16"),
+        (
+            ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "SOLVER.OPTIMIZER", "Adam"],
+            "SOLVER.OPTIMIZER is 'Adam'; valid: .*AdamW",  # of a plain student too
+        ),
         (["DATALOADER.SAMPLER_TRAIN", "Sampler"], "SAMPLER_TRAIN is 'Sampler'; valid: "),
         (
             ["DISTILL.TEACHER.OPTS", "['MODEL.ROI_HEADS.NUM_CLASSES', 7]"],

@@ -27,6 +27,7 @@ from ..config import (
     unknown_key,
     validate_distillation_config,
     validate_meta_arch,
+    validate_solver,
 )
 from ..data.custom import check_datasets
 from ..data.loader import validate_loader_config
@@ -92,8 +93,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     cfg = merged_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "fp16" and cfg.MODEL.DEVICE == "cpu":
-        raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
+    if not args.eval_only:
+        validate_solver(cfg)
     validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
         validate_distillation_config(cfg)

@@ -165,6 +165,8 @@ def write_losses(losses: dict[str, Tensor], data_time: float, iteration: int) ->
     mean = {name: sum(rank[name] for rank, _ in ranks) / len(ranks) for name in losses}
     if not all(math.isfinite(value) for value in mean.values()):
         raise FloatingPointError(f"a loss is not finite at iteration {iteration}: {mean}")
+    # The console repeats the last values of a term for ever: one of a head that stopped is zero.
+    mean |= {n: 0.0 for n in storage.histories() if n.startswith("loss_kd_") and n not in mean}
     distilled = [value for name, value in mean.items() if name.startswith("loss_kd_")]
     total = sum(mean.values())
     storage.put_scalar("total_loss", total)
