@@ -387,7 +387,9 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
         known["mask_strides"] = _pooled_strides(model, roi_heads.mask_in_features)
         fields |= {"mask", "mask.features"}
         if hasattr(roi_heads.mask_head, "predictor"):
-            known["class_agnostic_mask"] = roi_heads.mask_head.predictor.out_channels == 1
+            # The only mask of a detector of one class is that class's.
+            one_mask = roi_heads.mask_head.predictor.out_channels == 1
+            known["class_agnostic_mask"] = one_mask and roi_heads.num_classes > 1
             fields.add("mask.logits")
 
 

@@ -209,6 +209,13 @@ def test_refused_pairs(student, teacher, opts, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_mask_of_a_single_class_is_not_for_all(tmp_path):
+    """A teacher of one class has one mask too, but of that class only."""
+    teacher = write_config(detector_config("mask", num_classes=1), tmp_path / "teacher.yaml")
+    with pytest.raises(ConfigError, match="3 classes.* 1: .*LOGITS_WEIGHT 0"):
+        distiller(teacher, "MaskMimic")
+
+
 def test_classes_do_not_matter_to_one_mask_for_all():
     """A class-agnostic teacher may know other classes."""
     teacher = spec("teacher", num_classes=5, class_agnostic_mask=True)
