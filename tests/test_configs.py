@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from d2kd import ConfigError, Distiller, add_distillation_config
+from d2kd import DISTILL_HEAD_REGISTRY, ConfigError, Distiller, add_distillation_config
 from d2kd.config import load_config
+from d2kd.heads import node_name
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
@@ -47,6 +49,18 @@ def test_outputs_are_apart():
             add_distillation_config(cfg)
             load_config(cfg, str(ROOT / path))
             assert folders.setdefault(cfg.OUTPUT_DIR, path) == path, cfg.OUTPUT_DIR
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_no_node_is_for_a_head_that_does_not_run(path):
+    """A file sets keys of those heads only that it trains with: others would have no effect."""
+    written = set(yaml.safe_load((ROOT / path).read_text()).get("DISTILL", {}))
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    load_config(cfg, str(ROOT / path))
+    running = {node_name(head) for head in cfg.DISTILL.HEADS}
+    of_heads = {node_name(name) for name, _ in DISTILL_HEAD_REGISTRY}
+    assert written & of_heads <= running
 
 
 def test_unknown_keys_are_refused(tmp_path):

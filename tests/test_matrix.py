@@ -26,6 +26,7 @@ MIXED = [
     ("retinanet", "faster", FEATURES),
     ("retinanet", "cascade", ("SSIM", "DSIG")),
     ("faster", "retinanet", FEATURES),
+    ("cascade", "retinanet", ("SSIM", "DSIG")),
     ("fcos", "retinanet", FEATURES),
     ("fcos", "faster", FEATURES),
     ("retinanet", "fcos", FEATURES),
