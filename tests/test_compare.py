@@ -126,11 +126,11 @@ def test_bad_command_lines(tmp_path, in_root):
 
 
 def test_seeds_and_opts(tmp_path):
-    """Seeds of the command line replace the suite's, and its overrides come last."""
+    """Seeds of the command line join the suite's, and its overrides come last."""
     suite = read(tmp_path, seeds=[2, 5], opts={"SOLVER.MAX_ITER": "7"})
     assert {label: arm.seeds for label, arm in suite.arms.items()} == {
-        "alone": (2, 5),
-        "long": (2, 5),
+        "alone": (1, 2, 5),
+        "long": (1, 2, 5),
         "wide": (2,),
         "as long as wide": (2,),
     }
@@ -254,6 +254,11 @@ def test_finished_runs_are_kept(tmp_path, in_root, monkeypatch):
     lines = [json.loads(line) for line in text.splitlines()]
     assert [f"{line['arm']} {line['seed']}" for line in lines] == started
     assert lines[0]["baseline"] == "alone" and lines[1]["times"] == 1.5
+    # A part of the suite leaves the other runs in the report.
+    started.clear()
+    work.run(["alone"], seeds=[2])
+    assert started == ["alone 2"]
+    assert (tmp_path / "out" / "results.jsonl").read_text() == text
 
 
 def test_a_failure_cancels_what_waits(tmp_path):

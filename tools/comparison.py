@@ -47,10 +47,13 @@ class Comparison:
 
     # --- what there is to do -----------------------------------------------------------------
 
-    def runs(self, labels: list[str] | None = None) -> list[tuple[Arm, int]]:
+    def runs(
+        self, labels: list[str] | None = None, seeds: list[int] | None = None
+    ) -> list[tuple[Arm, int]]:
         """Arms and seeds, seed by seed, so that what is there at any time can be compared."""
         arms = [arm for arm in self.suite.arms.values() if labels is None or arm.label in labels]
-        return [(arm, s) for s in self.suite.seeds for arm in arms if s in arm.seeds]
+        wanted = self.suite.seeds if seeds is None else seeds
+        return [(arm, s) for s in wanted for arm in arms if s in arm.seeds]
 
     def folder(self, arm: Arm, seed: int) -> Path:
         return self.output / f"{arm.slug}_{seed}"
@@ -153,9 +156,13 @@ class Comparison:
 
     # --- running -------------------------------------------------------------------------------
 
-    def run(self, labels: list[str] | None = None) -> None:
-        """Train the teacher, then all runs, writing results and report after each."""
-        runs = self.runs(labels)
+    def run(self, labels: list[str] | None = None, seeds: list[int] | None = None) -> None:
+        """Train the teacher, then the runs, writing results and report after each.
+
+        Args:
+            labels, seeds: train only these; what is finished of others is in the report too.
+        """
+        runs = self.runs(labels, seeds)
         self.check(runs)
         self.train_teacher()
         self.check_kept_runs()

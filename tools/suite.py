@@ -89,7 +89,7 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     """The suite of a YAML file.
 
     Args:
-        seeds: instead of the file's; an arm with seeds of its own keeps those among them.
+        seeds: besides the file's, of the arms that have none of their own.
         opts: overrides of all arms, after the file's.
 
     Raises:
@@ -108,8 +108,8 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
         where = f"{path}: arm '{label}'"
         _check_keys(where, entry, ARM_KEYS, required=("config",))
         own = _seeds(where, entry.get("seeds", data["seeds"]))
-        if seeds is not None:
-            own = tuple(s for s in seeds if "seeds" not in entry or s in own)
+        if "seeds" not in entry:
+            own = tuple(dict.fromkeys((*own, *(seeds or ()))))
         arms[str(label)] = Arm(
             str(label),
             entry["config"],
