@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--report-only", type=Path, metavar="OUTPUT", help="write the reports of OUTPUT anew"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="train only these; default: the suite's, else 1 2 3")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="train only these; default: the suite's, else 1 2 3"
+    )
     parser.add_argument("--arms", nargs="+", help="train only these arms of the suite")
     parser.add_argument("--output", type=Path, help="default: output/compare[/<suite>]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")

@@ -8,9 +8,9 @@ Bernoulli distribution of its own: a softmax over such logits would compare some
 detector predicts, and is blind to a shift of all logits of an anchor, which is what tells an object
 from background.
 
-Losses on RoIs and masks are divided as Detectron2 divides its own losses of these outputs, so that a
-weight of 1 gives both the same standing. Dense ones are divided by the foreground anchors of the step;
-Detectron2's dense detectors divide by a moving average of that number instead.
+Losses on RoIs and masks are divided as Detectron2 divides its own losses of these outputs, so that
+a weight of 1 gives both the same standing. Dense ones are divided by the foreground anchors of the
+step; Detectron2's dense detectors divide by a moving average of that number instead.
 
 Shape legend, used throughout this file:
     R: sampled RoIs of the batch    F: foreground RoIs    K: classes, K also labels background
