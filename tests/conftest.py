@@ -26,7 +26,7 @@ def teacher_files(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("teachers")
     return {
         arch: write_config(detector_config(arch, width=24), folder / f"{arch}.yaml")
-        for arch in ARCHS
+        for arch in (*ARCHS, "cascade_mask")
     }
 
 

@@ -21,7 +21,8 @@ def detector_config(
     """Config of a detector small enough for many tests a second.
 
     Args:
-        arch: one of ``ARCHS``. width: channels of the pyramid. depth: of the ResNet.
+        arch: one of ``ARCHS`` or "cascade_mask".
+        width: channels of the pyramid. depth: of the ResNet.
     """
     cfg = get_cfg()
     add_distillation_config(cfg)
@@ -57,6 +58,7 @@ def detector_config(
         cfg.MODEL.RETINANET.NUM_CONVS = cfg.MODEL.FCOS.NUM_CONVS = 2
         cfg.MODEL.FCOS.NORM = ""
         return cfg
+    is_cascade = arch.startswith("cascade")
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
@@ -65,15 +67,15 @@ def detector_config(
     cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = 200
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 50
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
-    cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads" if arch == "cascade" else "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads" if is_cascade else "StandardROIHeads"
     cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
     cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
     cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
     cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
-    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = arch == "cascade"
-    if arch == "mask":
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = is_cascade
+    if "mask" in arch:
         cfg.MODEL.MASK_ON = True
         cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
         cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
