@@ -15,6 +15,8 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from detectron2.modeling.meta_arch import fcos
 
+from .config import ConfigError
+
 
 class FCOS(fcos.FCOS):
     """Detectron2's FCOS, which can be built from a config: ``FCOS(cfg)``.
@@ -32,6 +34,11 @@ class FCOS(fcos.FCOS):
         node = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
+        unknown = [name for name in node.IN_FEATURES if name not in shapes]
+        if unknown:
+            raise ConfigError(
+                f"MODEL.FCOS.IN_FEATURES: the backbone has no {unknown}; valid: {list(shapes)}"
+            )
         inputs = [shapes[name] for name in node.IN_FEATURES]
         head = fcos.FCOSHead(
             input_shape=inputs,

@@ -73,3 +73,11 @@ def test_too_few_classes_are_refused():
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("digits_tiny_train",), ()
     with pytest.raises(ConfigError, match="MODEL.FCOS.NUM_CLASSES is 3"):
         check_datasets(cfg, train=True)
+
+
+def test_unknown_levels_are_refused():
+    """A level that the backbone does not make is an error that names those it makes."""
+    cfg = detector_config("fcos")
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p9"]
+    with pytest.raises(ConfigError, match=r"MODEL.FCOS.IN_FEATURES: .*'p9'.*valid: .*'p3'"):
+        build(cfg)
