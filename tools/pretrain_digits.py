@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output", help="default: MODEL.WEIGHTS of the config")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=256, help="crops a step, half of them digits")
     parser.add_argument("--crop", type=int, default=32, help="side of a crop in pixels")
     parser.add_argument("--seed", type=int, default=0)
