@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--teacher-iterations", type=int, default=450)
     parser.add_argument("--student-iterations", type=int, default=300)
-    parser.add_argument("--pretraining", type=int, default=250, help="steps of the backbones")
+    parser.add_argument("--pretraining", type=int, default=500, help="steps of the backbones")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     iterations = (args.teacher_iterations, args.student_iterations)
