@@ -42,6 +42,8 @@ class DetectorSpec:
         class_tower_channels: width of the map that a dense detector's class prediction reads.
         rpn_channels: width of the RPN's hidden map.
         anchors_per_location: A, of the RPN or of the dense head.
+        anchors: stride -> the anchors around one location of a dense detector, as (offset of their
+            centre in strides, corners); None where these numbers are not known.
         box_coding: name of the transform its box deltas are coded with.
         class_agnostic_mask: one mask for all classes.
         sigmoid_classes: its box head is trained with a sigmoid a class (as for LVIS), not softmax.
@@ -61,6 +63,7 @@ class DetectorSpec:
     class_tower_channels: int | None = None
     rpn_channels: int | None = None
     anchors_per_location: int | None = None
+    anchors: dict[int, tuple] | None = None
     box_coding: str | None = None
     class_agnostic_mask: bool = False
     sigmoid_classes: bool = False
@@ -406,6 +409,7 @@ def _describe_dense(model: nn.Module, known: dict, fields: set[str]) -> None:
     known.update(
         num_classes=model.num_classes,
         anchors_per_location=model.anchor_generator.num_anchors[0],
+        anchors=_dense_anchors(model),
         box_coding=type(model.box2box_transform).__name__,
     )
     fields |= {"dense.logits", "dense.deltas", "dense.anchors"}
@@ -414,6 +418,19 @@ def _describe_dense(model: nn.Module, known: dict, fields: set[str]) -> None:
     if hasattr(model.head, "cls_subnet") and hasattr(model.head, "bbox_subnet"):
         known["class_tower_channels"] = model.head.cls_score.in_channels
         fields |= {"dense.class_tower", "dense.box_tower"}
+
+
+def _dense_anchors(model: nn.Module) -> dict[int, tuple] | None:
+    """The numbers are not there on the meta device, or of a generator that is not Detectron2's."""
+    generator, shapes = model.anchor_generator, model.backbone.output_shape()
+    cells = list(getattr(generator, "cell_anchors", []))
+    if not cells or any(cell.is_meta for cell in cells):
+        return None
+    corners = ([round(corner, 3) for corner in cell.flatten().tolist()] for cell in cells)
+    strides = (shapes[name].stride for name in model.head_in_features)
+    return {
+        stride: (generator.offset, *cell) for stride, cell in zip(strides, corners, strict=True)
+    }
 
 
 def _restrict_to_student_rois(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle import DenseView
+from ..bundle import DenseView, DetectorSpec
 from ..config import ConfigError
 
 
@@ -51,16 +51,17 @@ class DensePair:
     def _join(self, levels: dict[int, Tensor]) -> Tensor:
         return torch.cat([levels[stride] for stride in self.strides], dim=1)
 
-    def check_anchors(self, head: str) -> None:
-        """Refuse a pair whose anchors differ; anchors exist from the first step on.
 
-        Raises:
-            ConfigError: names the head and the first level where they differ.
-        """
-        for stride in self.strides:
-            mine, theirs = self.student.anchors[stride], self.teacher.anchors[stride]
-            if mine.shape != theirs.shape or not torch.allclose(mine, theirs, atol=1e-3):
-                raise ConfigError(
-                    f"{head}: student and teacher have different anchors at stride {stride}; "
-                    "MODEL.ANCHOR_GENERATOR must be the same in both configs"
-                )
+def check_anchors(student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Refuse two dense detectors whose outputs belong to different boxes.
+
+    Raises:
+        ConfigError: names the first level where the anchors differ.
+    """
+    mine, theirs = student.anchors or {}, teacher.anchors or {}
+    for stride in mine:
+        if mine[stride] != theirs.get(stride, mine[stride]):
+            raise ConfigError(
+                f"student and teacher have different anchors at stride {stride}; "
+                "MODEL.ANCHOR_GENERATOR must be the same in both configs"
+            )

@@ -23,7 +23,7 @@ from ..losses import dsig as losses
 from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
 from ..losses.mimic import pyramid_mimic_loss
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .dense import DensePair
+from .dense import DensePair, check_anchors
 
 # Terms and the keys of DISTILL.DSIG that hold their weights.
 WEIGHT_KEYS = {
@@ -167,7 +167,6 @@ class DSIG(DistillHead):
         self.temperature = temperature
         self.predictions = predictions or TopPredictions()
         self.image_reduction = image_reduction
-        self._anchors_checked = False
         self._declare_reads()
 
     @classmethod
@@ -327,9 +326,6 @@ class DSIG(DistillHead):
     def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
         pair = DensePair(student.dense, teacher.dense)
-        if not self._anchors_checked:
-            pair.check_anchors("DSIG")
-            self._anchors_checked = True
         labels, terms = pair.labels, {}
         if "class" in self.weights:
             logits = (outputs.flatten(0, 1) for outputs in pair.logits)
@@ -430,6 +426,8 @@ def _check_pair(
                     f"the term '{term}' needs detectors of the same {name}; the student has "
                     f"{mine}, the teacher {theirs}; without the term: DISTILL.DSIG.{remedy}"
                 )
+    if not student.two_stage and {"class", "box"} & weights.keys():
+        check_anchors(student, teacher)
     mines = student.two_stage and "edge" in weights and mining_threshold is not None
     if mines and "roi.logits" not in teacher.fields:
         raise ConfigError(

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters import INITS, MODES, Adapters, build_adapters, pair_levels
-from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle
+from ..bundle import Batch, DetectorSpec, FeatureBundle
 from ..config import COUNT, NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values, one_of
 from ..geometry import assign_levels, box_mask, crop_means
 from ..losses import global_knowledge as losses
 from ..prototypes.hook import PrototypeHook
 from ..prototypes.store import PrototypeBank, Prototypes
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .dense import DensePair
+from .dense import check_anchors
 
 BOXES = ("positives", "gt")
 RESPONSES = ("cosine", "projection")
@@ -175,7 +175,6 @@ class GlobalKnowledge(DistillHead):
         self.level_size = level_size
         self.temperature = temperature
         self.attenuate = attenuate
-        self._anchors_checked = False
         self.reads, self.student_reads = self._fields()
 
     def _fields(self) -> tuple[set[str], set[str]]:
@@ -428,9 +427,6 @@ class GlobalKnowledge(DistillHead):
         if self.boxes != "positives":
             picked = self._pick_anchors(student)
             reliability, _ = self._compare(student, teacher, picked, with_global=False)
-        if not self._anchors_checked:
-            _check_same_anchors(student.dense, teacher.dense)
-            self._anchors_checked = True
         level = self._levels_of(picked.boxes)[..., None]
         logits = [
             gather_levels(list(bundle.dense.logits.values()), picked.index).flatten(0, 1)
@@ -497,14 +493,11 @@ def _check_soft_labels(key: str, student: DetectorSpec, teacher: DetectorSpec) -
                 f"{key} needs equal outputs, but the student has {mine} {what} and the teacher "
                 f"{its}; 0 trains without soft labels"
             )
-
-
-def _check_same_anchors(student: DenseView, teacher: DenseView) -> None:
-    """Soft labels of dense detectors compare logits anchor by anchor, over all levels."""
-    mine, its = list(student.anchors), list(teacher.anchors)
-    if mine != its:
-        raise ConfigError(
-            f"GlobalKnowledge: the student predicts at strides {mine}, the teacher at {its}; "
-            "DISTILL.GLOBAL_KNOWLEDGE.SOFT_LABELS.WEIGHT 0 trains without soft labels"
-        )
-    DensePair(student, teacher).check_anchors("GlobalKnowledge")
+    if student.anchors and teacher.anchors:
+        mine, its = list(student.anchors), list(teacher.anchors)
+        if mine != its:
+            raise ConfigError(
+                f"{key}: the student predicts at strides {mine}, the teacher at {its}; "
+                "0 trains without soft labels"
+            )
+        check_anchors(student, teacher)

@@ -16,7 +16,7 @@ from ..losses.logits import (
     roi_class_loss,
 )
 from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .dense import DensePair
+from .dense import DensePair, check_anchors
 
 # What a pair can do whose outputs do not correspond.
 _PYRAMID_HEADS = "heads on the pyramid (SSIM, FeatureMimic, DRKD) work for such pairs"
@@ -69,7 +69,6 @@ class Logits(DistillHead):
         self.reads = _fields(weights, two_stage)
         self.student_reads = ("roi",) if two_stage else ("dense.labels", "dense.anchors")
         self.teacher_reads = () if two_stage else ("dense.anchors",)
-        self._anchors_checked = two_stage
 
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
@@ -129,9 +128,6 @@ class Logits(DistillHead):
     def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
         """Class and box terms on the anchors of the levels that both detectors have."""
         pair = DensePair(student.dense, teacher.dense)
-        if not self._anchors_checked:
-            pair.check_anchors("Logits")
-            self._anchors_checked = True
         labels, terms = pair.labels, {}
         if "cls" in self.weights:
             terms["cls"] = dense_class_loss(
@@ -170,6 +166,7 @@ def _check_pair(weights: dict[str, float], student: DetectorSpec, teacher: Detec
                 f"{teacher.anchors_per_location}, and outputs are compared anchor by anchor; "
                 f"{_PYRAMID_HEADS}"
             )
+        check_anchors(student, teacher)
     if student.num_classes != teacher.num_classes:
         raise ConfigError(
             f"the student has {student.num_classes} classes, the teacher {teacher.num_classes}: "
