@@ -147,31 +147,25 @@ def gains_table(suites: list[list[dict]]) -> Table:
     """The short table: AP of the baseline and the teacher, and what each arm gains.
 
     Args:
-        suites: the lines of one comparison each; a column of gains and one of time.
+        suites: the lines of one comparison each, a column each.
     """
     columns = [_gains_column(lines) for lines in suites]
     labels = list(dict.fromkeys(label for column in columns for label in column))
-    rows = [
-        [label, *(c for column in columns for c in column.get(label, "--"))] for label in labels
-    ]
-    headers = ["gain in AP"]
-    for lines in suites:
-        headers += [lines[0]["suite"], "time a step"]
-    return Table("", headers, rows)
+    rows = [[label, *(column.get(label, "-") for column in columns)] for label in labels]
+    return Table("", ["gain in AP", *(lines[0]["suite"] for lines in suites)], rows)
 
 
-def _gains_column(lines: list[dict]) -> dict[str, tuple[str, str]]:
+def _gains_column(lines: list[dict]) -> dict[str, str]:
     arms, baseline = by_arm(lines), lines[0]["baseline"]
     base = arms.get(baseline, {})
     column = {}
     for line in teachers(lines):
-        column["(teacher's AP)"] = (error_text([line["results"]["bbox"]["AP"]]), "")
+        column["(teacher's AP)"] = error_text([line["results"]["bbox"]["AP"]])
     alone = error_text([run["results"]["bbox"]["AP"] for run in base.values()])
-    column[f"({baseline}: AP)"] = (alone, "1.00")
+    column[f"({baseline}: AP)"] = alone
     for label, runs in arms.items():
         if label != baseline:
-            step = mean_of(runs, "step_seconds") / mean_of(base, "step_seconds")
-            column[label] = (gain_text(paired_gains(runs, base)), f"{step:.2f}")
+            column[label] = gain_text(paired_gains(runs, base))
     return column
 
 

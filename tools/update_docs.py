@@ -47,7 +47,10 @@ def render_benchmark(path: Path) -> str:
 
 
 def render_compare(path: Path) -> str:
-    return report.markdown(report.read_lines(path))
+    """AP and gains. Cost has a page of its own: other work on the machine disturbs long runs."""
+    lines = report.read_lines(path)
+    tables = [report.ap_table(lines, task) for task in report.tasks_of(lines)]
+    return "\n\n".join(f"### {table.title}\n\n{table.markdown()}" for table in tables)
 
 
 def render_gains(*paths: Path) -> str:
