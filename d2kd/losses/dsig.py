@@ -208,11 +208,29 @@ def class_logit_loss(
     """
     if valid is None:
         valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
-    divergence = F.kl_div(
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher.detach() / temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(1)
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
     num_logits = valid.sum().clamp(min=1) * student.shape[1]
-    return temperature**2 * (divergence * valid).sum() / num_logits
+    divergence = _SoftmaxDivergence.apply(student, teacher.detach(), valid.to(student.dtype))
+    return temperature**2 * divergence / num_logits
+
+
+class _SoftmaxDivergence(torch.autograd.Function):
+    """sum over predictions of ``counted`` x KL(softmax(teacher) || softmax(student)).
+
+    A dense detector has millions of these logits: value and gradient in one go save passes.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+        """(N, C), (N, C), (N,) -> scalar."""
+        log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
+        p = log_p.exp()
+        divergence = log_p.sub_(log_q).mul_(p).sum(dim=1)
+        ctx.save_for_backward(log_q.exp_().sub_(p).mul_(counted[:, None]))
+        return divergence @ counted
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None
