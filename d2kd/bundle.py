@@ -12,16 +12,15 @@ P pooled size, A anchors a location, N = sum of H x W x A over levels.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from .config import ConfigError
+from .pooling import build_pooler
 
 
 @dataclass(frozen=True)
@@ -290,15 +289,9 @@ class FeatureBundle(View):
             (sum n_i, C, output_size, output_size).
         """
         strides = tuple(strides or self.spec.strides)
-        pooler = _build_pooler(output_size, strides, sampling_ratio, aligned)
+        pooler = build_pooler(output_size, strides, sampling_ratio, aligned)
         with self._context():
             return pooler([self.pyramid[s] for s in strides], [Boxes(b) for b in boxes])
-
-
-@functools.lru_cache(maxsize=64)
-def _build_pooler(output_size: int, strides: tuple[int, ...], sampling_ratio: int, aligned: bool):
-    pooler_type = "ROIAlignV2" if aligned else "ROIAlign"
-    return ROIPooler(output_size, [1.0 / s for s in strides], sampling_ratio, pooler_type)
 
 
 def image_index(boxes: list[Tensor]) -> Tensor:
