@@ -118,6 +118,11 @@ class Distiller(nn.Module):
             self._inheritance.copy(self.student, self.teacher.model)
             logger.info("Inherited from the teacher (DISTILL.INHERIT):\n%s", self._inheritance)
 
+    def release_unread_teacher(self) -> None:
+        """Free the memory of a teacher that no head reads: nothing is left to inherit from it."""
+        if not len(self.distill_heads):
+            self._hidden = (None,)
+
     def _apply(self, fn, recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
         if self.teacher is not None:

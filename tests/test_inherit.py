@@ -101,6 +101,20 @@ def test_dense_detectors_have_a_head(tmp_path):
         assert torch.equal(distiller.state_dict()[key], source.state_dict()[key])
 
 
+@pytest.mark.parametrize("heads", [(), ("ToyMimic",)])
+def test_a_teacher_that_no_head_reads_is_let_go(heads, teacher, tmp_path):
+    """After inheriting, the teacher stays for heads only: a plain student need not pay for it."""
+    file, expected = teacher
+    cfg = heir(file, ["fpn"], heads=heads)
+    cfg.OUTPUT_DIR = str(tmp_path)
+    trainer = DistillTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert torch.equal(
+        trainer.model.student.backbone.fpn_output2.weight, expected["backbone.fpn_output2.weight"]
+    )
+    assert (trainer.model.teacher is None) == (not heads)
+
+
 @pytest.mark.parametrize(
     ("parts", "opts", "message"),
     [

@@ -212,8 +212,10 @@ class DistillTrainer(DefaultTrainer):
         """Resume, or start: load ``MODEL.WEIGHTS``, then copy ``DISTILL.INHERIT``."""
         model, resumes = unwrap(self.model), resume and self.checkpointer.has_checkpoint()
         super().resume_or_load(resume)
-        if isinstance(model, Distiller) and not resumes:
-            model.inherit_weights()
+        if isinstance(model, Distiller):
+            if not resumes:
+                model.inherit_weights()
+            model.release_unread_teacher()
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; before them those of the heads, behind them the end of training."""
