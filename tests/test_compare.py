@@ -69,12 +69,12 @@ def comparison(tmp_path, text: str = ARMS, **kwargs) -> comparisons.Comparison:
 def test_suites_of_the_repository(path, in_root):
     """Each shipped suite is read, its configs exist, and its overrides are keys that exist."""
     suite = suites.read_suite(path)
-    assert suite.title and suite.seeds == [1, 2, 3]
+    assert suite.title and len(suite.seeds) > 1
+    made = merged_config(suite.teacher.config, suites.as_list(suite.teacher.opts)).OUTPUT_DIR
     for arm in suite.arms.values():
         cfg = merged_config(arm.config, suites.as_list(arm.opts))
-        assert bool(suites.head_nodes(cfg)) != (cfg.MODEL.META_ARCHITECTURE != "Distiller")
-        if suites.head_nodes(cfg):  # the teacher that the suite trains is the one that is read
-            made = merged_config(suite.teacher.config, []).OUTPUT_DIR
+        assert suites.uses_teacher(cfg) == (cfg.MODEL.META_ARCHITECTURE == "Distiller")
+        if suites.uses_teacher(cfg):  # the teacher that the suite trains is the one that is read
             assert f"{made}/student_final.pth" == cfg.DISTILL.TEACHER.WEIGHTS
 
 
@@ -208,6 +208,11 @@ def test_settings(in_root):
     for opts in (["DISTILL.SSIM.WEIGHT", "9.0"], ["SEED", "9"]):
         difference = suites.first_difference(plain, settings(*opts))
         assert difference.startswith(opts[0]) and difference.endswith(f"is {opts[1]}")
+    heir = ["DISTILL.HEADS", "[]", "DISTILL.INHERIT", "['fpn']"]
+    assert "INHERIT" in suites.first_difference(plain, settings(*heir[2:]))
+    # Without heads too, the teacher that is inherited from decides the result.
+    assert "file of DISTILL.TEACHER.WEIGHTS" in settings(*heir)
+    assert "DISTILL.TEACHER.CONFIG_FILE" not in settings(*heir[:2])
     new_teacher = {**plain, "file of DISTILL.TEACHER.WEIGHTS": "0123"}
     assert "DISTILL.TEACHER.WEIGHTS" in suites.first_difference(
         {**plain, "file of DISTILL.TEACHER.WEIGHTS": "4567"}, new_teacher

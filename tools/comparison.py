@@ -17,9 +17,9 @@ from suite import (
     as_list,
     fingerprint,
     first_difference,
-    head_nodes,
     settings_of,
     stretched,
+    uses_teacher,
 )
 
 from d2kd.config import ConfigError, student_config
@@ -123,7 +123,7 @@ class Comparison:
         )
         weights, made = cfg.DISTILL.TEACHER.WEIGHTS, self.teacher_file()
         is_local = weights.endswith(".pth") and "://" not in weights
-        if head_nodes(cfg) and is_local and weights != made and not Path(weights).is_file():
+        if uses_teacher(cfg) and is_local and weights != made and not Path(weights).is_file():
             raise ConfigError(
                 f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
                 f"not what the suite's teacher writes ({made or 'it has none'})"

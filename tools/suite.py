@@ -221,21 +221,28 @@ def head_nodes(cfg: CfgNode) -> dict[str, CfgNode]:
     return {node_name(head): cfg.DISTILL[node_name(head)] for head in cfg.DISTILL.HEADS}
 
 
+def uses_teacher(cfg: CfgNode) -> bool:
+    """Whether a run of ``cfg`` needs its teacher: to distil from or to inherit from."""
+    inherits = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.INHERIT
+    return bool(head_nodes(cfg) or inherits)
+
+
 def settings_of(cfg: CfgNode) -> dict[str, str]:
     """All that decides the result of a run: every key it uses, and the weights it starts from.
 
     Two runs with equal settings are one run; keys of other heads than its own do not count.
     """
     flat = _flat(cfg)
-    heads = head_nodes(cfg)
-    kept = {"HEADS", "TEACHER", "STUDENT_META_ARCH", *heads} if heads else set()
+    kept = set()
+    if uses_teacher(cfg):
+        kept = {"HEADS", "INHERIT", "TEACHER", "STUDENT_META_ARCH", *head_nodes(cfg)}
     flat = {
         key: value
         for key, value in flat.items()
         if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
     }
     flat["file of MODEL.WEIGHTS"] = fingerprint(cfg.MODEL.WEIGHTS)
-    if heads:
+    if uses_teacher(cfg):
         flat["file of DISTILL.TEACHER.WEIGHTS"] = fingerprint(cfg.DISTILL.TEACHER.WEIGHTS)
         teacher = merged_config(cfg.DISTILL.TEACHER.CONFIG_FILE, list(cfg.DISTILL.TEACHER.OPTS))
         flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
