@@ -50,7 +50,7 @@ def render_compare(path: Path) -> str:
     """AP and gains. Cost has a page of its own: other work on the machine disturbs long runs."""
     lines = report.read_lines(path)
     tables = [report.ap_table(lines, task) for task in report.tasks_of(lines)]
-    return "\n\n".join(f"### {table.title}\n\n{table.markdown()}" for table in tables)
+    return "\n\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in tables)
 
 
 def render_gains(*paths: Path) -> str:
