@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -305,6 +306,23 @@ def test_stopping(tmp_path):
     assert not thread.is_alive()
     with pytest.raises(SystemExit, match="stopped"):
         work("next")
+
+
+def test_sigterm_in_the_background(tmp_path, monkeypatch, in_root):
+    """SIGTERM ends a comparison with its own line, also where SIGINT is ignored, as behind nohup."""
+    (tmp_path / "suite.yaml").write_text(ARMS)
+    monkeypatch.setattr(
+        comparisons.Comparison, "run", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+            compare.main(
+                ["--suite", str(tmp_path / "suite.yaml"), "--output", str(tmp_path / "out")]
+            )
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def test_one_process_a_run(tmp_path):

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     output = args.output or Path("output/compare") / (args.suite.stem if args.suite else "")
     output = output.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         suite = suite_of(args)
         os.chdir(ROOT)
@@ -105,6 +105,11 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"stopped; the same command goes on, finished runs are in {output}")
     print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl, report.md and report.html")
+
+
+def _stop(*_) -> None:
+    """End as Ctrl-C does. (Raising SIGINT would not: in the background it is ignored.)"""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
