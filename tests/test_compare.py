@@ -309,7 +309,7 @@ def test_stopping(tmp_path):
 
 
 def test_sigterm_in_the_background(tmp_path, monkeypatch, in_root):
-    """SIGTERM ends a comparison with its own line, also where SIGINT is ignored, as behind nohup."""
+    """SIGTERM ends a comparison cleanly, also where SIGINT is ignored, as behind nohup."""
     (tmp_path / "suite.yaml").write_text(ARMS)
     monkeypatch.setattr(
         comparisons.Comparison, "run", lambda *_: signal.raise_signal(signal.SIGTERM)
