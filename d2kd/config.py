@@ -361,7 +361,7 @@ def _add_drkd(distill: CfgNode) -> None:
     # as); "random" (new at each step, the released code); "none".
     distill.DRKD.RELATION_FILTER = "learned"
     # Width inside the relation units; 0: half of their input, which at 256 channels and 3 x 3 cells
-    # means 42 million parameters.
+    # means 44 million parameters with the learned filter.
     distill.DRKD.BOTTLENECK = 0
     # Keep the teacher's graph and relation units at their random start; the released code trains
     # them with the student.
