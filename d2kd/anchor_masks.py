@@ -181,6 +181,7 @@ def _build_levels(
         grid = anchors[stride].float().view(height, width, -1, 4).permute(2, 0, 1, 3)
         grids[stride] = grid[..., 0::2], grid[..., 1::2]
     regular = [(x == x[:, :1]).all() & (y == y[:, :, :1]).all() for x, y in grids.values()]
+    # Waits for the device, once for all levels: regularity decides shapes.
     levels = []
     for (stride, (x, y)), is_regular in zip(
         grids.items(), torch.stack(regular).tolist(), strict=True

@@ -292,7 +292,7 @@ class DSIG(DistillHead):
 
     def _compare_edges(self, graph: _Graph, num_images: int) -> Tensor:
         """Edge loss of the nodes that have edges, packed: most background RoIs have none."""
-        # The one place that waits for the device: how large the largest graph is decides shapes.
+        # Waits for the device: how large the largest graph is decides shapes.
         counts = graph.image_index.new_zeros(num_images)
         counts = counts.index_add(0, graph.image_index, graph.has_edges.long()).tolist()
         shape = num_images, max(counts)

@@ -210,6 +210,7 @@ class MAR(DistillHead):
 
 def _relate_roi_pixels(student: RoIView, teacher: RoIView, num_classes: int) -> Tensor:
     """Relations between the cells of each positive RoI of the batch, averaged over RoIs."""
+    # Waits for the device: relating all RoIs instead would cost several times the products.
     positive = (student.labels < num_classes).nonzero().squeeze(1)
     return relation_loss(
         student.features[positive].flatten(2), teacher.features[positive].flatten(2)
@@ -266,6 +267,7 @@ class Advice:
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0) + value
         elif batch.iteration >= self.end and self.sums:
+            # Waits for the device once in a training: the log needs numbers.
             names, sums = list(self.sums), torch.stack(list(self.sums.values())).tolist()
             self.sums = {}
             if comm.is_main_process():

@@ -111,5 +111,6 @@ class SSIM(DistillHead):
         """Note the median local standard deviation of each rescaled level of the teacher."""
         stds = [median_patch_std(t, self.rescale, **self.window) for t in teachers]
         storage = get_event_storage()
+        # Waits for the device, once in STATS_PERIOD iterations: metrics are numbers.
         for stride, std in zip(self.strides, torch.stack(stds).tolist(), strict=True):
             storage.put_scalar(f"ssim/teacher_std_{stride}", std, smoothing_hint=False)
