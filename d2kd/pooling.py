@@ -1,7 +1,7 @@
-"""RoIAlign on a pyramid, with a backward pass that uses all threads of a CPU.
+"""RoIAlign on a pyramid in float32, with a backward pass that uses all threads of a CPU.
 
 torchvision's is one thread's work there, and was most of what pooling the boxes of a dense student
-added to a step. On a GPU nothing differs from Detectron2's pooler.
+added to a step.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ class _ThreadedROIAlign(nn.Module):
 
     def forward(self, maps: Tensor, rois: Tensor) -> Tensor:
         """Pool ``rois`` (R, 5), rows of an image's index and xyxy, from ``maps`` (B, C, H, W)."""
-        if maps.device.type != "cpu" or not maps.requires_grad or torch.get_num_threads() == 1:
-            return self.layer(maps, rois)
-        return self._pool(maps, rois.to(maps.dtype)).to(maps.dtype)
+        return self._pool(maps, rois).to(maps.dtype)
 
-    @full_precision  # as torchvision's under autocast: there is no gradient in half precision
+    # Detectron2's layer would round the boxes to the maps' precision: by pixels, in bfloat16.
+    @full_precision
     def _pool(self, maps: Tensor, rois: Tensor) -> Tensor:
         layer = self.layer
+        if maps.device.type != "cpu" or not maps.requires_grad or torch.get_num_threads() == 1:
+            return layer(maps, rois)
         options = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
-        return _ROIAlignOnCPU.apply(maps, rois, *options)
+        return _ROIAlignOnCPU.apply(maps, rois.to(maps.dtype), *options)
 
 
 class _ROIAlignOnCPU(torch.autograd.Function):

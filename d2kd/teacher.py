@@ -223,8 +223,13 @@ class _TeacherStep:
         """Pool ``boxes`` on the teacher's pyramid as the student's ``branch`` pools its own."""
         pooler = getattr(self.student_model.roi_heads, f"{branch}_pooler")
         maps = [self.pyramid[s] for s in _branch_strides(self.student.spec, branch)]
-        # forward() and not a call: a call would fire the student's taps.
-        return pooler.forward(maps, [Boxes(b) for b in boxes])
+        # Pooling rounds the boxes to the precision of the maps: let it be the student's.
+        like = next(iter(self.student.pyramid.values()))
+        is_half = like.dtype.itemsize == 2
+        with torch.autocast(like.device.type, like.dtype if is_half else None, is_half):
+            # forward() and not a call: a call would fire the student's taps.
+            pooled = pooler.forward([m.to(like.dtype) for m in maps], [Boxes(b) for b in boxes])
+        return pooled.to(maps[0].dtype)
 
     def _pool_own(self, branch: str, boxes: list[Tensor], shared: RoIView | MaskView) -> Tensor:
         """Pool ``boxes`` as the teacher's own ``branch`` expects; once where that is the same."""

@@ -57,14 +57,17 @@ def test_no_boxes(two_threads):
     assert all((g == 0).all() for g in gradients)
 
 
-def test_bf16_autocast(two_threads):
-    """Maps in bf16 are pooled in fp32, as torchvision does under autocast, and keep their type."""
-    boxes = [torch.tensor([[3.0, 5.0, 90.0, 70.0]]), torch.zeros(0, 4)]
-    maps = [m.detach().bfloat16().requires_grad_() for m in pyramid(torch.float32)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out, gradients = pooled(build_pooler(7, STRIDES, 0, True), maps, boxes)
-    wide = [m.detach().float().requires_grad_() for m in maps]
-    expected, _ = pooled(build_pooler(7, STRIDES, 0, True), wide, boxes)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_bf16(two_threads, autocast, differentiable):
+    """Maps in bf16 are pooled in fp32 and keep their type: boxes are not rounded to 8 bits."""
+    boxes = [torch.tensor([[3.3, 5.7, 131.3, 133.4]]), torch.zeros(0, 4)]
+    pooler = build_pooler(7, STRIDES, 0, True)
+    maps = [m.detach().bfloat16().requires_grad_(differentiable) for m in pyramid(torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = pooler(maps, [Boxes(b) for b in boxes])
+    expected = pooler([m.float() for m in maps], [Boxes(b) for b in boxes])
     assert out.dtype == torch.bfloat16
-    assert gradients[0].dtype == torch.bfloat16
     torch.testing.assert_close(out, expected.bfloat16())
+    if differentiable:
+        assert torch.autograd.grad(out.sum(), maps)[0].dtype == torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 
 from d2kd import ConfigError, Teacher
 from d2kd.bundle import Batch, describe_detector
@@ -145,6 +146,26 @@ def test_same_boxes_give_the_same_outputs():
         (mine.rpn.features[8], theirs.rpn.features[8]),
     ):
         torch.testing.assert_close(a.detach(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("student_bf16, precision", [(False, "bf16"), (True, "fp32")])
+def test_both_pool_the_same_boxes_in_any_precision(student_bf16, precision):
+    """Where the precisions differ, the teacher's boxes are rounded as the student's are: not at all,
+    or to bf16. Maps of columns 0, 1, 0, 1 ... show where they were read."""
+    batch = make_batch(size=(160, 160))
+    with torch.autocast("cpu", torch.bfloat16, enabled=student_bf16):
+        mine, theirs, _ = bundles("faster", detector_config(), batch, precision=precision)
+    types = mine.pyramid[4].dtype, theirs.pyramid[4].dtype
+    assert types[0] != types[1]
+    for bundle, dtype in zip((mine, theirs), types, strict=True):
+        for stride, level in bundle.pyramid.items():
+            bundle.pyramid[stride] = (torch.arange(level.shape[-1]) % 2).expand_as(level).to(dtype)
+    pooler = build(detector_config()).roi_heads.box_pooler
+    boxes = [Boxes(b) for b in mine.roi.boxes]
+    with torch.autocast("cpu", torch.bfloat16, enabled=student_bf16):
+        expected = pooler([mine.pyramid[s] for s in (4, 8, 16, 32)], boxes)
+    assert theirs.roi.features.dtype == types[1]
+    torch.testing.assert_close(theirs.roi.features, expected.to(types[1]))
 
 
 def test_the_mask_branch_has_levels_of_its_own():
