@@ -150,7 +150,7 @@ def test_same_boxes_give_the_same_outputs():
 
 @pytest.mark.parametrize("student_bf16, precision", [(False, "bf16"), (True, "fp32")])
 def test_both_pool_the_same_boxes_in_any_precision(student_bf16, precision):
-    """Where the precisions differ, the teacher's boxes are rounded as the student's are: not at all,
+    """Where the precisions differ, the teacher's boxes are rounded as the student's: not at all,
     or to bf16. Maps of columns 0, 1, 0, 1 ... show where they were read."""
     batch = make_batch(size=(160, 160))
     with torch.autocast("cpu", torch.bfloat16, enabled=student_bf16):
