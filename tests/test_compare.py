@@ -71,12 +71,12 @@ def test_suites_of_the_repository(path, in_root):
     """Each shipped suite is read, its configs exist, and its overrides are keys that exist."""
     suite = suites.read_suite(path)
     assert suite.title and len(suite.seeds) > 1
-    made = merged_config(suite.teacher.config, suites.as_list(suite.teacher.opts)).OUTPUT_DIR
-    for arm in suite.arms.values():
+    made = {arm.label: suites.weights_of(arm) for arm in suite.prepared}
+    for arm in [*suite.prepared[1:], *suite.arms.values()]:
         cfg = merged_config(arm.config, suites.as_list(arm.opts))
         assert suites.uses_teacher(cfg) == (cfg.MODEL.META_ARCHITECTURE == "Distiller")
         if suites.uses_teacher(cfg):  # the teacher that the suite trains is the one that is read
-            assert f"{made}/student_final.pth" == cfg.DISTILL.TEACHER.WEIGHTS
+            assert made["teacher"] == cfg.DISTILL.TEACHER.WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_suites_of_the_repository(path, in_root):
     [
         ("seeds: [1, 2]", "seeds: one", "seeds is 'one'"),
         ("baseline: alone", "baseline: none", "baseline 'none' is no arm; valid: 'alone', 'long'"),
-        ("baseline: alone", "base: alone", "unknown key 'base'; valid: title, teacher, baseline"),
+        ("baseline: alone", "base: alone", "unknown key 'base'; valid: title, teacher, start,"),
         ("times: 1.5", "time: 1.5", "arm 'long': unknown key 'time'; valid: config, opts, seeds"),
         ("times: 1.5", "times: 0", "arm 'long': times is 0"),
         ("same_time_as: wide", "same_time_as: wider", "same_time_as 'wider' is no arm"),
@@ -181,6 +181,49 @@ def test_order_and_controls(tmp_path, in_root):
     assert work.ready(control)
     # 60 steps of 0.75 s and 6 s more are 51 s, in which the student alone makes 102 steps.
     assert work.config(*control)[0].SOLVER.MAX_ITER == 102
+
+
+def test_what_is_trained_before_the_arms(tmp_path, in_root, monkeypatch):
+    """The teacher is trained, then the student that all arms start with, each once; their results
+    are lines of their own, and a mistake in their configs is found before anything is trained."""
+    made = tmp_path / "made"
+    before = f"""
+teacher: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/teacher}}}}
+start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}}}}
+"""
+    text = before + ARMS.replace('MODEL.WEIGHTS: ""', "SOLVER.CHECKPOINT_PERIOD: 50")
+    with pytest.raises(ConfigError, match="start: unknown key 'seeds'; valid: config, opts"):
+        read(tmp_path, text.replace("start: {", "start: {seeds: [1], "))
+    broken = text.replace("start: {config: ", "start: {config: gone_")
+    with pytest.raises(ConfigError, match="gone_configs/digits/retinanet_R18.yaml"):
+        comparison(tmp_path, broken)
+
+    work = comparison(tmp_path, text)
+    assert {arm.opts["MODEL.WEIGHTS"] for arm in work.suite.arms.values()} == {
+        f"{made}/start/student_final.pth"
+    }
+    work.check([run for run in work.runs() if not work.needs(run[0])])
+    started = []
+
+    def stage(name, command, folder, threads):
+        started.append(name)
+        folder.mkdir(parents=True)
+        torch.save({"model": {}}, folder / "student_final.pth")
+        (folder / "results.json").write_text(json.dumps({"results": {"bbox": {"AP": 9.0}}}))
+
+    monkeypatch.setattr(work, "stage", stage)
+    monkeypatch.setattr(comparisons, "write_markdown", lambda output: None)
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        work.run([])
+        assert started == ["teacher", "start"]
+    lines = report.read_lines(tmp_path / "out" / "results.jsonl")
+    assert [(line["role"], line["results"]["bbox"]["AP"]) for line in lines] == [
+        ("teacher", 9.0),
+        ("start", 9.0),
+    ]
+    settings = suites.settings_of(work.config(work.suite.arms["long"], 1)[0])
+    assert settings["file of MODEL.WEIGHTS"] == lines[1]["file"]
 
 
 def test_stretched_schedules(in_root):
@@ -340,7 +383,7 @@ AP = {"alone": (30.0, 31.0, 33.0), "kd": (32.0, 34.5, 34.5), "long": (30.5, 31.0
 
 
 def fake_lines(task: str = "bbox") -> list[dict]:
-    """Lines of three arms with three seeds and a teacher."""
+    """Lines of three arms with three seeds, a teacher, and a student that they start with."""
 
     def results(ap: float) -> dict:
         metrics = dict.fromkeys(report.METRICS, ap)
@@ -349,7 +392,10 @@ def fake_lines(task: str = "bbox") -> list[dict]:
         )
 
     common = {"suite": "fakes", "baseline": "alone", "config": STUDENT, "opts": {}}
-    lines = [{**common, "role": "teacher", "arm": "teacher", "results": results(40.0)}]
+    lines = [
+        {**common, "role": role, "arm": role, "results": results(ap)}
+        for role, ap in (("teacher", 40.0), ("start", 29.0))
+    ]
     for seed in range(3):
         for label, values in AP.items():
             run = {
@@ -398,10 +444,11 @@ def test_tables():
     assert (ap.title, masks.title, cost.title) == ("Boxes", "Masks", "Cost")
     rows = {row[0]: row[1:] for row in ap.rows}
     assert rows["kd"] == ["3", *["33.7 ± 0.8"] * 5, "-", "+2.3 ± 2.6"]
-    assert rows["alone"][-1] == "" and rows["teacher"][1] == "40.0"
+    assert rows["alone"][-1] == "" and rows["teacher"][1] == "40.0" and rows["start"][1] == "29.0"
     assert cost.rows[1] == ["kd", "100", "300", "1.50", "1.0", "1000", "1,234"]
     short = report.gains_table([fake_lines(), fake_lines()])
     assert short.headers == ["gain in AP", "fakes", "fakes"]
+    assert short.rows[:2] == [["(teacher: AP)", "40.0", "40.0"], ["(start: AP)", "29.0", "29.0"]]
     assert short.rows[-2] == ["kd", "+2.3 ± 2.6", "+2.3 ± 2.6"]
 
 

@@ -20,6 +20,7 @@ from suite import (
     settings_of,
     stretched,
     uses_teacher,
+    weights_of,
 )
 
 from d2kd.config import ConfigError, student_config
@@ -95,6 +96,9 @@ class Comparison:
             ConfigError: in one line.
         """
         todo = [(arm, seed) for arm, seed in runs if self.results(arm, seed) is None]
+        for arm in self.suite.prepared if todo else ():
+            if not Path(weights_of(arm)).is_file():
+                self.check_config(arm)
         for arm, seed in todo:
             for other in self.needs(arm):
                 if (other, seed) not in runs and self.results(other, seed) is None:
@@ -102,15 +106,21 @@ class Comparison:
                         f"arm '{arm.label}' needs a run of '{other.label}' with seed {seed}"
                     )
         for arm, seed in {arm.label: (arm, seed) for arm, seed in reversed(todo)}.values():
-            self.check_config(arm, seed)
+            self.check_config(arm, {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))})
 
-    def check_config(self, arm: Arm, seed: int) -> None:
-        """Check what train_net.py would, and that the teacher is there or will be.
+    def check_config(self, arm: Arm, own: dict | None = None) -> None:
+        """Check what train_net.py would, and that the weights are there or will be.
+
+        Args:
+            own: overrides of one run.
 
         Raises:
             ConfigError: in one line.
         """
-        opts = {**arm.opts, "SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+        opts = {**arm.opts, **(own or {})}
+        made = [weights_of(prepared) for prepared in self.suite.prepared]
+        if opts.get("MODEL.WEIGHTS") in made:
+            opts["MODEL.WEIGHTS"] = ""
         cfg = read_config(
             SimpleNamespace(
                 config_file=arm.config,
@@ -121,12 +131,12 @@ class Comparison:
                 num_machines=1,
             )
         )
-        weights, made = cfg.DISTILL.TEACHER.WEIGHTS, self.teacher_file()
+        weights = cfg.DISTILL.TEACHER.WEIGHTS
         is_local = weights.endswith(".pth") and "://" not in weights
-        if uses_teacher(cfg) and is_local and weights != made and not Path(weights).is_file():
+        if uses_teacher(cfg) and is_local and weights not in made and not Path(weights).is_file():
             raise ConfigError(
                 f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
-                f"not what the suite's teacher writes ({made or 'it has none'})"
+                f"not what the suite's teacher writes ({made[0] if made else 'it has none'})"
             )
 
     def check_kept_runs(self) -> None:
@@ -157,14 +167,15 @@ class Comparison:
     # --- running -------------------------------------------------------------------------------
 
     def run(self, labels: list[str] | None = None, seeds: list[int] | None = None) -> None:
-        """Train the teacher, then the runs, writing results and report after each.
+        """Train what the arms need, then the runs, writing results and report after each.
 
         Args:
             labels, seeds: train only these; what is finished of others is in the report too.
         """
         runs = self.runs(labels, seeds)
         self.check(runs)
-        self.train_teacher()
+        for arm in self.suite.prepared:
+            self.prepare(arm)
         self.check_kept_runs()
         self.save()
         run_in_order(
@@ -206,46 +217,34 @@ class Comparison:
             for path in folder.glob("model_[0-9]*.pth"):
                 path.unlink()
 
-    def teacher_file(self) -> str:
-        """Where the suite's teacher lies when it is trained; "" without one."""
-        teacher = self.suite.teacher
-        if teacher is None:
-            return ""
-        return (
-            f"{merged_config(teacher.config, as_list(teacher.opts)).OUTPUT_DIR}/student_final.pth"
-        )
-
-    def train_teacher(self) -> None:
-        """Train the teacher if its weights are not there, and evaluate it if no one has."""
-        teacher = self.suite.teacher
-        if teacher is None:
-            return
-        weights = Path(self.teacher_file())
+    def prepare(self, arm: Arm) -> None:
+        """Train the teacher, or the student that all arms start with, if its weights are not there,
+        and evaluate it if no one has."""
+        weights = Path(weights_of(arm))
         if not weights.is_file():
-            opts = {**teacher.opts, "DATALOADER.NUM_WORKERS": 0}
-            command = ["train_net.py", "--resume", "--config-file", teacher.config]
-            threads = self.threads * self.jobs
-            self.stage("teacher", [*command, *as_list(opts)], weights.parent, threads)
-        known, own = self.output / "teacher.json", weights.parent / "results.json"
+            opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
+            command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
+            self.stage(arm.label, command, weights.parent, self.threads * self.jobs)
+        known, own = self.output / f"{arm.label}.json", weights.parent / "results.json"
         if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
             return
         if own.is_file():
             results = json.loads(own.read_text())
         else:
-            results = {"results": evaluate(teacher, str(weights))}
+            results = {"results": evaluate(arm, str(weights))}
         write_json({"file": fingerprint(str(weights)), **results}, known)
 
     # --- results -------------------------------------------------------------------------------
 
     def lines(self) -> list[dict]:
-        """One JSON line a finished run, the teacher's first, in the order of :meth:`runs`."""
+        """One JSON line a finished run, those of teacher and start first, in the order of
+        :meth:`runs`."""
         common = {"suite": self.suite.title, "baseline": self.suite.baseline}
         lines = []
-        if self.suite.teacher is not None:
-            teacher = self.suite.teacher
-            about = {"arm": "teacher", "config": teacher.config, "opts": teacher.opts}
-            results = json.loads((self.output / "teacher.json").read_text())
-            lines.append({**common, "role": "teacher", **about, **results})
+        for arm in self.suite.prepared:
+            about = {"role": arm.label, "arm": arm.label, "config": arm.config, "opts": arm.opts}
+            results = json.loads((self.output / f"{arm.label}.json").read_text())
+            lines.append({**common, **about, **results})
         for arm, seed in self.runs():
             results = self.results(arm, seed)
             if results is not None:
@@ -273,10 +272,10 @@ def same_time_iterations(base: dict, other: dict) -> int:
     return max(round(seconds / base["step_seconds"]), 1)
 
 
-def evaluate(teacher: Arm, weights: str) -> dict:
-    """Results of a teacher that was not trained here, on its own ``DATASETS.TEST``."""
-    print("teacher: evaluating", flush=True)
-    cfg = merged_config(teacher.config, as_list(teacher.opts))
+def evaluate(arm: Arm, weights: str) -> dict:
+    """Results of a detector that was not trained here, on its own ``DATASETS.TEST``."""
+    print(f"{arm.label}: evaluating", flush=True)
+    cfg = merged_config(arm.config, as_list(arm.opts))
     cfg.MODEL.DEVICE = "cuda" if Devices(1).count else "cpu"
     model = build_model(student_config(cfg))
     DetectionCheckpointer(model).load(weights)

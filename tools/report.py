@@ -30,8 +30,9 @@ def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
     return arms
 
 
-def teachers(lines: list[dict]) -> list[dict]:
-    return [line for line in lines if line["role"] == "teacher"]
+def prepared(lines: list[dict]) -> list[dict]:
+    """The teacher and the student that all arms start with, where a suite has them."""
+    return [line for line in lines if line["role"] != "student"]
 
 
 def is_control(run: dict) -> bool:
@@ -115,10 +116,10 @@ def ap_table(lines: list[dict], task: str) -> Table:
         gain = gain_text(paired_gains(runs, arms.get(baseline, {}), task))
         gain = "" if label == baseline else gain
         rows.append([label, str(len(runs)), *map(error_text, values), gain])
-    for line in teachers(lines):
+    for line in prepared(lines):
         if task in line["results"]:
             values = [[line["results"][task][metric]] for metric in METRICS]
-            rows.append(["teacher", "", *map(error_text, values), ""])
+            rows.append([line["role"], "", *map(error_text, values), ""])
     return Table(TASKS[task], ["arm", "seeds", *METRICS, "gain in AP"], rows)
 
 
@@ -159,8 +160,8 @@ def _gains_column(lines: list[dict]) -> dict[str, str]:
     arms, baseline = by_arm(lines), lines[0]["baseline"]
     base = arms.get(baseline, {})
     column = {}
-    for line in teachers(lines):
-        column["(teacher's AP)"] = error_text([line["results"]["bbox"]["AP"]])
+    for line in prepared(lines):
+        column[f"({line['role']}: AP)"] = error_text([line["results"]["bbox"]["AP"]])
     alone = error_text([run["results"]["bbox"]["AP"] for run in base.values()])
     column[f"({baseline}: AP)"] = alone
     for label, runs in arms.items():

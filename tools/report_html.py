@@ -8,7 +8,7 @@ import html
 from pathlib import Path
 
 from pictures import pick_records, save_picture
-from report import by_arm, is_control, notes, read_lines, tables, teachers, write_markdown
+from report import by_arm, is_control, notes, prepared, read_lines, tables, write_markdown
 from report_plots import plot_curves, plot_gains
 from suite import as_list
 
@@ -72,7 +72,8 @@ def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
     chosen = {label: next(iter(runs.values())) for label, runs in by_arm(lines).items()}
     chosen = {label: run for label, run in chosen.items() if not is_control(run)}
     found = {}
-    for label, run in [*chosen.items(), *(("teacher", line) for line in teachers(lines))]:
+    teachers = [(line["role"], line) for line in prepared(lines) if line["role"] == "teacher"]
+    for label, run in [*chosen.items(), *teachers]:
         cfg = merged_config(run["config"], as_list(run["opts"]))
         folder = Path(cfg.OUTPUT_DIR) if label == "teacher" else output / run["folder"]
         if (folder / "student_final.pth").is_file():

@@ -4,6 +4,7 @@ A suite is a YAML file::
 
     title: RetinaNet on digits
     teacher: {config: configs/digits/retinanet_R34_teacher.yaml}  # trained first if it is not there
+    start: {config: configs/digits/retinanet_R18_distill.yaml, opts: {...}}    # then this one
     baseline: alone
     seeds: [1, 2, 3]
     opts: {SOLVER.MAX_ITER: 3000}                                 # of all arms
@@ -13,8 +14,10 @@ A suite is a YAML file::
       alone x1.5: {config: configs/digits/retinanet_R18.yaml, times: 1.5}
       alone, time of SSIM: {config: configs/digits/retinanet_R18.yaml, same_time_as: SSIM}
 
-The last two are controls: they train ``times`` as many iterations, or as many as fit into the wall
-time that the named arm took with the same seed. Paths start at the repository.
+All arms start with the student that ``start`` trains, where there is one: it is their
+``MODEL.WEIGHTS``. The last two arms are controls: they train ``times`` as many iterations, or as
+many as fit into the wall time that the named arm took with the same seed. Paths start at the
+repository.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from d2kd.config import ConfigError
 from d2kd.engine.setup import merged_config
 from d2kd.heads import node_name
 
-SUITE_KEYS = ("title", "teacher", "baseline", "seeds", "opts", "arms")
+PREPARED = ("teacher", "start")  # detectors that are trained once, before the arms
+SUITE_KEYS = ("title", *PREPARED, "baseline", "seeds", "opts", "arms")
 ARM_KEYS = ("config", "opts", "seeds", "times", "same_time_as")
-TEACHER_KEYS = ("config", "opts")
+PREPARED_KEYS = ("config", "opts")
 # Keys that say where and when something is written or checked, and change no result.
 NO_SETTINGS = (
     "OUTPUT_DIR",
@@ -70,12 +74,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Suite:
-    """Arms by label, in the order of the tables; ``teacher`` is an arm of one seed, or None."""
+    """Arms by label, in the order of the tables; ``prepared`` are what ``PREPARED`` names, as arms
+    of no seed, in the order of their training."""
 
     title: str
     baseline: str
     arms: dict[str, Arm]
-    teacher: Arm | None = None
+    prepared: tuple[Arm, ...] = ()
 
     @property
     def seeds(self) -> list[int]:
@@ -103,6 +108,10 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     _check_keys(f"{path}: arms", data["arms"])
     common, opts = data.get("opts") or {}, opts or {}
     _check_keys(f"{path}: opts", common)
+    prepared = [_prepared(str(path), label, data[label]) for label in PREPARED if label in data]
+    for arm in prepared:
+        if arm.label == "start":
+            common = {"MODEL.WEIGHTS": weights_of(arm), **common}
     arms = {}
     for label, entry in data["arms"].items():
         where = f"{path}: arm '{label}'"
@@ -118,13 +127,20 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
             entry.get("times", 1.0),
             str(entry.get("same_time_as", "")),
         )
-    teacher = data.get("teacher")
-    if teacher is not None:
-        _check_keys(f"{path}: teacher", teacher, TEACHER_KEYS, required=("config",))
-        teacher = Arm("teacher", teacher["config"], (-1,), teacher.get("opts") or {})
-    suite = Suite(str(data.get("title", path.stem)), str(data["baseline"]), arms, teacher)
+    title = str(data.get("title", path.stem))
+    suite = Suite(title, str(data["baseline"]), arms, tuple(prepared))
     check_suite(suite, str(path))
     return suite
+
+
+def _prepared(where: str, label: str, entry: dict) -> Arm:
+    _check_keys(f"{where}: {label}", entry, PREPARED_KEYS, required=("config",))
+    return Arm(label, entry["config"], (), entry.get("opts") or {})
+
+
+def weights_of(prepared: Arm) -> str:
+    """Where the weights of a detector that is trained before the arms lie in the end."""
+    return f"{merged_config(prepared.config, as_list(prepared.opts)).OUTPUT_DIR}/student_final.pth"
 
 
 def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
