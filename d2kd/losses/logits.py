@@ -129,6 +129,12 @@ def mask_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 # ------------------------------------------------------------------------------------------------
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), of float32's absolute precision, without gradient. PyTorch's own computes
+    log1p element by element on a CPU, which took several times as long as all the rest."""
+    return x.abs().neg_().exp_().add_(1).log_().add_(x.relu())
+
+
 class _FocusedDivergence(torch.autograd.Function):
     """sum over anchors of ``counted`` x sum over classes of |q - p|^focus BCE(q, p).
 
@@ -139,7 +145,7 @@ class _FocusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, counted: Tensor, focus: float) -> Tensor:
         p, q = teacher.sigmoid(), student.sigmoid()
-        divergence = F.softplus(student).sub_(p * student)
+        divergence = _softplus(student).sub_(p * student)
         gap = q - p
         size = gap.abs()
         weight = size if focus == 1 else size**focus
