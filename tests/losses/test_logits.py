@@ -306,6 +306,18 @@ def test_binary_kl_of_saturated_logits():
     assert binary_kl(student, teacher).tolist() == pytest.approx([40.0, 40.0, 0.0], abs=1e-5)
 
 
+@pytest.mark.parametrize("s, t", [(-120.0, 120.0), (120.0, -120.0), (-120.0, -120.0), (-20.0, -9.0)])
+def test_dense_class_loss_of_saturated_logits(s, t):
+    """|p - q| BCE(q, p) far from zero, where log(1 + e^x) is x or nothing."""
+    student = torch.full((1, 1, 1), s, requires_grad=True)
+    loss = dense_class_loss(student, torch.full((1, 1, 1), t), torch.zeros(1, 1).long(), 1)
+    loss.backward()
+    p, q = sigmoid(t), sigmoid(s)
+    cross_entropy = max(s, 0) + math.log1p(math.exp(-abs(s))) - p * s
+    assert loss.item() == pytest.approx(abs(p - q) * cross_entropy, rel=1e-5, abs=1e-9)
+    assert student.grad.isfinite().all()
+
+
 def test_focus_between_zero_and_one_is_refused():
     """There the gradient of the weight is infinite where student and teacher agree."""
     with pytest.raises(ValueError, match="focus must be 0 or at least 1"):
