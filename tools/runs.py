@@ -58,7 +58,7 @@ class Processes:
 
 
 # glibc hands the memory of large tensors back to the system after use and has it mapped in anew,
-# several percent of a small detector's step on a CPU. Each step wants the same memory: it may stay.
+# a few percent of a small detector's step on a CPU. Each step wants the same memory: it may stay.
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": f"{2**30}", "MALLOC_MMAP_THRESHOLD_": f"{2**30}"}
 
 
