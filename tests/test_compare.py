@@ -207,7 +207,6 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
 
     def stage(name, command, folder, threads):
         started.append(name)
-        folder.mkdir(parents=True)
         torch.save({"model": {}}, folder / "student_final.pth")
         (folder / "results.json").write_text(json.dumps({"results": {"bbox": {"AP": 9.0}}}))
 
@@ -224,6 +223,15 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
     ]
     settings = suites.settings_of(work.config(work.suite.arms["long"], 1)[0])
     assert settings["file of MODEL.WEIGHTS"] == lines[1]["file"]
+
+    # What was trained with other settings is no teacher of this suite, whatever its folder says.
+    longer = text.replace("{MODEL.WEIGHTS", "{SOLVER.MAX_ITER: 9, MODEL.WEIGHTS", 1)
+    with pytest.raises(
+        ConfigError, match="teacher is a run of other.*MAX_ITER.*is 9; name another"
+    ):
+        comparison(tmp_path, longer).run([])
+    (made / "teacher" / "settings.json").unlink()
+    comparison(tmp_path, longer).prepare(comparison(tmp_path, longer).suite.prepared[0])
 
 
 def test_stretched_schedules(in_root):

@@ -157,12 +157,7 @@ class Comparison:
             return
         if not path.is_file():
             raise ConfigError(f"{folder} was not made by this tool; give another --output")
-        difference = first_difference(json.loads(path.read_text())["settings"], settings)
-        if difference:
-            raise ConfigError(
-                f"{folder} is a run of other settings: {difference}; "
-                "remove it or give another --output"
-            )
+        check_same(folder, settings, "remove it or give another --output")
 
     # --- running -------------------------------------------------------------------------------
 
@@ -219,11 +214,21 @@ class Comparison:
 
     def prepare(self, arm: Arm) -> None:
         """Train the teacher, or the student that all arms start with, if its weights are not there,
-        and evaluate it if no one has."""
+        and evaluate it if no one has.
+
+        Raises:
+            ConfigError: this tool trained it with other settings; names the first key.
+        """
         weights = Path(weights_of(arm))
+        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
+        made_with = weights.parent / "settings.json"
+        settings = settings_of(merged_config(arm.config, as_list(opts)))
+        if made_with.is_file():  # else it was trained by hand, and is taken as it is
+            check_same(weights.parent, settings, f"name another OUTPUT_DIR for the {arm.label}")
         if not weights.is_file():
-            opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
             command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            write_json({"arm": arm.label, "command": command, "settings": settings}, made_with)
             self.stage(arm.label, command, weights.parent, self.threads * self.jobs)
         known, own = self.output / f"{arm.label}.json", weights.parent / "results.json"
         if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
@@ -260,6 +265,18 @@ class Comparison:
         text = "".join(json.dumps(line) + "\n" for line in self.lines())
         write_atomically(self.output / "results.jsonl", lambda path: Path(path).write_text(text))
         write_markdown(self.output)
+
+
+def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
+    """Check that what was trained in ``folder`` had these settings.
+
+    Raises:
+        ConfigError: it had others; names the first key.
+    """
+    made_with = json.loads((folder / "settings.json").read_text())["settings"]
+    difference = first_difference(made_with, settings)
+    if difference:
+        raise ConfigError(f"{folder} is a run of other settings: {difference}; {remedy}")
 
 
 def same_time_iterations(base: dict, other: dict) -> int:
