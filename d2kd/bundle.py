@@ -40,6 +40,7 @@ class DetectorSpec:
         box_hidden_dim: width of the box head's output.
         class_tower_channels: width of the map that a dense detector's class prediction reads.
         rpn_channels: width of the RPN's hidden map.
+        head_strides: levels that the RPN, or the dense head, reads.
         anchors_per_location: A, of the RPN or of the dense head.
         anchors: stride -> the anchors around one location of a dense detector, as (offset of their
             centre in strides, corners); None where these numbers are not known.
@@ -61,6 +62,7 @@ class DetectorSpec:
     box_hidden_dim: int | None = None
     class_tower_channels: int | None = None
     rpn_channels: int | None = None
+    head_strides: tuple[int, ...] = ()
     anchors_per_location: int | None = None
     anchors: dict[int, tuple] | None = None
     box_coding: str | None = None
@@ -121,7 +123,8 @@ class Batch:
 
 
 class Lazy:
-    """A field that is computed when it is first read."""
+    """A field that is computed when it is first read, with gradients wherever that is: a reader under
+    ``no_grad`` must not take them from the next one."""
 
     def __init__(self, compute: Callable):
         self.compute = compute
@@ -144,7 +147,8 @@ class View:
             )
         value = fields[name]
         if isinstance(value, Lazy):
-            value = value.compute()
+            with torch.enable_grad():
+                value = value.compute()
         self.__dict__[name] = value
         return value
 
@@ -291,6 +295,11 @@ class FeatureBundle(View):
         strides = tuple(strides or self.spec.strides)
         pooler = build_pooler(output_size, strides, sampling_ratio, aligned)
         with self._context():
+            if len(strides) == 1:
+                # Detectron2 would ask the device how many boxes each image has.
+                rois = torch.cat(boxes)
+                rois = torch.cat([image_index(boxes)[:, None].to(rois.dtype), rois], dim=1)
+                return pooler.level_poolers[0](self.pyramid[strides[0]], rois)
             return pooler([self.pyramid[s] for s in strides], [Boxes(b) for b in boxes])
 
 
@@ -322,7 +331,7 @@ def dense_delta_weights(model: nn.Module) -> tuple[float, ...]:
     return tuple(getattr(model.box2box_transform, "weights", (1.0, 1.0, 1.0, 1.0)))
 
 
-def _pooled_strides(model: nn.Module, in_features: Sequence[str]) -> tuple[int, ...]:
+def _strides_of(model: nn.Module, in_features: Sequence[str]) -> tuple[int, ...]:
     strides = feature_strides(model)
     return tuple(strides[name] for name in in_features)
 
@@ -355,7 +364,7 @@ def describe_detector(
     if hasattr(model, "roi_heads") and hasattr(model.roi_heads, "box_pooler"):
         _describe_roi_heads(model, known, fields)
     if hasattr(getattr(model, "proposal_generator", None), "rpn_head"):
-        _describe_rpn(model.proposal_generator, known, fields)
+        _describe_rpn(model, known, fields)
     if hasattr(model, "head") and hasattr(model, "head_in_features"):
         _describe_dense(model, known, fields)
     if student is not None:
@@ -369,7 +378,7 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
     predictor = stages[0][2]
     known.update(
         num_classes=roi_heads.num_classes,
-        roi_strides=_pooled_strides(model, roi_heads.box_in_features),
+        roi_strides=_strides_of(model, roi_heads.box_in_features),
         roi_resolution=roi_heads.box_pooler.output_size[0],
         num_stages=len(stages),
         box_hidden_dim=predictor.cls_score.in_features,
@@ -380,7 +389,7 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
     mask_pooler = getattr(roi_heads, "mask_pooler", None)
     if mask_pooler is not None:
         known["mask_resolution"] = mask_pooler.output_size[0]
-        known["mask_strides"] = _pooled_strides(model, roi_heads.mask_in_features)
+        known["mask_strides"] = _strides_of(model, roi_heads.mask_in_features)
         fields |= {"mask", "mask.features"}
         if hasattr(roi_heads.mask_head, "predictor"):
             # The only mask of a detector of one class is that class's.
@@ -389,9 +398,10 @@ def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None
             fields.add("mask.logits")
 
 
-def _describe_rpn(rpn: nn.Module, known: dict, fields: set[str]) -> None:
-    head = rpn.rpn_head
+def _describe_rpn(model: nn.Module, known: dict, fields: set[str]) -> None:
+    rpn, head = model.proposal_generator, model.proposal_generator.rpn_head
     known["anchors_per_location"] = rpn.anchor_generator.num_anchors[0]
+    known["head_strides"] = _strides_of(model, rpn.in_features)
     fields.add("rpn.anchors")
     if hasattr(head, "conv") and hasattr(head, "objectness_logits"):
         known["rpn_channels"] = head.objectness_logits.in_channels
@@ -403,6 +413,7 @@ def _describe_dense(model: nn.Module, known: dict, fields: set[str]) -> None:
         num_classes=model.num_classes,
         anchors_per_location=model.anchor_generator.num_anchors[0],
         anchors=_dense_anchors(model),
+        head_strides=_strides_of(model, model.head_in_features),
         box_coding=type(model.box2box_transform).__name__,
     )
     fields |= {"dense.logits", "dense.deltas", "dense.anchors"}

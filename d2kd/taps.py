@@ -56,7 +56,7 @@ class Taps:
             for suffix, _, _ in box_stages(self.student.roi_heads):
                 paths += [f"roi_heads.box_head{suffix}", f"roi_heads.box_predictor{suffix}"]
         if "mask" in fields:
-            paths.append("roi_heads.mask_pooler")
+            paths += ["roi_heads.mask_pooler", "roi_heads.mask_head"]
         if "mask.logits" in fields:
             paths.append("roi_heads.mask_head.predictor")
         if "rpn.anchors" in fields:
@@ -143,20 +143,14 @@ class Taps:
     def _mask_view(self) -> MaskView:
         (_, pooler_boxes), features = self._calls["roi_heads.mask_pooler"][0]
         boxes = [b.tensor.detach() for b in pooler_boxes]
-        num_classes = self.spec.num_classes
-
-        def labels() -> Tensor:
-            proposals, _ = self._outputs("roi_heads")[0]
-            classes = torch.cat([p.gt_classes for p in proposals])
-            return classes[(classes >= 0) & (classes < num_classes)]
-
+        (_, instances), _ = self._calls["roi_heads.mask_head"][0]
         fields = {"features": features}
         if "mask.logits" in self.spec.fields:
             fields["logits"] = self._outputs("roi_heads.mask_head.predictor")[0]
         return MaskView(
             "student",
             boxes=boxes,
-            labels=Lazy(labels),
+            labels=torch.cat([i.gt_classes for i in instances]),
             image_index=Lazy(lambda: image_index(boxes)),
             **fields,
         )

@@ -55,7 +55,8 @@ RULES = {
     "PROFILE": one_of(PROFILES),
     "ADAPTER_INIT": one_of(INITS),
     "NODES": Rule(
-        lambda value: len(value) > 0 and min(value) >= 1, "it must have a positive number a level"
+        lambda value: bool(value) and all(type(n) is int and n >= 1 for n in value),
+        "it must have a positive integer a level",
     ),
     "INSTANCE_LEVELS": COUNT,
     "POOL_RESOLUTION": COUNT,

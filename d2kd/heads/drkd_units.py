@@ -205,8 +205,8 @@ def squared_relation_gap(
         + _quadratic(matrix_t, teacher_scatter, matrix_t)
     ).sum()
     spread = size - 2 * _quadratic(matrix_s, cross_scatter, matrix_t).sum()
-    resolved = spread > 8 * torch.finfo(spread.dtype).eps * size
-    return torch.where(resolved, spread, 0.0) + num_pixels * (offset_s - offset_t).square().sum()
+    unresolved = spread <= 8 * torch.finfo(spread.dtype).eps * size
+    return torch.where(unresolved, 0.0, spread) + num_pixels * (offset_s - offset_t).square().sum()
 
 
 class _Moments(torch.autograd.Function):
@@ -223,7 +223,9 @@ class _Moments(torch.autograd.Function):
         means = student.mean(2), teacher.mean(2)
         ctx.save_for_backward(student, teacher, *means)
         student, teacher = student - means[0].unsqueeze(2), teacher - means[1].unsqueeze(2)
-        return *means, student @ student.mT, student @ teacher.mT, teacher @ teacher.mT
+        scatter = teacher @ teacher.mT
+        ctx.mark_non_differentiable(means[1], scatter)
+        return *means, student @ student.mT, student @ teacher.mT, scatter
 
     @staticmethod
     @full_precision  # autocast may be on where backward() is called

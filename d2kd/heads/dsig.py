@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms
-from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ..adapters import Adapters, build_adapters, build_roi_adapter, pair_levels
@@ -74,11 +73,14 @@ class TopPredictions:
         """Per image (n_i, 4) xyxy boxes, best first, clipped to the image; constants."""
         levels = [self._decode(dense, stride) for stride in dense.logits]
         boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        # A delta that overflowed is for the trainer to report; here it only has to be a box.
+        boxes = boxes.nan_to_num()
         kept = []
-        for *image, size in zip(boxes, scores, classes, image_sizes, strict=True):
-            kept.append(Boxes(image[0][batched_nms(*image, self.nms_threshold)[: self.per_image]]))
-            kept[-1].clip(size)
-        return [b.tensor for b in kept]
+        for *image, (height, width) in zip(boxes, scores, classes, image_sizes, strict=True):
+            best = image[0][batched_nms(*image, self.nms_threshold)[: self.per_image]]
+            x, y = best[:, 0::2].clamp(0, width), best[:, 1::2].clamp(0, height)
+            kept.append(torch.stack([x, y], dim=2).flatten(1))
+        return kept
 
     def _decode(self, dense: DenseView, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, n, 4), scores (B, n) and classes (B, n) of a level's best pairs."""
@@ -102,6 +104,7 @@ class _Graph:
         student, teacher: (R, C, P, P) pooled features.
         foreground, has_edges: (R,) bool.
         image_index: (R,) long.
+        edge_counts: nodes with edges, image by image, where they are known without asking the device.
     """
 
     student: Tensor
@@ -109,6 +112,7 @@ class _Graph:
     foreground: Tensor
     has_edges: Tensor
     image_index: Tensor
+    edge_counts: list[int] | None = None
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -267,7 +271,8 @@ class DSIG(DistillHead):
         boxes = self.predictions(student.dense, student.image_sizes)
         index = image_index(boxes)
         every = torch.ones_like(index, dtype=torch.bool)
-        return _Graph(self._pool(student, boxes), self._pool(teacher, boxes), every, every, index)
+        nodes = self._pool(student, boxes), self._pool(teacher, boxes)
+        return _Graph(*nodes, every, every, index, [len(b) for b in boxes])
 
     def _pool(self, bundle: FeatureBundle, boxes: list[Tensor]) -> Tensor:
         return bundle.pool(boxes, self.node_resolution, strides=self.node_strides)
@@ -292,9 +297,11 @@ class DSIG(DistillHead):
 
     def _compare_edges(self, graph: _Graph, num_images: int) -> Tensor:
         """Edge loss of the nodes that have edges, packed: most background RoIs have none."""
-        # Waits for the device: how large the largest graph is decides shapes.
-        counts = graph.image_index.new_zeros(num_images)
-        counts = counts.index_add(0, graph.image_index, graph.has_edges.long()).tolist()
+        counts = graph.edge_counts
+        if counts is None:
+            # Waits for the device: how large the largest graph is decides shapes.
+            counts = graph.image_index.new_zeros(num_images)
+            counts = counts.index_add(0, graph.image_index, graph.has_edges.long()).tolist()
         shape = num_images, max(counts)
         nodes = graph.student.flatten(1), graph.teacher.flatten(1)
         if counts == [len(graph.has_edges) / num_images] * num_images:
@@ -384,6 +391,8 @@ def _check_values(node: CfgNode, student: DetectorSpec) -> None:
 
 def _weights(node: CfgNode, student: DetectorSpec) -> dict[str, float]:
     """Weight of each term that is switched on and that a student of this kind has."""
+    if node.MASK_NODES and not node.FOREGROUND_WEIGHT:
+        raise ConfigError("DISTILL.DSIG.MASK_NODES weighs as FOREGROUND_WEIGHT, which is 0")
     weights = {term: node[key] for term, key in WEIGHT_KEYS.items()}
     weights["mask_node"] = node.FOREGROUND_WEIGHT if node.MASK_NODES else 0.0
     if not student.two_stage:
@@ -403,10 +412,12 @@ def _check_pair(
     same code.
     """
     outputs = "roi" if student.two_stage else "dense"
-    alike = ("num_classes",) if student.two_stage else ("num_classes", "anchors_per_location")
+    alike = () if student.two_stage else ("anchors_per_location",)
+    # Deltas of RoIs may come one box a class; those of anchors never do.
+    boxes_alike = ("num_classes", "box_coding") if student.two_stage else (*alike, "box_coding")
     needs: dict[str, tuple[str, str, tuple[str, ...]]] = {
-        "class": (f"{outputs}.logits", "CLASS_WEIGHT 0", alike),
-        "box": (f"{outputs}.deltas", "BOX_WEIGHT 0", (*alike, "box_coding")),
+        "class": (f"{outputs}.logits", "CLASS_WEIGHT 0", ("num_classes", *alike)),
+        "box": (f"{outputs}.deltas", "BOX_WEIGHT 0", boxes_alike),
         "mask": ("mask.logits", "MASK_WEIGHT 0", ("num_classes",)),
         "mask_node": ("mask.features", "MASK_NODES False", ()),
     }

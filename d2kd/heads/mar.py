@@ -119,6 +119,8 @@ class MAR(DistillHead):
         if relation_weight:
             _check_site(site, student_spec, teacher_spec)
         strides = pair_levels(student_spec, teacher_spec, node.STRIDES)
+        if relation_weight and site in MAP_SITES:
+            _check_map_levels(site, strides, student_spec, teacher_spec)
         adapters = build_adapters(
             student_spec,
             teacher_spec,
@@ -164,19 +166,22 @@ class MAR(DistillHead):
         return terms
 
     def build_masks(self, student: FeatureBundle, gt_boxes: list[Tensor]) -> dict[int, Tensor]:
-        """The multi-value masks of a batch: stride -> (B, H, W).
+        """The multi-value masks of a batch: stride -> (B, H, W) for the levels in use.
+
+        Which objects take part in a level depends on all levels, those out of use too.
 
         Args:
             student: gives the sizes of the levels and the anchors; levels without anchors of
                 their own get pseudo-anchors.
             gt_boxes: per image (n, 4).
         """
-        sizes = {s: tuple(student.pyramid[s].shape[-2:]) for s in self.strides}
+        sizes = {s: tuple(level.shape[-2:]) for s, level in student.pyramid.items()}
         view = {"rpn.anchors": "rpn", "dense.anchors": "dense"}.get(self.anchors)
         anchors = dict(getattr(student, view).anchors) if view else {}
         without = {s: size for s, size in sizes.items() if s not in anchors}
         anchors.update(pseudo_anchors(without, student.pyramid[self.strides[0]].device))
-        return multi_value_masks(anchors, sizes, gt_boxes, **self.mask_options)
+        masks = multi_value_masks(anchors, sizes, gt_boxes, **self.mask_options)
+        return {s: masks[s] for s in self.strides}
 
     def _relate(
         self, student: FeatureBundle, teacher: FeatureBundle, masks: dict[int, Tensor]
@@ -266,7 +271,7 @@ class Advice:
             values["detection"] = sum(batch.student_losses.values())
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0) + value
-        elif batch.iteration >= self.end and self.sums:
+        if batch.iteration >= self.end - 1 and self.sums:
             # Waits for the device once in a training: the log needs numbers.
             names, sums = list(self.sums), torch.stack(list(self.sums.values())).tolist()
             self.sums = {}
@@ -306,6 +311,22 @@ def _check_site(site: str, *specs: DetectorSpec) -> None:
                 f"{spec.meta_arch} has none here; DISTILL.MAR.RELATION.SITE has {list(SITES)}, and "
                 "DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
             )
+
+
+def _check_map_levels(
+    site: str, strides: Sequence[int], student: DetectorSpec, teacher: DetectorSpec
+) -> None:
+    """Refuse relations on maps where none of the levels in use has them in both detectors.
+
+    Raises:
+        ConfigError: names the levels that have.
+    """
+    common = sorted(set(student.head_strides) & set(teacher.head_strides))
+    if not set(strides) & set(common):
+        raise ConfigError(
+            f"relations at '{site}' are on the levels of stride {common}, and DISTILL.MAR.STRIDES "
+            f"leaves {list(strides)}; DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
+        )
 
 
 def _anchor_field(anchors: str, student: DetectorSpec) -> str:

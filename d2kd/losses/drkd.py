@@ -119,5 +119,5 @@ def _check_profile(profile: str) -> None:
 
 
 def _sqrt_with_zero_gradient_at_zero(squared: Tensor) -> Tensor:
-    positive = squared > 0
-    return torch.where(positive, squared.where(positive, squared.new_ones(())).sqrt(), 0.0)
+    zero = squared <= 0  # not "> 0" inverted: what is no number stays none
+    return torch.where(zero, 0.0, squared.masked_fill(zero, 1.0).sqrt())

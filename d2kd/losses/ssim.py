@@ -257,11 +257,17 @@ def median_patch_std(
 ) -> Tensor:
     """Median over all patches of the standard deviation of the rescaled map (B, C, H, W); scalar.
 
-    Below about sqrt(C2) = 0.03 the constant C2 masks the structure term.
+    Below about sqrt(C2) = 0.03 the constant C2 masks the structure term. With scope "channel" only
+    live channels count, as in the loss; nan where there is none.
     """
-    s = min_max_rescale(x, rescale)
-    _, _, variance, _, _ = patch_statistics(s, s, window_size, sigma)
-    return variance.median().sqrt()
+    planes = min_max_rescale(x, rescale).flatten(0, 1)
+    if rescale == "channel":
+        planes = planes[live_channels(x).flatten()]
+    blur = Blur.like(planes, window_size, sigma)
+    # In place, a plane at a time: the log must not need more memory than the loss.
+    for plane in planes:
+        plane.copy_(blur(plane * plane) - blur(plane).square())
+    return planes.clamp_(min=0).median().sqrt()
 
 
 def _luminance(mu_s: Tensor, mu_t: Tensor, c1: float) -> Tensor:

@@ -142,7 +142,7 @@ def test_sizes_of_the_released_code(distiller):
 
 @pytest.mark.parametrize("term", sorted(TERMS))
 def test_terms_alone(distiller, term):
-    """A term of weight 0 is gone, with its parameters; the others keep their value."""
+    """A term of weight 0 is gone, with its parameters; the other stays finite."""
     keys = [("DISTILL.DRKD." + f"{t}_WEIGHT".upper(), 0.0) for t in TERMS - {term}]
     model = distiller(opts=tuple(part for key in keys for part in key))
     losses = run_step(model, make_batch())
@@ -344,3 +344,12 @@ def test_choose_boxes():
     assert torch.equal(first[0], boxes[0])
     assert torch.equal(first[1], second[1]) and len(first[1].unique(dim=0)) == 5
     assert not torch.equal(first[1], choose_boxes(boxes, 5, seed=8)[1])
+
+
+@PROFILES
+def test_a_teacher_that_is_no_number_shows(distiller, profile):
+    """A teacher that overflows gives losses that are no numbers: the trainer stops at those."""
+    model = distiller("faster", ("DISTILL.DRKD.PROFILE", profile))
+    model.teacher.model.backbone.fpn_output3.weight.data[0] = math.nan
+    terms = {k: v for k, v in run_step(model, make_batch()).items() if "drkd_pixel" in k}
+    assert terms and all(loss.isnan() for loss in terms.values())

@@ -60,11 +60,14 @@ def kd_terms(losses_of_step: dict) -> dict[str, torch.Tensor]:
 
 
 def assert_healthy(model, terms: dict[str, torch.Tensor]) -> None:
-    """Terms are finite, and so are their gradients on the student; the teacher has none."""
-    assert all(torch.isfinite(loss) for loss in terms.values())
+    """Terms are finite, and each has a finite gradient on the student; the teacher has none."""
+    parameters = list(model.student.backbone.parameters())
+    for loss in terms.values():
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        gradients = [g for g in gradients if g is not None]
+        assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)
+        assert any(g.abs().max() > 0 for g in gradients) == bool(loss > 0)
     sum(terms.values()).backward()
-    gradients = [p.grad for p in model.student.backbone.parameters() if p.grad is not None]
-    assert gradients and all(torch.isfinite(g).all() for g in gradients)
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
 
@@ -315,6 +318,44 @@ def test_dense_terms_equal_the_formulas(teacher_files):
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("heads", [["DSIG", "Logits"], ["Logits", "DSIG"]])
+def test_reading_predictions_leaves_gradients_to_other_heads(teacher_files, heads):
+    """Nodes are chosen without gradients; a head that compares the same outputs later has its own."""
+    opts = ("DISTILL.DSIG.CLASS_WEIGHT", 0.0, "DISTILL.DSIG.BOX_WEIGHT", 0.0)
+    student, teacher = detector_config("retinanet"), teacher_files("retinanet")
+    model = build(distiller_config(student, heads, teacher, opts))
+    losses_of_step = run_step(model, make_batch())
+    for term in ("cls", "box"):
+        loss = losses_of_step[f"loss_kd_logits_{term}"]
+        (gradient,) = torch.autograd.grad(
+            loss, model.student.backbone.fpn_output3.weight, retain_graph=True
+        )
+        assert gradient.abs().max() > 0
+
+
+def test_predictions_that_overflow_are_boxes():
+    """An infinite delta at a confident anchor is the trainer's to report: boxes stay in the image."""
+    anchors = {8: torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]])}
+    deltas = torch.tensor([[[float("inf"), 0.0, 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0]]])
+    view = SimpleNamespace(
+        logits={8: torch.ones(1, 2, 3)},
+        deltas={8: deltas},
+        anchors=anchors,
+        decode=lambda deltas, anchors: anchors + deltas,
+    )
+    (boxes,) = TopPredictions()(view, [(32, 48)])
+    assert (boxes >= 0).all() and (boxes <= torch.tensor([48, 32, 48, 32])).all()
+
+
+def test_dense_boxes_of_other_classes(teacher_files):
+    """Box deltas of dense detectors have no class: detectors of other classes can compare them."""
+    teacher = teacher_files("retinanet", num_classes=4)
+    with pytest.raises(ConfigError, match="'class' needs detectors of the same num_classes"):
+        make_distiller(teacher, "retinanet")
+    model = make_distiller(teacher, "retinanet", ("CLASS_WEIGHT", 0.0))
+    assert "box" in kd_terms(run_step(model, make_batch()))
 
 
 def test_mask_terms(teacher_files):

@@ -302,7 +302,7 @@ def test_default_weights(distiller):
         ("faster", "RELATION.SITE", "class_tower", "dense.class_tower"),
         ("retinanet", "RELATION.SITE", "rpn_dense", "rpn.features"),
         ("retinanet", "RELATION.PIXEL_WEIGHTS", "even", "'uniform'"),
-        ("retinanet", "STRIDES", [4], "4"),
+        ("retinanet", "STRIDES", [4], r"no level of stride \[4\]"),
         ("retinanet", "ADAPTER", "maybe", "'always'"),
         ("retinanet", "ADAPTER_KERNEL", 2, r"valid: \[1, 3\]"),
         ("retinanet", "MASK.IOU_RATIO", 1.0, "below 1"),
@@ -332,6 +332,30 @@ def test_advice(distiller, caplog):
     assert model.distill_heads["MAR"].mask_weight == 3
 
 
+@pytest.mark.parametrize("arch, stride", [("faster", 16), ("retinanet", 32)])
+def test_masks_do_not_depend_on_the_levels_in_use(distiller, arch, stride):
+    """An object takes part in a level by the best anchor of all levels, those out of use too."""
+    masks = []
+    for strides in ([], [stride]):
+        model = distiller(arch, ("DISTILL.MAR.STRIDES", strides))
+        head = model.distill_heads["MAR"]
+        build = head.build_masks
+        head.build_masks = lambda *args, build=build: masks.append(build(*args)) or masks[-1]
+        run_step(model, make_batch())
+    every, one = masks
+    assert one.keys() == {stride} and len(every) == 5
+    torch.testing.assert_close(one[stride], every[stride])
+
+
+def test_relations_need_a_level_of_the_head(distiller):
+    """STRIDES without a level of the relation's maps is refused when the head is built."""
+    with pytest.raises(ConfigError, match=r"on the levels of stride \[8, 16, 32, 64\].*\[4\]"):
+        opts = ("DISTILL.MAR.STRIDES", [4], "DISTILL.MAR.RELATION.SITE", "rpn_dense")
+        levels = ("MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"])
+        sizes = ("MODEL.ANCHOR_GENERATOR.SIZES", [[16]])
+        distiller("faster", (*opts, *levels, *sizes))
+
+
 @pytest.mark.parametrize(
     "share, expected",
     [(0.2, "stays at 3"), (0.02, "WEIGHT 30 would"), (2.0, "WEIGHT 0.3 would"), (0.0, "stays")],
@@ -353,6 +377,12 @@ def test_advice_window():
     for iteration in range(10, 18):
         advice.update(Step(iteration), {"mask": torch.tensor(float(iteration))}, {"mask": 3.0})
     assert said == [{"mask": 2.0 * (12 + 13), "detection": 4.0}]
+    # A head that stops with the window has spoken.
+    advice = Advice(4)
+    advice._log = lambda sums, weights: said.append(sums)
+    for iteration in range(4):
+        advice.update(Step(iteration), {"mask": torch.tensor(1.0)}, {"mask": 3.0})
+    assert len(said) == 2
 
 
 def test_tool_draws_the_masks(tmp_path, digits_root):
