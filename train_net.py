@@ -19,6 +19,7 @@ from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessRaisedException
 
 from d2kd.config import ConfigError, student_config
+from d2kd.data.loader import validate_loader_config
 from d2kd.engine.hooks import check_teacher, read_teacher_results
 from d2kd.engine.setup import model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
@@ -54,6 +55,7 @@ def train(cfg, args) -> dict:
     """Train ``cfg``, from the last checkpoint with ``--resume``."""
     # First of all, because the heads' schedules end with SOLVER.MAX_ITER.
     cfg = DistillTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    validate_loader_config(cfg, comm.get_world_size())
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
     seed_all_rng(seed)
     # Before the output folder is made: a head may refuse the pair.
@@ -61,9 +63,12 @@ def train(cfg, args) -> dict:
     start_logging(cfg, args)
     trainer = DistillTrainer(cfg, seed, model)
     trainer.resume_or_load(resume=args.resume)
-    if isinstance(model, Distiller) and model.teacher is not None and cfg.DISTILL.TEACHER.CHECK:
-        if trainer.start_iter == 0 or not read_teacher_results(cfg.OUTPUT_DIR):
+    if isinstance(model, Distiller):
+        # All ranks take part, or none: that of the folder's machine knows.
+        checked = trainer.start_iter > 0 and bool(read_teacher_results(cfg.OUTPUT_DIR))
+        if model.teacher and cfg.DISTILL.TEACHER.CHECK and not comm.all_gather(checked)[0]:
             check_teacher(cfg, model.teacher, DistillTrainer)
+        model.release_unread_teacher()
     trainer.train()
     return trainer.last_results
 

@@ -123,8 +123,8 @@ class Batch:
 
 
 class Lazy:
-    """A field that is computed when it is first read, with gradients wherever that is: a reader under
-    ``no_grad`` must not take them from the next one."""
+    """A field that is computed when it is first read, with gradients wherever that is: a reader
+    under ``no_grad`` must not take them from the next one."""
 
     def __init__(self, compute: Callable):
         self.compute = compute

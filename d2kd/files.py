@@ -24,12 +24,16 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
             os.remove(temporary)
 
 
-def write_json(data, path: str | os.PathLike) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
 
     def write(temporary: str) -> None:
         with open(temporary, "w") as file:
-            json.dump(data, file, indent=1)
-            file.write("\n")
+            file.write(text)
 
     write_atomically(path, write)
+
+
+def write_json(data, path: str | os.PathLike) -> None:
+    """Write ``data`` to ``path``, whole or not at all."""
+    write_text(json.dumps(data, indent=1) + "\n", path)

@@ -69,6 +69,7 @@ class Distiller(nn.Module):
         self.distill_heads = nn.ModuleDict(heads or {})
         self.schedules = schedules or {}
         self.max_iter = max_iter
+        self._resting: set[str] = set()
         # In a tuple the teacher is no submodule, whatever it is.
         self._hidden = (teacher,)
         self._inheritance = plan_inheritance(student, teacher.model, inherit) if inherit else None
@@ -142,9 +143,20 @@ class Distiller(nn.Module):
         losses[name] = _TouchParameters.apply(losses[name], *self.distill_heads.parameters())
         return losses
 
+    def rest_heads(self) -> None:
+        """To be called after the backward pass: leave heads that were at rest in it as they are.
+
+        DistributedDataParallel gives parameters without a gradient one of zeros, by which an
+        optimiser with momentum or weight decay would move them.
+        """
+        for name, head in self.distill_heads.items():
+            if name in self._resting:
+                head.zero_grad(set_to_none=True)
+
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         iteration = get_event_storage().iter
         factors = {name: self.schedules[name](iteration) for name in self.distill_heads}
+        self._resting = {name for name, factor in factors.items() if not factor}
         terms: dict[str, Tensor] = {}
         if any(factors.values()):
             batch = Batch.from_inputs(

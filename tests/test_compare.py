@@ -89,6 +89,7 @@ def test_suites_of_the_repository(path, in_root):
         ("times: 1.5", "times: 0", "arm 'long': times is 0"),
         ("same_time_as: wide", "same_time_as: wider", "same_time_as 'wider' is no arm"),
         ("same_time_as: wide", "same_time_as: wide, opts: {SEED: 3}", "needs the config and opts"),
+        ("alone: {", "alone: {same_time_as: long, ", "the baseline's time is its own"),
         ("  long:", "  As long As wide:", "would share a folder"),
         (
             f"alone: {{config: {STUDENT}}}",
@@ -179,6 +180,9 @@ def test_order_and_controls(tmp_path, in_root):
     assert not work.ready(control)
     finish(work, "wide", 2, step_seconds=0.75, hook_seconds=6.0)
     assert work.ready(control)
+    # The trainings import what the comparison does.
+    work.imports = ["--import=heads.py"]
+    assert "--import=heads.py" in work.command(work.suite.arms["alone"], {})
     # 60 steps of 0.75 s and 6 s more are 51 s, in which the student alone makes 102 steps.
     assert work.config(*control)[0].SOLVER.MAX_ITER == 102
 
@@ -350,13 +354,47 @@ def test_stopping(tmp_path):
 
     thread = threading.Thread(target=lambda: pytest.raises(SystemExit, work, "run"))
     thread.start()
-    while not processes._running:
+    while not processes._running and thread.is_alive():
         thread.join(0.01)
     processes.stop()
     thread.join(30)
     assert not thread.is_alive()
     with pytest.raises(SystemExit, match="stopped"):
         work("next")
+
+
+def test_what_another_comparison_makes_is_not_made_twice(tmp_path):
+    """Suites share teachers: of two comparisons one trains it, the other is told."""
+    done = tmp_path / "teacher" / "results.json"
+    make = ["-c", f"open({str(done)!r}, 'w')"]
+    done.parent.mkdir()
+    with runs.lock_file(done.parent / ".results.json.lock", "teacher"):
+        with pytest.raises(SystemExit, match="another process is at it"):
+            runs.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    assert not done.exists()
+    runs.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    assert done.exists()
+
+
+def test_tasks_that_wait_for_each_other():
+    """What can never start is an error, not an endless wait."""
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        runs.run_in_order(
+            ["a", "b"], print, jobs=1, ready=lambda _: False, processes=runs.Processes()
+        )
+
+
+@pytest.mark.parametrize("left", ["results.json", "last_checkpoint"])
+def test_a_strangers_training_is_not_gone_on_with(tmp_path, in_root, left):
+    """A teacher's folder with a training of somebody else, and no weights, is refused."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / left).write_text("{}")
+    text = ARMS + f"teacher: {{config: {STUDENT}, opts: {{OUTPUT_DIR: {folder}}}}}\n"
+    work = comparison(tmp_path, text)
+    with pytest.raises(ConfigError, match=f"has a {left} but no student_final.pth"):
+        work.prepare(work.suite.prepared[0])
+    assert [path.name for path in folder.iterdir()] == [left]
 
 
 def test_sigterm_in_the_background(tmp_path, monkeypatch, in_root):

@@ -267,6 +267,31 @@ def test_a_killed_build_leaves_no_dataset(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".digits.lock", "digits"]
 
 
+def test_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+    """The old copy, moved aside and killed there, is back before anything is built."""
+    target, replace_file = tmp_path / "data", os.replace
+    target.mkdir()
+    (target / "mine").touch()
+    calls = []
+
+    def die_at_the_second(*args) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(*args)
+
+    monkeypatch.setattr(os, "replace", die_at_the_second)
+    child = multiprocessing.get_context("fork").Process(
+        target=build_directory, args=(target, lambda fresh: None, lambda: False)
+    )
+    child.start()
+    child.join(30)
+    monkeypatch.undo()
+    assert child.exitcode == -signal.SIGKILL and not target.exists()
+    assert not build_directory(target, lambda fresh: None, lambda: (target / "mine").exists())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".data.lock", "data"]
+
+
 def test_a_failed_rebuild_keeps_the_old_copy(tmp_path):
     """An error while filling leaves the target as it was and nothing beside it."""
     target = tmp_path / "data"

@@ -167,6 +167,20 @@ def test_an_inactive_head_is_not_computed(teacher_files, monkeypatch):
     assert active == [5, 6] and len(calls) == 2
 
 
+def test_a_resting_head_has_no_gradient(teacher_files):
+    """Not even the zeros that DDP gives it, by which weight decay would move it."""
+    opts = ("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 5)
+    cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"], opts)
+    distiller = build(cfg)
+    for iteration, has in ((4, False), (5, True)):
+        run_step(distiller, make_batch(), iteration=iteration)
+        for parameter in distiller.distill_heads.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        distiller.rest_heads()
+        grads = [p.grad is not None for p in distiller.distill_heads.parameters()]
+        assert grads and all(g == has for g in grads)
+
+
 def test_two_heads_give_the_sum_of_their_losses(teacher_files):
     """A head's loss does not depend on the heads beside it; WEIGHT multiplies it."""
     cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])

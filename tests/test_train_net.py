@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 import train_net
 from d2kd import ConfigError, Teacher
 from d2kd.engine.setup import import_user_module, read_config, start_logging
-from d2kd.engine.trainer import write_losses
+from d2kd.engine.trainer import _check_parameters, write_losses
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -108,6 +108,37 @@ def test_resume_equals_no_stop(job, tmp_path):
         for run in (expected, found)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+
+
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        ([("a", (2, 3)), ("b", (4,))], None),
+        (None, None),  # of a version that did not keep them
+        ([("a", (2, 5)), ("b", (4,))], r"it has a \[2, 5\] where this config has a \[2, 3\]"),
+        ([("b", (4,)), ("a", (2, 3))], r"it has b \[4\] where this config has a"),
+        ([("a", (2, 3))], r"it has nothing where this config has b"),
+    ],
+    ids=["same", "unknown", "other shape", "other order", "one less"],
+)
+def test_the_optimisers_state_is_for_the_same_parameters(saved, message):
+    """It knows parameters by position only: others are refused, not mixed up."""
+    own = [("a", (2, 3)), ("b", (4,))]
+    if message is None:
+        _check_parameters(saved, own)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            _check_parameters(saved, own)
+
+
+def test_resuming_with_another_head(job, tmp_path):
+    """A checkpoint of other heads is refused in one line."""
+    folder, config_file = job
+    shutil.copy(folder / "out" / "model_0000001.pth", tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    opts = ["DISTILL.HEADS", "['SSIM', 'DSIG']", "OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(SystemExit, match="error: the checkpoint is of a model with other param"):
+        train_net.run(["--config-file", config_file, "--resume", *opts])
 
 
 def test_evaluation_builds_no_teacher(job, tmp_path, monkeypatch, capsys):

@@ -28,6 +28,7 @@ from runs import ROOT
 from suite import Suite, read_suite, suite_of_configs
 
 from d2kd.config import ConfigError
+from d2kd.engine.setup import import_user_module
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     parser.add_argument(
         "--keep-checkpoints", action="store_true", help="also those before the end of a run"
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="as of train_net.py: a file or module to import first",
     )
     parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE overrides of all runs")
     return parser
@@ -88,7 +97,11 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or Path("output/compare") / (args.suite.stem if args.suite else "")
     output = output.resolve()
     signal.signal(signal.SIGTERM, _stop)
+    # The trainings run elsewhere.
+    imports = [os.path.abspath(name) if name.endswith(".py") else name for name in args.imports]
     try:
+        for name in imports:
+            import_user_module(name)
         suite = suite_of(args)
         os.chdir(ROOT)
         comparison = Comparison(
@@ -97,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             jobs=args.jobs,
             threads=args.threads,
             keep_checkpoints=args.keep_checkpoints,
+            imports=imports,
         )
         output.mkdir(parents=True, exist_ok=True)
         comparison.run(args.arms, args.seeds)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from report import write_markdown
@@ -26,7 +26,8 @@ from suite import (
 from d2kd.config import ConfigError, student_config
 from d2kd.engine.setup import merged_config, read_config
 from d2kd.engine.trainer import DistillTrainer
-from d2kd.files import write_atomically, write_json
+from d2kd.files import write_json, write_text
+from d2kd.teacher import load_teacher_weights
 
 
 class Comparison:
@@ -37,13 +38,22 @@ class Comparison:
         output: folder of the runs; ``<arm>_<seed>`` each.
         jobs: runs at a time; ``threads``: CPU threads of each.
         keep_checkpoints: leave a finished run's checkpoints of the way.
+        imports: modules that the trainings import first.
     """
 
     def __init__(
-        self, suite: Suite, output: Path, *, jobs: int, threads: int, keep_checkpoints: bool = False
+        self,
+        suite: Suite,
+        output: Path,
+        *,
+        jobs: int,
+        threads: int,
+        keep_checkpoints: bool = False,
+        imports: Sequence[str] = (),
     ):
         self.suite, self.output, self.jobs, self.threads = suite, output, jobs, threads
         self.keep_checkpoints = keep_checkpoints
+        self.imports = [f"--import={name}" for name in imports]
         self.processes, self.devices = Processes(), Devices(jobs)
 
     # --- what there is to do -----------------------------------------------------------------
@@ -187,12 +197,17 @@ class Comparison:
         cfg, opts = self.config(arm, seed)
         settings, folder = settings_of(cfg), self.folder(arm, seed)
         self.check_settings(arm, seed, settings)
-        command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
+        command = self.command(arm, opts)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "settings.json").is_file():
             about = {"arm": arm.label, "seed": seed, "threads": self.threads, "command": command}
             write_json({**about, "settings": settings}, folder / "settings.json")
         self.stage(f"{arm.label} {seed}", command, folder, self.threads)
+
+    def command(self, arm: Arm, opts: dict) -> list[str]:
+        """Arguments of Python for a training that goes on where it was left."""
+        train = ["train_net.py", "--resume", *self.imports, "--config-file", arm.config]
+        return [*train, *as_list(opts)]
 
     def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
         environment = self.devices.take()
@@ -226,7 +241,8 @@ class Comparison:
         if made_with.is_file():  # else it was trained by hand, and is taken as it is
             check_same(weights.parent, settings, f"name another OUTPUT_DIR for the {arm.label}")
         if not weights.is_file():
-            command = ["train_net.py", "--resume", "--config-file", arm.config, *as_list(opts)]
+            _check_continuable(weights, made_with.is_file())
+            command = self.command(arm, opts)
             weights.parent.mkdir(parents=True, exist_ok=True)
             write_json({"arm": arm.label, "command": command, "settings": settings}, made_with)
             self.stage(arm.label, command, weights.parent, self.threads * self.jobs)
@@ -263,7 +279,7 @@ class Comparison:
     def save(self) -> None:
         """Write results.jsonl and the tables."""
         text = "".join(json.dumps(line) + "\n" for line in self.lines())
-        write_atomically(self.output / "results.jsonl", lambda path: Path(path).write_text(text))
+        write_text(text, self.output / "results.jsonl")
         write_markdown(self.output)
 
 
@@ -277,6 +293,23 @@ def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
     difference = first_difference(made_with, settings)
     if difference:
         raise ConfigError(f"{folder} is a run of other settings: {difference}; {remedy}")
+
+
+def _check_continuable(weights: Path, is_own: bool) -> None:
+    """Check that what is in the folder of missing ``weights`` can be gone on with.
+
+    Args:
+        is_own: whether this tool began it.
+
+    Raises:
+        ConfigError: it is somebody else's training, or finished and its weights are gone.
+    """
+    for name in ("results.json", "last_checkpoint"):
+        if (weights.parent / name).is_file() and not (is_own and name == "last_checkpoint"):
+            raise ConfigError(
+                f"{weights.parent} has a {name} but no {weights.name}: put that back, remove the "
+                "folder or name another OUTPUT_DIR in the suite"
+            )
 
 
 def same_time_iterations(base: dict, other: dict) -> int:
@@ -295,5 +328,5 @@ def evaluate(arm: Arm, weights: str) -> dict:
     cfg = merged_config(arm.config, as_list(arm.opts))
     cfg.MODEL.DEVICE = "cuda" if Devices(1).count else "cpu"
     model = build_model(student_config(cfg))
-    DetectionCheckpointer(model).load(weights)
+    load_teacher_weights(model, weights)
     return DistillTrainer.test(cfg, model)

@@ -16,6 +16,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
 from d2kd.config import student_config
+from d2kd.files import write_atomically
 
 WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (60, 60, 255)  # BGR, as OpenCV's
 
@@ -150,4 +151,4 @@ def save_picture(
         data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         if len(data) <= most_bytes:
             break
-    path.write_bytes(data)
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))

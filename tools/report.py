@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from d2kd.files import write_atomically
+from d2kd.files import write_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
@@ -206,5 +206,5 @@ def write_markdown(output: Path, pictures: dict[str, str] | None = None) -> str:
     page = f"# {lines[0]['suite'] if lines and lines[0]['suite'] else 'Comparison'}\n\n{text}\n"
     for title, name in (pictures or {}).items():
         page += f"\n![{title}]({name})\n"
-    write_atomically(output / "report.md", lambda path: Path(path).write_text(page))
+    write_text(page, output / "report.md")
     return text

@@ -13,7 +13,7 @@ from report_plots import plot_curves, plot_gains
 from suite import as_list
 
 from d2kd.engine.setup import merged_config
-from d2kd.files import write_atomically
+from d2kd.files import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
@@ -35,7 +35,7 @@ def write_report(output: Path) -> str:
     pictures = draw_pictures(lines, output) if by_arm(lines) else {}
     text = write_markdown(output, pictures)
     page = page_of(lines, {title: output / name for title, name in pictures.items()})
-    write_atomically(output / "report.html", lambda path: Path(path).write_text(page))
+    write_text(page, output / "report.html")
     return text
 
 

@@ -11,6 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from report import by_arm, half_interval, is_control, mean_of, paired_gains, tasks_of
 
+from d2kd.files import write_atomically
+
 TASK_NAMES = {"bbox": "box AP", "segm": "mask AP"}
 CONTROL, METHOD = "#b8bec7", "#3d6fb6"
 # The same figures give the same file.
@@ -19,7 +21,8 @@ matplotlib.rcParams.update({"svg.hashsalt": "d2kd", "font.size": 10, "axes.axisb
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    options = {"format": path.suffix[1:], "bbox_inches": "tight", "metadata": {"Date": None}}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
     plt.close(figure)
 
 

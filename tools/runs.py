@@ -83,12 +83,8 @@ def run_stage(
     Raises:
         SystemExit: it failed, or another process works on it; names the log.
     """
-    if done.exists():
-        print(f"{name}: done before", flush=True)
-        return
-    start = time.perf_counter()
-    print(f"{name} ...", flush=True)
-    logs.mkdir(parents=True, exist_ok=True)
+    for folder in (logs, done.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     log = logs / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.log"
     environment = {
         **_KEEP_MEMORY,
@@ -99,8 +95,29 @@ def run_stage(
         "OMP_NUM_THREADS": str(threads),
         **(environment or {}),
     }
-    processes = processes or Processes()
-    with lock_file(log.with_suffix(".lock"), name) as lock, log.open("w") as file:
+    # Beside what it makes, which others may make too: suites share teachers.
+    with lock_file(done.parent / f".{done.name}.lock", name) as lock:
+        if done.exists():
+            print(f"{name}: done before", flush=True)
+            return
+        start = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        code, last = _run_logged(name, command, log, environment, lock, processes or Processes())
+    if code != 0 or not done.exists():
+        raise SystemExit(f"{name} failed ({last[:200]}); its output is in {log}")
+    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _run_logged(
+    name: str, command: list[str], log: Path, environment: dict, lock, processes: Processes
+) -> tuple[int, str]:
+    """Run ``python command`` with its output in ``log``, showing its progress.
+
+    Returns:
+        Exit status, and the last line.
+    """
+    last = ""
+    with log.open("w") as file:
         process = processes.start(
             [sys.executable, *command],
             cwd=ROOT,
@@ -110,7 +127,6 @@ def run_stage(
             text=True,
             pass_fds=[lock.fileno()],
         )
-        last = ""
         try:
             for line in process.stdout:
                 file.write(line)
@@ -124,9 +140,7 @@ def run_stage(
         finally:
             code = process.wait()
             processes.forget(process)
-    if code != 0 or not done.exists():
-        raise SystemExit(f"{name} failed ({last[:200]}); its output is in {log}")
-    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return code, last
 
 
 def lock_file(path: Path, name: str):
@@ -175,6 +189,8 @@ def run_in_order(
                     break
                 waiting.remove(task)
                 running[pool.submit(work, task)] = task
+            if not running:
+                raise RuntimeError(f"these wait for each other: {waiting}")
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
                 if future.exception() is None:

@@ -179,6 +179,8 @@ def check_suite(suite: Suite, where: str) -> None:
                 f"{place}: same_time_as '{arm.same_time_as}' is no arm with a time of its own; "
                 f"valid: {known}"
             )
+        if arm is base:
+            raise ConfigError(f"{place}: the baseline's time is its own; remove same_time_as")
         if (arm.config, arm.opts) != (base.config, base.opts) or arm.times != 1:
             raise ConfigError(
                 f"{place}: same_time_as needs the config and opts of the baseline "

@@ -28,6 +28,8 @@ import published
 import report
 from runs import ROOT
 
+from d2kd.files import write_text
+
 BLOCK = re.compile(r"(<!-- measured: (\w+) ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         if new != old:
             stale.append(str(page.relative_to(ROOT)))
             if not args.check:
-                page.write_text(new)
+                write_text(new, page)
     if stale:
         print(f"{'stale' if args.check else 'updated'}: {', '.join(stale)}")
         sys.exit(1 if args.check else 0)

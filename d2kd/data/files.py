@@ -34,10 +34,12 @@ def build_directory(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(str(target.parent / f".{target.name}")):
+        for leftover in target.parent.glob(f".{target.name}.new-*"):
+            if not target.exists() and (leftover / "old").exists():
+                os.replace(leftover / "old", target)  # killed between the two renames below
+            shutil.rmtree(leftover)
         if is_current():
             return False
-        for leftover in target.parent.glob(f".{target.name}.new-*"):
-            shutil.rmtree(leftover)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
             fresh = work / "new"

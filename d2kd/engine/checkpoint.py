@@ -7,7 +7,7 @@ import os
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from ..files import write_atomically
+from ..files import write_atomically, write_text
 from ..meta_arch import HEADS_PREFIX, Distiller
 
 
@@ -26,11 +26,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(basename)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        def write(temporary: str) -> None:
-            with open(temporary, "w") as file:
-                file.write(last_filename_basename)
-
-        write_atomically(os.path.join(self.save_dir, "last_checkpoint"), write)
+        write_text(last_filename_basename, os.path.join(self.save_dir, "last_checkpoint"))
 
     def _load_model(self, checkpoint):
         """Load a Distiller part by part: Detectron2 follows a name to its module where shapes

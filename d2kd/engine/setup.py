@@ -115,12 +115,13 @@ def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
 
 
 def model_config(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """``cfg`` to build the model from: without pretrained weights that a checkpoint replaces."""
+    """``cfg`` to build the model from: without weights that a checkpoint replaces."""
     if not (args.eval_only or resumes(cfg, args)):
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.DISTILL.INHERIT = []
     cfg.freeze()
     return cfg
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 import weakref
@@ -102,6 +103,9 @@ class StepTrainer(TrainerBase):
         total = sum(losses.values())
         self.optimizer.zero_grad()
         (total if self.scaler is None else self.scaler.scale(total)).backward()
+        model = unwrap(self.model)
+        if isinstance(model, Distiller):
+            model.rest_heads()
         write_losses(losses, data_time, self.iter)
         if self.scaler is None:
             self.optimizer.step()
@@ -115,6 +119,7 @@ class StepTrainer(TrainerBase):
             **super().state_dict(),
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
+            "parameters": self._parameters(),
             "cost": self.cost.state_dict(),
         }
         # Dense detectors keep the running mean of their loss normaliser outside the state dict.
@@ -125,7 +130,19 @@ class StepTrainer(TrainerBase):
             state["scaler"] = self.scaler.state_dict()
         return state
 
+    def _parameters(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of what is trained, in the order of the optimiser's state."""
+        named = unwrap(self.model).named_parameters()
+        return [(name, tuple(p.shape)) for name, p in named if p.requires_grad]
+
     def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a checkpoint of this config.
+
+        Raises:
+            ConfigError: it is of a model with other parameters; names the first.
+        """
+        # The optimiser's state knows its parameters by position only, and does not look at shapes.
+        _check_parameters(state_dict.get("parameters"), self._parameters())
         super().load_state_dict(state_dict)
         self.seed = state_dict["seed"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
@@ -136,6 +153,18 @@ class StepTrainer(TrainerBase):
             detector_of(self.model).loss_normalizer = state_dict["loss_normalizer"]
         if self.scaler is not None and "scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["scaler"])
+
+
+def _check_parameters(saved: list | None, own: list) -> None:
+    """Refuse a checkpoint whose optimiser state is not for these parameters (name, shape)."""
+    for before, now in itertools.zip_longest(saved if saved is not None else own, own):
+        if before != now:
+            was, is_now = (f"{x[0]} {list(x[1])}" if x else "nothing" for x in (before, now))
+            raise ConfigError(
+                f"the checkpoint is of a model with other parameters (it has {was} where this "
+                f"config has {is_now}): resume with its own config, or train into another "
+                "OUTPUT_DIR, with MODEL.WEIGHTS to start from its weights"
+            )
 
 
 def use_fused_update(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -215,7 +244,6 @@ class DistillTrainer(DefaultTrainer):
         if isinstance(model, Distiller):
             if not resumes:
                 model.inherit_weights()
-            model.release_unread_teacher()
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; before them those of the heads, behind them the end of training."""

@@ -104,7 +104,7 @@ class _Graph:
         student, teacher: (R, C, P, P) pooled features.
         foreground, has_edges: (R,) bool.
         image_index: (R,) long.
-        edge_counts: nodes with edges, image by image, where they are known without asking the device.
+        edge_counts: nodes with edges, by image, where they are known without asking the device.
     """
 
     student: Tensor

@@ -322,7 +322,7 @@ def test_dense_terms_equal_the_formulas(teacher_files):
 
 @pytest.mark.parametrize("heads", [["DSIG", "Logits"], ["Logits", "DSIG"]])
 def test_reading_predictions_leaves_gradients_to_other_heads(teacher_files, heads):
-    """Nodes are chosen without gradients; a head that compares the same outputs later has its own."""
+    """Nodes are chosen without gradients; a head that reads the same outputs later has its own."""
     opts = ("DISTILL.DSIG.CLASS_WEIGHT", 0.0, "DISTILL.DSIG.BOX_WEIGHT", 0.0)
     student, teacher = detector_config("retinanet"), teacher_files("retinanet")
     model = build(distiller_config(student, heads, teacher, opts))
@@ -336,7 +336,7 @@ def test_reading_predictions_leaves_gradients_to_other_heads(teacher_files, head
 
 
 def test_predictions_that_overflow_are_boxes():
-    """An infinite delta at a confident anchor is the trainer's to report: boxes stay in the image."""
+    """An infinite delta is the trainer's to report: boxes stay in the image."""
     anchors = {8: torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]])}
     deltas = torch.tensor([[[float("inf"), 0.0, 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0]]])
     view = SimpleNamespace(
