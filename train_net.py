@@ -68,7 +68,6 @@ def train(cfg, args) -> dict:
         checked = trainer.start_iter > 0 and bool(read_teacher_results(cfg.OUTPUT_DIR))
         if model.teacher and cfg.DISTILL.TEACHER.CHECK and not comm.all_gather(checked)[0]:
             check_teacher(cfg, model.teacher, DistillTrainer)
-        model.release_unread_teacher()
     trainer.train()
     return trainer.last_results
 

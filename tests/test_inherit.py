@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from detectron2.engine import DefaultTrainer
 
 from d2kd import ConfigError
 from d2kd.engine.trainer import DistillTrainer
@@ -102,8 +103,9 @@ def test_dense_detectors_have_a_head(tmp_path):
 
 
 @pytest.mark.parametrize("heads", [(), ("ToyMimic",)])
-def test_a_teacher_that_no_head_reads_is_let_go(heads, teacher, tmp_path):
-    """After inheriting, the teacher stays for heads only: a plain student need not pay for it."""
+def test_a_teacher_that_no_head_reads_is_let_go(heads, teacher, tmp_path, monkeypatch):
+    """It is there to be checked; in training it stays for heads only: a plain student need not pay
+    for it."""
     file, expected = teacher
     cfg = heir(file, ["fpn"], heads=heads)
     cfg.OUTPUT_DIR = str(tmp_path)
@@ -112,6 +114,9 @@ def test_a_teacher_that_no_head_reads_is_let_go(heads, teacher, tmp_path):
     assert torch.equal(
         trainer.model.student.backbone.fpn_output2.weight, expected["backbone.fpn_output2.weight"]
     )
+    assert trainer.model.teacher is not None
+    monkeypatch.setattr(DefaultTrainer, "train", lambda self: None)
+    trainer.train()
     assert (trainer.model.teacher is None) == (not heads)
 
 

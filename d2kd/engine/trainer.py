@@ -245,6 +245,13 @@ class DistillTrainer(DefaultTrainer):
             if not resumes:
                 model.inherit_weights()
 
+    def train(self) -> None:
+        """Train, without a teacher that only gave its weights."""
+        model = unwrap(self.model)
+        if isinstance(model, Distiller):
+            model.release_unread_teacher()
+        super().train()
+
     def build_hooks(self) -> list:
         """Detectron2's hooks; before them those of the heads, behind them the end of training."""
         model, hooks = unwrap(self.model), []

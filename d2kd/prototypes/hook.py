@@ -13,7 +13,7 @@ from torch import nn
 
 from ..files import write_json
 from .generate import PrototypeGenerator
-from .store import PrototypeBank
+from .store import PrototypeBank, Prototypes
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,13 @@ class PrototypeHook(HookBase):
         self.period = self.cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.REFRESH_PERIOD
         if self.period < 0:
             self.period = -(-self.generate.num_images // self.cfg.SOLVER.IMS_PER_BATCH)
-        self.made_at = int(self.bank.iteration)
+        # What a new run finds in the bank is of the run whose checkpoint it starts from.
+        found = self.trainer.start_iter > 0 and self.bank.has_prototypes
+        node = self.cfg.DISTILL.GLOBAL_KNOWLEDGE
+        if not found and node.PROTOTYPES.FILE:
+            self.bank.fill(Prototypes.load(node.PROTOTYPES.FILE), node.SCHEDULE.START_ITER)
+            found = True
+        self.made_at = int(self.bank.iteration) if found else -1
         self.costs: list[dict] = []
 
     def before_step(self) -> None:
@@ -56,10 +62,7 @@ class PrototypeHook(HookBase):
     def _is_due(self, iteration: int) -> bool:
         if not self.distiller.schedules[self.head](iteration):
             return False
-        # Prototypes of a later iteration are of another run, whose checkpoint this one starts from.
-        if not 0 <= self.made_at <= iteration:
-            return True
-        return 0 < self.period <= iteration - self.made_at
+        return self.made_at < 0 or 0 < self.period <= iteration - self.made_at
 
     def refresh(self, iteration: int) -> None:
         """Make the prototypes of ``iteration``, on all processes together."""

@@ -64,6 +64,7 @@ class Prototypes:
         """Read a file that :meth:`save` wrote.
 
         Raises:
+            OSError: it cannot be read.
             ValueError: it is another kind of file.
         """
         try:
@@ -106,6 +107,11 @@ class PrototypeBank(nn.Module):
             self.register_buffer(f"teacher_{stride}", torch.zeros(*room, teacher_channels[stride]))
             self.register_buffer(f"present_{stride}", torch.zeros(room, dtype=torch.bool))
         self.register_buffer("iteration", torch.tensor(-1))
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether any class has one (a checkpoint of other sizes leaves a bank empty)."""
+        return any(bool(self.level(stride)[2].any()) for stride in self.strides)
 
     def level(self, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Student features (K, M, C_s), teacher features (K, M, C_t) and presence (K, M)."""

@@ -190,6 +190,39 @@ def test_terms_match_loops(tmp_path):
         assert value.item() == pytest.approx(factors[name] * total[name], rel=1e-4), name
 
 
+def test_dense_soft_labels_match_a_loop(tmp_path):
+    """One-stage: each positive anchor's class scores, weighted by its own reliability."""
+    cfg = head_config(tmp_path, "retinanet", f"{NODE}.LEVEL_SIZE", 10.0)
+    model, head = build_filled(cfg)
+    forward, found = head.forward, {}
+
+    def spy(student, teacher, batch):
+        found["terms"] = forward(student, teacher, batch)
+        labels, anchors = student.dense.labels, torch.cat(list(student.dense.anchors.values()))
+        logits = [torch.cat(list(x.dense.logits.values()), 1) for x in (student, teacher)]
+        values = []
+        for image, n in (labels < CLASSES).logical_and(labels >= 0).nonzero().tolist():
+            box = anchors[n].abs()  # as the released code, which mirrors what is out of the image
+            stride = head.bank.strides[size_level(anchors[n], 10, len(head.bank.strides))]
+            height, width = student.pyramid[stride].shape[-2:]
+            x1, y1, x2, y2 = (box / stride).floor().int().tolist()
+            ends = slice(min(y1, height - 1), y2 + 1), slice(min(x1, width - 1), x2 + 1)
+            features = [
+                x.pyramid[stride][image][:, ends[0], ends[1]].mean((1, 2)).detach()
+                for x in (student, teacher)
+            ]
+            r = loop_reliability(features, head.bank.level(stride), labels[image, n])
+            mine, its = (z[image, n].detach() / 2 for z in logits)
+            kl = (its.softmax(0) * (its.log_softmax(0) - mine.log_softmax(0))).sum()
+            values.append(r * 4 * kl.item() / CLASSES)
+        found["expected"] = sum(values) / len(values)
+        return found["terms"]
+
+    head.forward = spy
+    run_step(model, make_batch((2, 3)), iteration=4)
+    assert found["terms"]["soft"].item() == pytest.approx(found["expected"], rel=1e-4)
+
+
 def size_level(box, base: float, levels: int) -> int:
     width, height = (box[2:] - box[:2] + 1).tolist()
     return min(max(math.floor(math.log2(math.sqrt(width * height) / base)), 0), levels - 1)
@@ -230,7 +263,10 @@ def test_options(tmp_path, arch, option):
         "no attenuation": {"global", "foreground", "background"},
         "1x1": {"foreground", "background"},
     }[option]
-    assert changed and changed <= expected
+    if (arch, option) == ("faster", "gt"):
+        assert changed and changed <= expected  # the positives may be the ground truth
+    else:
+        assert changed == expected
 
 
 def test_terms_can_be_switched_off(tmp_path):
@@ -497,7 +533,7 @@ def test_refresh_times(tmp_path, refreshes, period, start, expected):
     model = build(cfg)
     head = model.distill_heads["GlobalKnowledge"]
     (hook,) = head.build_hooks(cfg)
-    hook.trainer = SimpleNamespace(model=model, iter=0)
+    hook.trainer = SimpleNamespace(model=model, iter=0, start_iter=0)
     hook.before_train()
     for hook.trainer.iter in range(6):
         hook.before_step()
@@ -564,21 +600,51 @@ def test_death_in_a_refresh(tmp_path, monkeypatch, refreshes):
     assert refreshes == [0, 3]
 
 
-def test_prototypes_of_another_run_are_replaced(tmp_path, refreshes):
-    """A new run from a distilled checkpoint makes its own prototypes."""
+@pytest.mark.parametrize(
+    "filled_at, start_iter, expected",
+    [(90, 0, [0]), (0, 0, [0]), (0, 1, []), (None, 1, [1])],
+    ids=["of a later iteration", "of the first", "of this run", "none in the checkpoint"],
+)
+def test_whose_prototypes_are_used(tmp_path, refreshes, filled_at, start_iter, expected):
+    """A run goes on with its own; what came with the weights that it starts from is replaced."""
     cfg = training_config(tmp_path, f"{NODE}.PROTOTYPES.REFRESH_PERIOD", 0)
-    model, head = build_filled(cfg)
-    head.bank.fill(random_prototypes(head.bank.strides), 90)
+    model = build(cfg)
+    head = model.distill_heads["GlobalKnowledge"]
+    head.bank.iteration.fill_(0)
+    if filled_at is not None:
+        head.bank.fill(random_prototypes(head.bank.strides), filled_at)
     (hook,) = head.build_hooks(cfg)
-    hook.trainer = SimpleNamespace(model=model, iter=1)
+    hook.trainer = SimpleNamespace(model=model, iter=start_iter, start_iter=start_iter)
     hook.before_train()
     hook.before_step()
-    assert refreshes == [1]
+    assert refreshes == expected
 
 
-def test_generation_matches_direct_features(tmp_path):
-    """Prototypes are rows of the eval-mode features, as selected by the pursuit."""
-    cfg = training_config(tmp_path, arch="retinanet")
+def test_a_file_of_prototypes_is_not_lost_to_a_checkpoint(tmp_path, refreshes):
+    """PROTOTYPES.FILE is what a new run uses, whatever bank came with its weights."""
+    path = str(tmp_path / "prototypes.pth")
+    cfg = training_config(tmp_path, f"{NODE}.PROTOTYPES.REFRESH_PERIOD", 0)
+    model, head = build_filled(cfg)
+    wanted = random_prototypes(head.bank.strides)
+    wanted.save(path)
+    cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.FILE = path
+    for stride in head.bank.strides:
+        head.bank.level(stride)[0].zero_()
+    (hook,) = head.build_hooks(cfg)
+    hook.trainer = SimpleNamespace(model=model, iter=0, start_iter=0)
+    hook.before_train()
+    hook.before_step()
+    assert refreshes == []
+    for stride, level in wanted.levels.items():
+        student, _, present = head.bank.level(stride)
+        torch.testing.assert_close(student[present], level.student)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_generation_matches_direct_features(tmp_path, size):
+    """Prototypes are rows of the eval-mode features of images of the test size, as selected by
+    the pursuit."""
+    cfg = training_config(tmp_path, "INPUT.MIN_SIZE_TEST", size, arch="retinanet")
     model, head = build_filled(cfg)
     channels = [{s: c for s in head.strides} for c in (16, 24)]
     generator = PrototypeGenerator(cfg, CLASSES, *channels)
@@ -591,9 +657,10 @@ def test_generation_matches_direct_features(tmp_path):
         assert torch.equal(level.student, again.levels[stride].student)
         for row in range(len(level.instances)):
             instance = prototypes.instances[level.instances[row]]
-            image = torch.as_tensor(np.asarray(Image.open(instance.file_name))[:, :, ::-1].copy())
+            image = Image.open(instance.file_name).resize((size, size), Image.BILINEAR)
+            image = torch.as_tensor(np.asarray(image)[:, :, ::-1].copy())
             inputs = [{"image": image.permute(2, 0, 1), "height": 64, "width": 64}]
-            x1, y1, x2, y2 = (int(v // stride) for v in instance.box)
+            x1, y1, x2, y2 = (int(v * size / 64 // stride) for v in instance.box)
             for detector, rows in (
                 (model.student, level.student),
                 (model.teacher.model, level.teacher),
