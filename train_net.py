@@ -9,6 +9,7 @@ python train_net.py --config-file ... --resume SOLVER.MAX_ITER 9000
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -24,6 +25,9 @@ from d2kd.engine.hooks import check_teacher, read_teacher_results
 from d2kd.engine.setup import model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.meta_arch import Distiller
+
+
+logger = logging.getLogger("d2kd.train_net")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,6 +65,12 @@ def train(cfg, args) -> dict:
     # Before the output folder is made: a head may refuse the pair.
     model = build_model(model_config(cfg, args))
     start_logging(cfg, args)
+    if cfg.DISTILL.HEADS and not isinstance(model, Distiller):
+        logger.warning(
+            "Training %s without distillation: DISTILL.HEADS is for the Distiller of "
+            "MODEL.META_ARCHITECTURE",
+            cfg.MODEL.META_ARCHITECTURE,
+        )
     trainer = DistillTrainer(cfg, seed, model)
     trainer.resume_or_load(resume=args.resume)
     if isinstance(model, Distiller):

@@ -122,7 +122,11 @@ def cost_table(data: dict) -> str:
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         promised = bound(row)
-        text = f"{row['overhead']:.2f}" + (f" (≤ {promised:.2f})" if promised else "")
+        text = f"{row['overhead']:.2f}"
+        if promised and row["overhead"] <= promised:
+            text += f" (≤ {promised:.2f})"
+        elif promised:
+            text = f"{row['overhead']:.3f} (above {promised:.2f})"
         cells.setdefault(label(row), {})[pair_name(row)] = text
     table = [[heads, *(found.get(pair, "-") for pair in pairs)] for heads, found in cells.items()]
     text = tabulate(table, headers=["heads", *pairs], tablefmt="pipe", disable_numparse=True)

@@ -26,8 +26,11 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_gains(lines: list[dict], path: Path) -> bool:
+def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
     """Bars of the paired gains in AP with 95 % intervals, with the cost of a step beside each.
+
+    Args:
+        times: whether the machine was idle enough to show that cost.
 
     Returns:
         Whether there was anything to plot.
@@ -47,10 +50,11 @@ def plot_gains(lines: list[dict], path: Path) -> bool:
         sharey=True,
     )
     colours = [CONTROL if is_control(next(iter(r.values()))) else METHOD for r in arms.values()]
-    labels = [
-        f"{label}  ({mean_of(runs, 'step_seconds') / mean_of(base, 'step_seconds'):.2f}x a step)"
-        for label, runs in arms.items()
-    ]
+    labels = list(arms)
+    if times:
+        alone = mean_of(base, "step_seconds")
+        costs = [mean_of(runs, "step_seconds") / alone for runs in arms.values()]
+        labels = [f"{label}  ({cost:.2f}x a step)" for label, cost in zip(arms, costs, strict=True)]
     for axis, task in zip(axes[0], tasks, strict=True):
         gains = [paired_gains(runs, base, task) for runs in arms.values()]
         means = [g.mean() if len(g) else 0.0 for g in gains]
