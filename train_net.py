@@ -26,7 +26,6 @@ from d2kd.engine.setup import model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.meta_arch import Distiller
 
-
 logger = logging.getLogger("d2kd.train_net")
 
 
