@@ -91,7 +91,8 @@ class Batch:
 
     Attributes:
         inputs: Detectron2's ``batched_inputs``.
-        gt_boxes: per image (n_i, 4) xyxy in pixels of the resized image, on the model's device.
+        instances: per image the ground truth, with Detectron2's fields, on the model's device.
+        gt_boxes: per image (n_i, 4) xyxy in pixels of the resized image.
         gt_classes: per image (n_i,) long.
         image_sizes: (h, w) of each resized image, before padding.
         iteration, max_iter: the current iteration, from 0, and the length of training.

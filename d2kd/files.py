@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
     content reaches the disk before the name does.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
+    _remove_leftovers(path)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -22,6 +24,24 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+    for leftover in glob.glob(f"{glob.escape(os.fspath(path))}.*.tmp"):
+        process = leftover.rsplit(".", 2)[1]
+        if process.isdigit() and not _is_alive(int(process)):
+            os.remove(leftover)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(text: str, path: str | os.PathLike) -> None:

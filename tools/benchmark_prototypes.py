@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import resource
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from d2kd.engine.cost import peak_memory
 from d2kd.files import write_json
 from d2kd.prototypes.select import dense_candidates, matching_pursuit, select_prototypes
 
@@ -54,11 +54,6 @@ def naive_pursuit(
     return chosen
 
 
-def peak_memory_mib() -> float:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, default=80)
@@ -88,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def select_everything(args: argparse.Namespace) -> dict:
     """The whole selection: seconds, seconds of CPU time, and growth of the memory in MiB."""
-    before, spent, busy, found = peak_memory_mib(), 0.0, 0.0, 0
+    before, spent, busy, found = peak_memory(torch.device("cpu")), 0.0, 0.0, 0
     for case in range(args.classes * args.levels):
         features = draw_features(args.instances, args.channels, case)
         start, start_busy = time.perf_counter(), time.process_time()
@@ -101,7 +96,7 @@ def select_everything(args: argparse.Namespace) -> dict:
         "prototypes": found,
         "seconds": spent,
         "cpu_seconds": busy,
-        "memory_growth_mib": peak_memory_mib() - before,
+        "memory_growth_mib": peak_memory(torch.device("cpu")) - before,
     }
 
 

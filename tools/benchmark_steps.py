@@ -8,23 +8,25 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import resource
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2kd import Batch, Teacher, add_distillation_config
+from d2kd import Batch, Teacher
 from d2kd.bundle import FeatureBundle, Lazy, View
-from d2kd.config import load_config
+from d2kd.engine.cost import peak_memory as process_peak
+from d2kd.engine.setup import merged_config
 from d2kd.engine.trainer import unwrap, use_fused_update
 from d2kd.meta_arch import Distiller
 
+_FOLDER = tempfile.TemporaryDirectory()  # of the teachers' configs; goes with the process
 BASES = {
     "faster": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "cascade": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
@@ -39,9 +41,7 @@ PRECISIONS = {"": None, "bf16": torch.bfloat16}
 
 def detector_config(arch: str, depth: int, device: str) -> CfgNode:
     """The zoo's config of ``arch`` with a ResNet of ``depth``, random weights, on ``device``."""
-    cfg = get_cfg()
-    add_distillation_config(cfg)
-    load_config(cfg, BASES[arch])
+    cfg = merged_config(BASES[arch], [])
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.DEVICE = device
     cfg.MODEL.RESNETS.DEPTH = depth
@@ -55,9 +55,9 @@ def distiller_config(student: CfgNode, heads: list[str], teacher: CfgNode, opts:
     cfg.DISTILL.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
     cfg.MODEL.META_ARCHITECTURE = "Distiller"
     cfg.DISTILL.HEADS = heads
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
-        file.write(teacher.dump())
-    cfg.DISTILL.TEACHER.CONFIG_FILE = file.name
+    file = Path(_FOLDER.name) / f"{len(os.listdir(_FOLDER.name))}.yaml"
+    file.write_text(teacher.dump())
+    cfg.DISTILL.TEACHER.CONFIG_FILE = str(file)
     cfg.DISTILL.TEACHER.WEIGHTS = "random"
     cfg.merge_from_list(opts)
     return cfg
@@ -275,7 +275,7 @@ def peak_memory() -> float:
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return process_peak(torch.device("cpu"))
 
 
 OPERATORS = {

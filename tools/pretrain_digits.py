@@ -19,7 +19,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.layers import ShapeSpec
@@ -27,9 +27,9 @@ from detectron2.modeling.backbone import Backbone, build_resnet_backbone
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
-from d2kd import add_distillation_config
 from d2kd.backbones.timm_fpn import build_timm_backbone
-from d2kd.config import ConfigError, load_config
+from d2kd.config import ConfigError
+from d2kd.engine.setup import merged_config
 from d2kd.files import write_atomically
 
 
@@ -138,13 +138,10 @@ def grow(weights: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
 
 def read_config(path: str) -> CfgNode:
     """The config of a detector; ends the program if it is broken."""
-    cfg = get_cfg()
-    add_distillation_config(cfg)
     try:
-        load_config(cfg, path)
+        return merged_config(path, [])
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    return cfg
 
 
 def save(weights: dict[str, Tensor], path: str) -> None:

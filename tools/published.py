@@ -18,11 +18,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from runs import ROOT
 from tabulate import tabulate
 
-from d2kd.config import add_distillation_config, load_config
+from d2kd.engine.setup import merged_config
 from d2kd.teacher import RANDOM_WEIGHTS, teacher_config
 
 CONFIGS = ROOT / "configs"
@@ -77,10 +77,7 @@ def published(folder: Path = CONFIGS) -> list[Published]:
 
 
 def read(config: str) -> CfgNode:
-    cfg = get_cfg()
-    add_distillation_config(cfg)
-    load_config(cfg, str(ROOT / config))
-    return cfg
+    return merged_config(str(ROOT / config), [])
 
 
 def read_teacher(cfg: CfgNode) -> CfgNode:
