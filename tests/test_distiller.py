@@ -109,10 +109,15 @@ def test_loading_reports_keys_as_the_file_names_them(teacher_files):
 
 
 def test_deepcopy_of_the_student_is_independent(teacher_files):
-    """An EMA that deep-copies the student gets a plain detector."""
+    """An EMA that deep-copies the student gets a plain detector with weights of its own."""
     distiller = build(distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"]))
     ema = copy.deepcopy(distiller.student)
     assert set(ema.state_dict()) == set(build(detector_config()).state_dict())
+    before = {name: value.clone() for name, value in distiller.student.state_dict().items()}
+    for parameter in ema.parameters():
+        parameter.data.fill_(1.0)
+    for name, value in distiller.student.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_copies_and_pickles_record_for_themselves(teacher_files):
@@ -183,12 +188,16 @@ def test_a_resting_head_has_no_gradient(teacher_files):
 
 def test_two_heads_give_the_sum_of_their_losses(teacher_files):
     """A head's loss does not depend on the heads beside it; WEIGHT multiplies it."""
-    cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
-    doubled = distiller_config(
-        detector_config(), ["ToyMimic"], teacher_files["faster"], ("DISTILL.TOY_MIMIC.WEIGHT", 2.0)
-    )
-    one, two = (run_step(build(c), make_batch())["loss_kd_toy_mimic"] for c in (cfg, doubled))
-    assert two.item() == pytest.approx(2 * one.item(), rel=1e-6)
+
+    def losses_of(heads: list[str], *opts) -> dict[str, float]:
+        cfg = distiller_config(detector_config(), heads, teacher_files["faster"], opts)
+        step = run_step(build(cfg), make_batch())
+        return {name: loss.item() for name, loss in step.items() if name.startswith("loss_kd")}
+
+    toy, ssim = losses_of(["ToyMimic"]), losses_of(["SSIM"])
+    assert losses_of(["ToyMimic", "SSIM"]) == pytest.approx(toy | ssim, rel=1e-6)
+    doubled = losses_of(["ToyMimic"], "DISTILL.TOY_MIMIC.WEIGHT", 2.0)
+    assert doubled == pytest.approx({name: 2 * loss for name, loss in toy.items()}, rel=1e-6)
 
 
 def test_usable_without_a_config():
