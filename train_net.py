@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessRaisedException
 from d2kd.config import ConfigError, student_config
 from d2kd.data.loader import validate_loader_config
 from d2kd.engine.hooks import check_teacher, read_teacher_results
-from d2kd.engine.setup import model_config, read_config, start_logging
+from d2kd.engine.setup import add_import_argument, model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.meta_arch import Distiller
 
@@ -32,14 +32,7 @@ logger = logging.getLogger("d2kd.train_net")
 def build_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments, and ``--import``."""
     parser = default_argument_parser(epilog=__doc__)
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a file or module to import first, e.g. one that registers a head of yours",
-    )
+    add_import_argument(parser)
     return parser
 
 

@@ -28,7 +28,7 @@ from runs import ROOT
 from suite import Suite, read_suite, suite_of_configs
 
 from d2kd.config import ConfigError
-from d2kd.engine.setup import import_user_module
+from d2kd.engine.setup import add_import_argument, import_user_module
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,14 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-checkpoints", action="store_true", help="also those before the end of a run"
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="as of train_net.py: a file or module to import first",
-    )
+    add_import_argument(parser)
     parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE overrides of all runs")
     return parser
 

@@ -36,6 +36,18 @@ from .trainer import find_evaluator
 logger = logging.getLogger(__name__)
 
 
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """``--import MODULE``, as often as needed: ``imports``, for :func:`import_user_module`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a file or module to import first, e.g. one that registers a head of yours",
+    )
+
+
 def import_user_module(name: str) -> None:
     """Import a user's module, by dotted name or by file, so that what it registers is known.
 
