@@ -238,50 +238,53 @@ def plot(data: dict, path: str) -> None:
     rows = main_rows(data)
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     grown = [name for name in GROWTH if len({row[name] for row in data["rows"]}) > 1]
-    figure = plt.figure(figsize=(11, 3.2 * len(archs) + (3.0 * len(archs) if grown else 0)))
-    lines = len(archs) * (2 if grown else 1)
-    for number, arch in enumerate(archs):
-        axis = figure.add_subplot(lines, 1, number + 1)
-        _draw_bars(axis, arch, [row for row in rows if row["arch"] == arch])
-    for number, arch in enumerate(archs if grown else []):
-        for column, name in enumerate(grown):
-            place = (len(archs) + number) * len(grown) + column + 1
-            axis = figure.add_subplot(lines, len(grown), place)
-            _draw_growth(axis, arch, name, data)
-            if column == 0:
-                axis.legend(fontsize=6)
-    figure.tight_layout()
+    curves = {(arch, name): _growth(data, arch, name) for arch in archs for name in grown}
+    grown_archs = [arch for arch in archs if any(curves[arch, name] for name in grown)]
+    heights = [0.8 + 0.25 * sum(row["arch"] == arch for row in rows) for arch in archs]
+    heights += [2.6] * len(grown_archs)
+    figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, arch in zip(parts, archs, strict=False):
+        _draw_bars(part.subplots(), arch, [row for row in rows if row["arch"] == arch])
+    for part, arch in zip(parts[len(archs) :], grown_archs, strict=True):
+        axes = part.subplots(1, len(grown), squeeze=False)[0]
+        for axis, name in zip(axes, grown, strict=True):
+            _draw_growth(axis, arch, name, curves[arch, name])
     figure.savefig(path, dpi=80, format="png")
     plt.close(figure)
 
 
 def _draw_bars(axis, arch: str, rows: list[dict]) -> None:
     places = range(len(rows))
-    axis.bar(places, [row["overhead"] - 1 for row in rows], bottom=1, color="#4c72b0", width=0.6)
-    for style, value in (("promised", bound), ("FLOP bound", flop_bound)):
-        found = [(place, value(row)) for place, row in zip(places, rows, strict=True) if value(row)]
+    axis.barh(places, [row["overhead"] - 1 for row in rows], left=1, color="#4c72b0", height=0.6)
+    for name, value, style in (
+        ("promised", bound, {"marker": "|", "s": 150, "c": "#c44e52"}),
+        ("FLOP bound", flop_bound, {"marker": "D", "s": 20, "c": "#222222"}),
+    ):
+        found = [(value(row), place) for place, row in zip(places, rows, strict=True) if value(row)]
         if found:
-            marker = "_" if style == "promised" else "D"
-            size = 500 if style == "promised" else 25
-            color = "#c44e52" if style == "promised" else "#222222"
-            axis.scatter(*zip(*found, strict=True), marker=marker, s=size, c=color, label=style)
-    axis.axhline(1, color="black", linewidth=0.8)
-    names = [label(row).replace(", ", "\n") for row in rows]
-    axis.set_xticks(list(places), names, fontsize=7)
-    axis.set_ylabel("overhead")
+            axis.scatter(*zip(*found, strict=True), label=name, **style)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(list(places), [label(row) for row in rows], fontsize=7)
+    axis.invert_yaxis()
     axis.set_title(f"{arch}: full step / (student's step + teacher's part)", fontsize=9)
     axis.legend(fontsize=7)
 
 
-def _draw_growth(axis, arch: str, name: str, data: dict) -> None:
-    curves: dict[str, dict[int, float]] = {}
+def _growth(data: dict, arch: str, name: str) -> dict[str, list[tuple]]:
+    """Heads -> points (``name``, overhead) of those measured with more than one ``name``."""
+    curves: dict[str, dict] = {}
     for row in data["rows"]:
         if row["arch"] == arch and set(differences(row, data["base"])) <= {name}:
             curves.setdefault(label(row), {})[row[name]] = row["overhead"]
+    return {heads: sorted(points.items()) for heads, points in curves.items() if len(points) > 1}
+
+
+def _draw_growth(axis, arch: str, name: str, curves: dict[str, list[tuple]]) -> None:
     for heads, points in curves.items():
-        if len(points) > 1:
-            axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=heads)
-    axis.set_xlabel(
-        f"{arch}: {name} ({GROWTH[name]})" if GROWTH[name] != name else f"{arch}: {name}"
-    )
+        axis.plot(*zip(*points, strict=True), marker="o", label=heads)
+    unit = f" ({GROWTH[name]})" if GROWTH[name] != name else ""
+    axis.set_xlabel(f"{arch}: {name}{unit}")
     axis.set_ylabel("overhead")
+    if curves:
+        axis.legend(fontsize=6)
