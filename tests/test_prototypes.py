@@ -1,5 +1,6 @@
 """Prototype selection against loops written from the definition, and the prototype tensors."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from d2kd.prototypes.select import (
     coupled_coefficients,
@@ -236,6 +238,20 @@ def test_file_round_trip(tmp_path):
         for name in ("teacher", "student", "offsets", "instances"):
             assert torch.equal(getattr(loaded.levels[stride], name), getattr(level, name))
     assert os.listdir(tmp_path) == ["prototypes.pth"]
+
+
+def test_likeness_of_prototypes():
+    """Mean cosines over pairs of one class and of two, by loops; NaN without such pairs."""
+    level = toy_prototypes(counts=(2, 3, 1)).levels[4]
+    classes = [0, 0, 1, 1, 1, 2]
+    for name, found in level.likeness().items():
+        rows = F.normalize(getattr(level, name), dim=1)
+        pairs = {True: [], False: []}
+        for i, j in itertools.permutations(range(6), 2):
+            pairs[classes[i] == classes[j]].append(float(rows[i] @ rows[j]))
+        assert found == pytest.approx((np.mean(pairs[True]), np.mean(pairs[False])), abs=1e-5)
+    same, different = toy_prototypes(counts=(1, 0, 1)).levels[4].likeness()["teacher"]
+    assert math.isnan(same) and math.isfinite(different)
 
 
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@
 
 ``make`` writes a file that DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.FILE can name. ``show`` draws one
 picture a class: a row a level, and in it the training objects that stand for the class, in the
-order in which they were chosen. It reads the file that training writes, too.
+order in which they were chosen, and prints how much a class's prototypes stand apart from those of
+others. It reads the file that training writes, too.
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ def show(args: argparse.Namespace) -> None:
     prototypes = Prototypes.load(args.file)
     counts = prototypes.counts
     print(f"{int(counts.sum())} prototypes of {len(prototypes.instances)} training objects")
+    print("mean cosine of two prototypes of one class, and of two classes:")
+    for stride, level in prototypes.levels.items():
+        found = (f"{who} {one:.2f}, {two:.2f}" for who, (one, two) in level.likeness().items())
+        print(f"  stride {stride}: {'; '.join(found)}")
     os.makedirs(args.pictures, exist_ok=True)
     names = prototypes.meta["classes"] or [str(c) for c in range(counts.shape[1])]
     for category, name in enumerate(names):

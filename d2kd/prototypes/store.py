@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import write_atomically
@@ -38,6 +39,23 @@ class LevelPrototypes:
     student: Tensor  # (M_all, C_s), not normalised
     offsets: Tensor  # (K + 1,) long; rows offsets[c] to offsets[c + 1] belong to class c
     instances: Tensor  # (M_all,) long, positions in Prototypes.instances
+
+    def likeness(self) -> dict[str, tuple[float, float]]:
+        """ "student", "teacher" -> mean cosine of two prototypes of one class, and of two classes.
+
+        Where the two hardly differ, responses to prototypes hardly tell classes apart. NaN where
+        there are no two such prototypes.
+        """
+        counts = self.offsets.diff()
+        classes = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        same = classes[:, None] == classes
+        others = ~torch.eye(len(classes), dtype=torch.bool)
+        cosines = {}
+        for name, features in (("student", self.student), ("teacher", self.teacher)):
+            unit = F.normalize(features.float(), dim=1)
+            product = unit @ unit.T
+            cosines[name] = (product[same & others].mean().item(), product[~same].mean().item())
+        return cosines
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import json
 import math
 import os
@@ -684,7 +685,9 @@ def test_tool_makes_and_shows_prototypes(tmp_path, capsys, monkeypatch):
     tool.main(["make", "--config-file", config_file, "--output", file])
     tool.main(["show", file, "--pictures", str(pictures)])
     assert sorted(path.name for path in pictures.iterdir()) == ["000_a.png", "001_b.png"]
-    assert "c: 0 at stride 8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "c: 0 at stride 8" in printed
+    assert re.search(r"stride 8: student 0\.\d\d, 0\.\d\d; teacher 0\.\d\d, 0\.\d\d", printed)
     cfg.merge_from_list([f"{NODE}.PROTOTYPES.FILE", file])
     assert build(cfg).distill_heads["GlobalKnowledge"].bank.iteration.item() == 0
     with pytest.raises(SystemExit, match="error: .* is no file of prototypes"):
