@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
