@@ -41,7 +41,7 @@ class LevelPrototypes:
     instances: Tensor  # (M_all,) long, positions in Prototypes.instances
 
     def likeness(self) -> dict[str, tuple[float, float]]:
-        """ "student", "teacher" -> mean cosine of two prototypes of one class, and of two classes.
+        """Mean cosine of two prototypes of one class, and of two classes, by detector.
 
         Where the two hardly differ, responses to prototypes hardly tell classes apart. NaN where
         there are no two such prototypes.
