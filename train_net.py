@@ -19,11 +19,12 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessRaisedException
 
-from d2kd.config import ConfigError, student_config
+from d2kd.config import student_config
 from d2kd.data.loader import validate_loader_config
 from d2kd.engine.hooks import check_teacher, read_teacher_results
 from d2kd.engine.setup import add_import_argument, model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
+from d2kd.errors import ConfigError
 from d2kd.meta_arch import Distiller
 
 logger = logging.getLogger("d2kd.train_net")

@@ -1,12 +1,15 @@
 """d2kd: knowledge distillation for Detectron2 detectors. Importing it registers everything."""
 
-from . import backbones, data, fcos
-from .adapters import build_adapters, pair_levels
-from .bundle import Batch, DetectorSpec, FeatureBundle
-from .config import ConfigError, add_distillation_config, validate_distillation_config
-from .heads import DISTILL_HEAD_REGISTRY, DistillHead
+from . import data, models
+from .config import add_distillation_config, validate_distillation_config
+from .detectors.bundle import Batch, FeatureBundle
+from .detectors.spec import DetectorSpec
+from .detectors.teacher import Teacher
+from .errors import ConfigError
+from .heads import DistillHead
+from .heads.adapters import build_adapters, pair_levels
 from .meta_arch import Distiller
-from .teacher import Teacher
+from .registry import DISTILL_HEAD_REGISTRY
 
 __version__ = "0.1.0"
 
@@ -20,10 +23,9 @@ __all__ = [
     "FeatureBundle",
     "Teacher",
     "add_distillation_config",
-    "backbones",
     "build_adapters",
     "data",
-    "fcos",
+    "models",
     "pair_levels",
     "validate_distillation_config",
 ]

@@ -22,13 +22,16 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .bundle import Batch, describe_detector
-from .config import ConfigError, student_config, validate_distillation_config
-from .engine.schedules import Schedule
-from .heads import DistillHead, build_head, node_name
-from .inherit import plan_inheritance
-from .taps import Taps
-from .teacher import Teacher
+from .config import head_schedule, student_config, validate_distillation_config
+from .detectors.bundle import Batch
+from .detectors.inherit import plan_inheritance
+from .detectors.spec import describe_detector
+from .detectors.taps import Taps
+from .detectors.teacher import Teacher
+from .errors import ConfigError
+from .heads import DistillHead, build_head
+from .registry import node_name
+from .schedules import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +99,7 @@ class Distiller(nn.Module):
             # The student's random numbers, now and in training, are those of plain Detectron2.
             with torch.random.fork_rng(devices=[]):
                 heads = {n: build_head(n, cfg, student_spec, teacher_spec) for n in names}
-            nodes = {n: cfg.DISTILL[node_name(n)] for n in names}
-            schedules = {n: Schedule.from_config(nodes[n], cfg.SOLVER) for n in names}
+            schedules = {n: head_schedule(cfg, n) for n in names}
             built.update(heads=heads, schedules=schedules)
         return built
 

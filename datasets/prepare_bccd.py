@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from d2kd.config import ConfigError
 from d2kd.data.bccd import convert_bccd
 from d2kd.data.files import dataset_root
+from d2kd.errors import ConfigError
 
 
 def main() -> None:

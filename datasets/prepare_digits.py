@@ -13,9 +13,9 @@ import logging
 import sys
 from pathlib import Path
 
-from d2kd.config import ConfigError
 from d2kd.data.digits import SPECS, DigitsSpec, contact_sheet, make_digits
 from d2kd.data.files import dataset_root
+from d2kd.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:

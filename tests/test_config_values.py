@@ -9,22 +9,14 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from d2kd import ConfigError, add_distillation_config
-from d2kd.bundle import describe_detector
-from d2kd.config import COUNT, POSITIVE, check_values, one_of, validate_distillation_config
-from d2kd.heads import build_head, node_name
+from d2kd.config import validate_distillation_config
+from d2kd.detectors.spec import describe_detector
+from d2kd.heads import build_head
+from d2kd.registry import DISTILL_HEAD_REGISTRY, node_name
 
 from .detectors import detector_config, distiller_config
 
-HEADS = (
-    "SSIM",
-    "FeatureMimic",
-    "Logits",
-    "MaskMimic",
-    "DSIG",
-    "DRKD",
-    "GlobalKnowledge",
-    "MAR",
-)
+HEADS = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
 
 
 def leaf_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -97,8 +89,8 @@ def test_nonsense_is_refused(head, key, specs, teacher_files):
         ("DSIG", ("POOL_RESOLUTION", 0), "POOL_RESOLUTION is 0; .*at least 1"),
         ("DSIG", ("PREDICTIONS_NMS", 1.5), "PREDICTIONS_NMS is 1.5; .*from 0 to 1"),
         ("SSIM", ("WINDOW_SIZE", 10), "WINDOW_SIZE is 10; it must be odd and positive"),
-        ("DRKD", ("PIXEL_WEIGHT", "much"), "PIXEL_WEIGHT is 'much'; .*None, 0 or positive"),
-        ("MAR", ("RELATION.WEIGHT", [1.0]), r"RELATION.WEIGHT is \[1.0\]; .*None, 0 or positive"),
+        ("DRKD", ("PIXEL_WEIGHT", "much"), "PIXEL_WEIGHT is 'much'; .*0 or positive, or None"),
+        ("MAR", ("RELATION.WEIGHT", [1.0]), r"WEIGHT is \[1.0\]; .*0 or positive, or None"),
         ("MAR", ("MASK.WEIGHT", 0.0, "RELATION.WEIGHT", 0.0), "both 0"),
         ("MAR", ("MASK.BACKGROUND", math.nan), "BACKGROUND is nan; it must be 0 or positive"),
     ],
@@ -131,14 +123,3 @@ def test_defaults_are_valid(specs, teacher_files):
         cfg = distiller_config(detector_config("mask"), [head], teacher_files["mask"])
         validate_distillation_config(cfg)
         build_head(head, cfg, *specs)
-
-
-def test_check_values_reads_nested_keys():
-    """Rules name keys with dots; the first that is broken is said."""
-    node = CfgNode({"A": 1, "B": {"C": 0, "D": "x"}})
-    rules = {"A": POSITIVE, "B.C": COUNT, "B.D": one_of("yz")}
-    with pytest.raises(ConfigError, match="^N.B.C is 0; it must be at least 1$"):
-        check_values("N", node, rules)
-    node.B.C = 1
-    with pytest.raises(ConfigError, match=r"^N.B.D is 'x'; valid: \['y', 'z'\]$"):
-        check_values("N", node, rules)

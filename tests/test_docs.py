@@ -12,7 +12,8 @@ import pytest
 from detectron2.config import get_cfg
 
 import train_net
-from d2kd.config import add_distillation_config, load_config
+from d2kd.config import add_distillation_config
+from d2kd.config_files import load_config
 
 from .detectors import detector_config, distiller_config, write_config
 

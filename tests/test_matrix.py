@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2kd import ConfigError
-from d2kd.bundle import describe_detector
+from d2kd.detectors.spec import describe_detector
 
 from .detectors import (
     ARCHS,

@@ -10,8 +10,8 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 from d2kd import add_distillation_config
-from d2kd.config import load_config
-from d2kd.heads import node_name
+from d2kd.config_files import load_config
+from d2kd.registry import node_name
 
 from .detectors import build, make_batch, run_step
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from d2kd.engine.schedules import Schedule
+from d2kd.config import head_schedule
+from d2kd.schedules import Schedule
 
 from .detectors import detector_config
 
@@ -49,7 +50,7 @@ def test_read_from_config():
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 50, (20, 30)
     node = cfg.DISTILL.FEATURE_MIMIC
     node.WEIGHT, node.SCHEDULE.DECAY, node.SCHEDULE.GAMMA = 3.0, "step", 0.1
-    schedule = Schedule.from_config(node, cfg.SOLVER)
+    schedule = head_schedule(cfg, "FeatureMimic")
     assert schedule(25) == pytest.approx(0.3) and schedule(49) == pytest.approx(0.03)
     assert schedule(50) == 0
 

@@ -53,7 +53,7 @@ from benchmark_steps import (
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from d2kd.config import ConfigError
+from d2kd.errors import ConfigError
 from d2kd.files import write_atomically, write_json
 
 HEADS = (

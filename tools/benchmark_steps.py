@@ -20,7 +20,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2kd import Batch, Teacher
-from d2kd.bundle import FeatureBundle, Lazy, View
+from d2kd.detectors.bundle import FeatureBundle, Lazy, View
 from d2kd.engine.cost import peak_memory as process_peak
 from d2kd.engine.setup import merged_config
 from d2kd.engine.trainer import unwrap, use_fused_update

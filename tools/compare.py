@@ -27,8 +27,8 @@ from report_html import write_report
 from runs import ROOT
 from suite import Suite, read_suite, suite_of_configs
 
-from d2kd.config import ConfigError
 from d2kd.engine.setup import add_import_argument, import_user_module
+from d2kd.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:

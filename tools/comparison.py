@@ -23,11 +23,12 @@ from suite import (
     weights_of,
 )
 
-from d2kd.config import ConfigError, student_config
+from d2kd.config import student_config
+from d2kd.detectors.teacher import load_teacher_weights
 from d2kd.engine.setup import merged_config, read_config
 from d2kd.engine.trainer import DistillTrainer
+from d2kd.errors import ConfigError
 from d2kd.files import write_json, write_text
-from d2kd.teacher import load_teacher_weights
 
 
 class Comparison:

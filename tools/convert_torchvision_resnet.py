@@ -13,14 +13,14 @@ import argparse
 import os
 import sys
 
-from d2kd.backbones.torchvision_resnet import (
+from d2kd.errors import ConfigError
+from d2kd.files import write_atomically
+from d2kd.models.torchvision_resnet import (
     config_lines,
     convert_torchvision_resnet,
     read_torchvision,
     write_detectron2,
 )
-from d2kd.config import ConfigError
-from d2kd.files import write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from runs import ROOT
 
 from d2kd import add_distillation_config
-from d2kd.engine.schedules import Schedule
+from d2kd.config import head_schedule
 
 # Values of DISTILL.<HEAD>.SCHEDULE in a training of MAX_ITER iterations.
 MAX_ITER = 1000
@@ -47,7 +47,7 @@ def values(curve: dict) -> list[float]:
     cfg.SOLVER.MAX_ITER = MAX_ITER
     node = cfg.DISTILL.FEATURE_MIMIC
     node.SCHEDULE.merge_from_other_cfg(CfgNode(curve))
-    schedule = Schedule.from_config(node, cfg.SOLVER)
+    schedule = head_schedule(cfg, "FeatureMimic")
     return [schedule(iteration) for iteration in range(MAX_ITER)]
 
 

@@ -27,10 +27,10 @@ from detectron2.modeling.backbone import Backbone, build_resnet_backbone
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
-from d2kd.backbones.timm_fpn import build_timm_backbone
-from d2kd.config import ConfigError
 from d2kd.engine.setup import merged_config
+from d2kd.errors import ConfigError
 from d2kd.files import write_atomically
+from d2kd.models.timm_fpn import build_timm_backbone
 
 
 def read_dataset(name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:

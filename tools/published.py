@@ -22,8 +22,8 @@ from detectron2.config import CfgNode
 from runs import ROOT
 from tabulate import tabulate
 
+from d2kd.detectors.teacher import RANDOM_WEIGHTS, teacher_config
 from d2kd.engine.setup import merged_config
-from d2kd.teacher import RANDOM_WEIGHTS, teacher_config
 
 CONFIGS = ROOT / "configs"
 PUBLISHED = re.compile(r"# Published: (?P<method>[^:]+), (?P<where>[^,:]+): (?P<row>.+)")

@@ -28,12 +28,12 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from d2kd import Batch, ConfigError
-from d2kd.anchor_masks import MASK_KINDS
-from d2kd.bundle import describe_detector
 from d2kd.config import student_config
+from d2kd.detectors.spec import describe_detector
+from d2kd.detectors.taps import Taps
 from d2kd.engine.setup import read_config
+from d2kd.geometry.anchor_masks import MASK_KINDS
 from d2kd.heads.mar import MAR
-from d2kd.taps import Taps
 
 
 def read_image(cfg: CfgNode, index: int) -> dict:

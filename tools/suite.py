@@ -31,9 +31,9 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 
-from d2kd.config import ConfigError
 from d2kd.engine.setup import merged_config
-from d2kd.heads import node_name
+from d2kd.errors import ConfigError
+from d2kd.registry import node_name
 
 PREPARED = ("teacher", "start")  # detectors that are trained once, before the arms
 SUITE_KEYS = ("title", *PREPARED, "baseline", "seeds", "opts", "arms")

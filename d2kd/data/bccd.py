@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .files import build_directory
 
 CLASSES = ["RBC", "WBC", "Platelets"]

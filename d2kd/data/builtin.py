@@ -11,7 +11,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from . import bccd, digits
 from .files import dataset_root
 

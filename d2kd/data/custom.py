@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from ..config import ConfigError
+from ..errors import ConfigError
+from ..keys import Options, config_keys, key
 from .files import dataset_root
 
 _KEY = "DATASETS.COCO_FORMAT"
+
+
+@config_keys("DATASETS")
+@dataclass(frozen=True)
+class DatasetOptions(Options):
+    """Keys that d2kd adds to ``DATASETS``."""
+
+    coco_format: tuple[Any, ...] = key(
+        (),
+        comment="Your own datasets in COCO format, a list [name, annotation file, image "
+        "directory] each. The names can then be used in DATASETS.TRAIN and DATASETS.TEST. "
+        "Relative paths start at the working directory.",
+    )
+
+
 # Registered by this module: name -> (annotation file, image directory).
 _registered: dict[str, tuple[str, str]] = {}
 
@@ -30,10 +48,10 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
             missing file, or for a model with fewer classes than the dataset.
     """
     register_coco_format_datasets(cfg)
-    for key in ("TRAIN", "TEST") if train else ("TEST",):
-        for name in cfg.DATASETS[key]:
+    for part in ("TRAIN", "TEST") if train else ("TEST",):
+        for name in cfg.DATASETS[part]:
             if name not in DatasetCatalog:
-                raise ConfigError(f"DATASETS.{key}: {_unknown_name(name)}")
+                raise ConfigError(f"DATASETS.{part}: {_unknown_name(name)}")
             _check_files(name)
             _check_class_count(cfg, name)
 
@@ -97,8 +115,8 @@ def _check_files(name: str) -> None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("made_on_first_use"):
         return
-    for key in ("json_file", "image_root", "dirname"):
-        path = metadata.get(key)
+    for attribute in ("json_file", "image_root", "dirname"):
+        path = metadata.get(attribute)
         if path is not None and not PathManager.exists(path):
             if command := metadata.get("prepare_command"):
                 hint = f"run '{command}'"

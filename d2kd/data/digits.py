@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .digits_render import Material, render_image
 from .files import build_directory
 from .polygons import mask_to_polygons

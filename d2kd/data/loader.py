@@ -20,7 +20,7 @@ from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 
-from ..config import ConfigError
+from ..errors import ConfigError
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 

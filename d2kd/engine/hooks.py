@@ -12,9 +12,9 @@ from detectron2.engine import HookBase
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 
-from ..bundle import describe_detector
+from ..detectors.spec import describe_detector
+from ..detectors.teacher import Teacher
 from ..files import write_json
-from ..teacher import Teacher
 from .checkpoint import save_student
 from .summary import summarise
 

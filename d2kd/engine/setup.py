@@ -19,18 +19,15 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..config import (
-    ConfigError,
     add_distillation_config,
-    load_config,
-    resolve_config_file,
-    similar_files,
-    unknown_key,
     validate_distillation_config,
     validate_meta_arch,
     validate_solver,
 )
+from ..config_files import load_config, resolve_config_file, similar_files, unknown_key
 from ..data.custom import check_datasets
 from ..data.loader import validate_loader_config
+from ..errors import ConfigError
 from .trainer import find_evaluator
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import math
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from ..heads.base import node_name
+from ..registry import node_name
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

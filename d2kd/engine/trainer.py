@@ -21,8 +21,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..config import PRECISIONS, ConfigError
+from ..config import PRECISIONS
 from ..data.loader import build_train_loader, seed_of
+from ..errors import ConfigError
 from ..meta_arch import Distiller
 from .checkpoint import AtomicCheckpointer
 from .cost import TrainingCost

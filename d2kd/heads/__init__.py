@@ -1,6 +1,7 @@
 """Distillation heads, one file a method. Importing the package registers them."""
 
-from .base import DISTILL_HEAD_REGISTRY, DistillHead, build_head, node_name, require_fields
+from ..registry import DISTILL_HEAD_REGISTRY, node_name
+from .base import DistillHead, build_head
 from .drkd import DRKD
 from .dsig import DSIG
 from .feature_mimic import FeatureMimic
@@ -23,5 +24,4 @@ __all__ = [
     "MaskMimic",
     "build_head",
     "node_name",
-    "require_fields",
 ]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import ConfigError
-
-DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
-DISTILL_HEAD_REGISTRY.__doc__ = """
-Heads that ``DISTILL.HEADS`` can name. A head called ``MyHead`` is configured by the node
-``DISTILL.MY_HEAD`` and is called as ``MyHead(cfg, student_spec, teacher_spec)``.
-"""
+from ..config import HeadOptions
+from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
+from ..registry import DISTILL_HEAD_REGISTRY, node_name
+from .needs import Need, check_needs
 
 
 class DistillHead(nn.Module, ABC):
@@ -26,11 +23,14 @@ class DistillHead(nn.Module, ABC):
     A head decides what to read, which parameters it needs and which losses it returns. Weight,
     schedule, naming, freezing the teacher, precision and checkpoints are not its concern.
 
-    ``reads`` names the fields it reads of both bundles (see :class:`~d2kd.bundle.DetectorSpec`),
-    ``student_reads`` and ``teacher_reads`` what it reads of one only; a pair that cannot serve them
-    is refused when the model is built. A class or an instance may set them.
+    ``Options`` declares the head's keys (see :mod:`d2kd.keys`). ``reads`` names the fields it reads
+    of both bundles (see :class:`~d2kd.detectors.spec.DetectorSpec`), ``student_reads`` and
+    ``teacher_reads`` what it reads of one only; a class or an instance may set them. A head whose
+    terms have needs of their own returns them from :meth:`needs`. A pair that cannot serve a head
+    is refused when the model is built.
     """
 
+    Options: type[HeadOptions] = HeadOptions
     reads: Iterable[str] = ("pyramid",)
     student_reads: Iterable[str] = ()
     teacher_reads: Iterable[str] = ()
@@ -45,41 +45,58 @@ class DistillHead(nn.Module, ABC):
         """
 
     @classmethod
-    def add_config(cls, node) -> None:
-        """Add the head's own keys, with defaults, to its ``DISTILL`` node (heads of users)."""
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the head's own keys, with defaults, to its ``DISTILL`` node: those of ``Options``."""
+        cls.Options.add_to(node)
 
-    def build_hooks(self, cfg) -> list[HookBase]:
+    @classmethod
+    def read_options(cls, cfg: CfgNode):
+        """The head's ``Options`` with the values of ``cfg``, checked.
+
+        Raises:
+            ConfigError: names the first key whose value is not valid.
+        """
+        name = node_name(cls.__name__)
+        return cls.Options.read(cfg.DISTILL[name], f"DISTILL.{name}")
+
+    @classmethod
+    def needs(
+        cls, options: HeadOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> Sequence[Need]:
+        """What each term that ``options`` switch on asks of the pair; default: the class's reads.
+
+        Raises:
+            ConfigError: the options leave nothing to distil, or do not fit the pair's kind.
+        """
+        return [Need("", both=cls.reads, student=cls.student_reads, teacher=cls.teacher_reads)]
+
+    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         """Hooks that the trainer runs for this head."""
         return []
 
 
-def node_name(head_name: str) -> str:
-    """The config node of a head: ``FeatureMimic`` -> ``FEATURE_MIMIC``, ``SSIM`` -> ``SSIM``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", head_name).upper()
-
-
-def require_fields(head: str, spec: DetectorSpec, fields: Iterable[str]) -> None:
-    """Refuse a detector that cannot serve ``fields`` to ``head``.
+def build_head(
+    name: str, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec
+) -> DistillHead:
+    """Build the registered head ``name`` for this pair, or say why the pair cannot serve it.
 
     Raises:
-        ConfigError: names the head, the fields, the detector and what it can serve.
+        ConfigError: a value is not valid, or the pair cannot serve a term; names the head.
     """
-    missing = sorted(set(fields) - spec.fields)
-    if missing:
-        raise ConfigError(
-            f"the head {head} reads {missing} of the {spec.role}, a {spec.meta_arch}, which can "
-            f"serve only {sorted(spec.fields)}"
-        )
-
-
-def build_head(name: str, cfg, student: DetectorSpec, teacher: DetectorSpec) -> DistillHead:
-    """Build the registered head ``name`` for this pair, or say why the pair cannot serve it."""
     head_class = DISTILL_HEAD_REGISTRY.get(name)
     try:
+        needs = list(head_class.needs(head_class.read_options(cfg), student, teacher))
+        check_needs(name, needs, student, teacher)
         head = head_class(cfg, student, teacher)
     except ConfigError as error:
         message = str(error)
-        raise ConfigError(message if name in message else f"{name}: {message}") from error
-    require_fields(name, student, {*head.reads, *head.student_reads})
-    require_fields(name, teacher, {*head.reads, *head.teacher_reads})
+        known = name in message or node_name(name) in message
+        raise ConfigError(message if known else f"{name}: {message}") from error
+    if head_class.needs.__func__ is not DistillHead.needs.__func__:
+        head.reads = {field for need in needs for field in need.both}
+        head.student_reads = {field for need in needs for field in need.student}
+        head.teacher_reads = {field for need in needs for field in need.teacher}
+    else:  # an instance may have set its own
+        own = Need("", head.reads, head.student_reads, head.teacher_reads)
+        check_needs(name, [own], student, teacher)
     return head

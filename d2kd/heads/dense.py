@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bundle import DenseView, DetectorSpec
-from ..config import ConfigError
+from ..detectors.bundle import DenseView
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)

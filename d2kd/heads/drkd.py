@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import configurable
 from detectron2.engine import HookBase
 from torch import Tensor, nn
 
-from ..adapters import INITS, build_adapters, pair_levels
-from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import COUNT, NOT_NEGATIVE, ConfigError, Rule, check_values, one_of
+from ..config import HeadOptions
+from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
+from ..keys import COUNT, NOT_NEGATIVE, Rule, key, one_of, or_none
 from ..losses.drkd import (
     PROFILES,
     batch_size_factors,
@@ -21,8 +24,10 @@ from ..losses.drkd import (
     pixel_relation_loss,
     relation_matrix_loss,
 )
-from ..losses.functional import full_precision
-from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from ..numerics import full_precision
+from ..registry import DISTILL_HEAD_REGISTRY
+from .adapters import INITS, build_adapters, pair_levels
+from .base import DistillHead
 from .drkd_units import (
     RELATION_FILTERS,
     GraphUnit,
@@ -46,25 +51,107 @@ DEFAULT_WEIGHTS = {
 
 WEIGHT_KEYS = ("PIXEL_WEIGHT", "RELATION_WEIGHT", "INSTANCE_WEIGHT")
 
-# Keys of DISTILL.DRKD and what their values must be.
-RULES = {
-    **dict.fromkeys(
-        WEIGHT_KEYS,
-        Rule(lambda value: value is None or value >= 0, "it must be None, 0 or positive"),
-    ),
-    "PROFILE": one_of(PROFILES),
-    "ADAPTER_INIT": one_of(INITS),
-    "NODES": Rule(
-        lambda value: bool(value) and all(type(n) is int and n >= 1 for n in value),
-        "it must have a positive integer a level",
-    ),
-    "INSTANCE_LEVELS": COUNT,
-    "POOL_RESOLUTION": COUNT,
-    "SAMPLING_RATIO": NOT_NEGATIVE,
-    "RELATION_FILTER": one_of(RELATION_FILTERS),
-    "BOTTLENECK": NOT_NEGATIVE,
-    "MAX_INSTANCES": COUNT,
-}
+
+@dataclass(frozen=True)
+class DRKDOptions(HeadOptions):
+    """Keys of ``DISTILL.DRKD``."""
+
+    profile: str = key(
+        "code",
+        one_of(PROFILES),
+        '"code": what the authors released, un-squared norms of gaps between refined '
+        'features. "paper": the formulas of the paper, mean squares and relation '
+        "matrices.",
+    )
+    pixel_weight: float | None = key(
+        None,
+        or_none(NOT_NEGATIVE),
+        "Weights of the pixel-wise relation, the instance-wise relation and the instance "
+        "features (lambda_1, lambda_2, lambda_3); 0 turns a term off. None: of the "
+        "released code, by the kind of student: 0.001, 0.004, 0.0024 (two-stage) or "
+        '0.004, 0.005, 0.006 (dense); for the profile "paper" 4, 10, 0.00026 or 8, 10, '
+        "0.00066, converted and not tuned.",
+    )
+    relation_weight: float | None = key(
+        None,
+        or_none(NOT_NEGATIVE),
+        "lambda_2, weight of the instance-wise relation; as PIXEL_WEIGHT.",
+    )
+    instance_weight: float | None = key(
+        None, or_none(NOT_NEGATIVE), "lambda_3, weight of the instance features; as PIXEL_WEIGHT."
+    )
+    batch_size_rule: bool = key(
+        True,
+        comment="The weights are for 2 images a GPU. Norms grow with the batch: scale the first "
+        'by sqrt(2 / B) and the others by 2 / B (profile "code").',
+    )
+    strides: tuple[int, ...] = key(
+        (),
+        comment="Strides of the levels of the pixel-wise relation; []: all that both detectors "
+        "have.",
+    )
+    nodes: tuple[int, ...] = key(
+        (64, 64, 256, 256, 256),
+        Rule(
+            lambda value: bool(value) and all(type(n) is int and n >= 1 for n in value),
+            "it must have a positive integer per level",
+        ),
+        "Nodes of the graph units, fine to coarse (M in the paper); the last holds for "
+        "further levels.",
+    )
+    normalize: bool = key(
+        False,
+        comment="Divide node features by the number of pixels. The released code does not.",
+    )
+    adapter_init: str = key(
+        "default",
+        one_of(INITS),
+        'First weights of the 1x1 convolutions on the student\'s side: "default" (released '
+        'code), "identity" (starts as no adapter where channels agree) or "small".',
+    )
+    zero_init_bn: bool = key(
+        False,
+        comment="Start the graph units as the identity, with the scale of their batch norm at 0.",
+    )
+    instance_levels: int = key(
+        2,
+        COUNT,
+        "The finest levels from which instances are pooled; every object from each of them.",
+    )
+    pool_resolution: int = key(
+        3,
+        COUNT,
+        "Side of the pooled instance, and RoIAlign's flags: samples a bin (0: as many as "
+        "cells) and the half-pixel shift. Without the shift a tiny box is enlarged to one "
+        "cell.",
+    )
+    sampling_ratio: int = key(0, NOT_NEGATIVE, "Samples per bin of RoIAlign; 0: as many as cells.")
+    aligned: bool = key(
+        False,
+        comment="Half-pixel shift of RoIAlign. Without it a tiny box is enlarged to one cell.",
+    )
+    relation_filter: str = key(
+        "learned",
+        one_of(RELATION_FILTERS),
+        'Weights on relations: "learned"; "uniform" (1 / objects of the image, which '
+        '"learned" starts as); "random" (new at each step, the released code); "none".',
+    )
+    bottleneck: int = key(
+        0,
+        NOT_NEGATIVE,
+        "Width inside the relation units; 0: half of their input, which at 256 channels "
+        "and 3 x 3 cells means 44 million parameters with the learned filter.",
+    )
+    freeze_teacher_units: bool = key(
+        False,
+        comment="Keep the teacher's graph and relation units at their random start; the released "
+        "code trains them with the student.",
+    )
+    max_instances: int = key(
+        200,
+        COUNT,
+        "Of an image with more objects, a random choice of this many takes part.",
+    )
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -98,6 +185,8 @@ class DRKD(DistillHead):
     """
 
     reads = ("pyramid",)
+
+    Options = DRKDOptions
 
     @configurable
     def __init__(
@@ -184,7 +273,6 @@ class DRKD(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.DRKD
-        check_values("DISTILL.DRKD", node, RULES)
         if all(node[key] == 0 for key in WEIGHT_KEYS):
             raise ConfigError("DISTILL.DRKD: all three of its weights are 0")
         strides = pair_levels(student_spec, teacher_spec, node.STRIDES)

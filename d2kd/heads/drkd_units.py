@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..losses.functional import full_precision
+from ..numerics import full_precision
 
 RELATION_FILTERS = ("learned", "uniform", "random", "none")
 

@@ -15,13 +15,17 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import batched_nms
 from torch import Tensor, nn
 
-from ..adapters import Adapters, build_adapters, build_roi_adapter, pair_levels
-from ..bundle import Batch, DenseView, DetectorSpec, FeatureBundle, image_index
-from ..config import COUNT, NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values, one_of
+from ..config import HeadOptions
+from ..detectors.bundle import Batch, DenseView, FeatureBundle, image_index
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
+from ..keys import COUNT, NOT_NEGATIVE, POSITIVE, Rule, key, one_of
 from ..losses import dsig as losses
 from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
 from ..losses.mimic import pyramid_mimic_loss
-from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from ..registry import DISTILL_HEAD_REGISTRY
+from .adapters import Adapters, build_adapters, build_roi_adapter, pair_levels
+from .base import DistillHead
 from .dense import DensePair, check_anchors
 
 # Terms and the keys of DISTILL.DSIG that hold their weights.
@@ -33,19 +37,6 @@ WEIGHT_KEYS = {
     "box": "BOX_WEIGHT",
     "mask": "MASK_WEIGHT",
     "pyramid": "PYRAMID_WEIGHT",
-}
-# Keys of DISTILL.DSIG and what their values must be.
-RULES = {
-    **dict.fromkeys(WEIGHT_KEYS.values(), NOT_NEGATIVE),
-    "IMAGE_REDUCTION": one_of(losses.IMAGE_REDUCTIONS),
-    "BACKGROUND_ALPHA": NOT_NEGATIVE,
-    "MINING_THRESHOLD": NOT_NEGATIVE,
-    "CLASS_TEMPERATURE": POSITIVE,
-    "STAGE": NOT_NEGATIVE,
-    "PREDICTIONS_PER_LEVEL": COUNT,
-    "PREDICTIONS_NMS": Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
-    "PREDICTIONS_PER_IMAGE": COUNT,
-    "POOL_RESOLUTION": COUNT,
 }
 GRAPH_TERMS = {"foreground", "background", "edge"}
 OUTPUT_TERMS = {"class", "box"}
@@ -115,6 +106,97 @@ class _Graph:
     edge_counts: list[int] | None = None
 
 
+@dataclass(frozen=True)
+class DSIGOptions(HeadOptions):
+    """Keys of ``DISTILL.DSIG``."""
+
+    image_reduction: str = key(
+        "mean",
+        one_of(losses.IMAGE_REDUCTIONS),
+        'Node and edge terms of the images of a GPU: "mean", so that their strength does '
+        'not depend on the batch, or "sum", the authors\' code. At 2 images a GPU the '
+        'default "mean" with the three default weights below equals their "sum" with half '
+        "of them (0.5, 0.5, 2.0).",
+    )
+    foreground_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Mean squared error of foreground nodes (lambda_1 in the paper); 0 switches a term off.",
+    )
+    background_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Mean squared error of background nodes (lambda_2), times ALPHA * foreground / "
+        "background count of the image. Dense students have no background nodes.",
+    )
+    background_alpha: float = key(
+        7.5, NOT_NEGATIVE, "alpha, strength of the weight of background nodes."
+    )
+    edge_weight: float = key(
+        4.0,
+        NOT_NEGATIVE,
+        "Half the mean squared difference of the cosine similarities of all pairs of "
+        "nodes (lambda_3). Authors: 4.0 for light two-stage students, 2.0 for R50 and up "
+        "and for RetinaNet.",
+    )
+    mine_background: bool = key(
+        True,
+        comment="Background samples mining: a background RoI has edges where the teacher's cross- "
+        'entropy with "background" reaches the threshold. False: edges between foreground '
+        "nodes only.",
+    )
+    mining_threshold: float = key(
+        0.6, NOT_NEGATIVE, "Cross-entropy from which a background RoI has edges."
+    )
+    class_weight: float = key(
+        3.0,
+        NOT_NEGATIVE,
+        "KL divergence of class probabilities, averaged over all logits: softmax with "
+        "this temperature, over the K sigmoid logits for dense students too. Authors: "
+        "3.0, or 1.0 for RetinaNet, or off.",
+    )
+    class_temperature: float = key(1.0, POSITIVE, "Temperature of CLASS_WEIGHT's softmax.")
+    box_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "L1 distance of the box deltas of foreground predictions.",
+    )
+    pyramid_weight: float = key(
+        0.5,
+        NOT_NEGATIVE,
+        "Mean squared error of the pyramid levels that both detectors have. Authors: off "
+        "from R50 up.",
+    )
+    mask_weight: float = key(
+        0.0,
+        NOT_NEGATIVE,
+        "Mask logits of the labelled class on foreground RoIs (not in the paper).",
+    )
+    mask_nodes: bool = key(
+        False,
+        comment="Foreground nodes from the mask branch's pooled features too, with "
+        "FOREGROUND_WEIGHT (an experiment of the authors that their configs never used).",
+    )
+    stage: int = key(0, NOT_NEGATIVE, "The stage of a cascade whose RoIs are the nodes.")
+    predictions_per_level: int = key(
+        1000,
+        COUNT,
+        "Nodes of a dense student: its best (location, class) pairs a level, through "
+        "class-wise NMS, the best of all levels, pooled to POOL_RESOLUTION squared cells.",
+    )
+    predictions_nms: float = key(
+        0.5,
+        Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
+        "IoU of the class-wise NMS of those predictions.",
+    )
+    predictions_per_image: int = key(
+        100, COUNT, "Predictions that stay, over all levels of an image."
+    )
+    pool_resolution: int = key(
+        7, COUNT, "Side of the pooled nodes of a one-stage student, in cells."
+    )
+
+
 @DISTILL_HEAD_REGISTRY.register()
 class DSIG(DistillHead):
     """Structured instance graphs of student and teacher, and the authors' logit and pyramid terms.
@@ -136,6 +218,8 @@ class DSIG(DistillHead):
         predictions: what the nodes of a dense student are.
         image_reduction: "mean" or "sum" over images, of node and edge terms.
     """
+
+    Options = DSIGOptions
 
     @configurable
     def __init__(
@@ -381,7 +465,6 @@ def _build_node_adapter(
 
 def _check_values(node: CfgNode, student: DetectorSpec) -> None:
     """Refuse values of ``DISTILL.DSIG`` that make no sense, or none for this student."""
-    check_values("DISTILL.DSIG", node, RULES)
     if student.two_stage and node.STAGE >= student.num_stages:
         raise ConfigError(
             f"DISTILL.DSIG.STAGE is {node.STAGE}; "

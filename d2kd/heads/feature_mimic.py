@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from detectron2.config import configurable
 from torch import Tensor
 
-from ..adapters import Adapters
-from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import check_values, one_of
+from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.spec import DetectorSpec
+from ..keys import key, one_of
 from ..losses.mimic import DISTANCES, pyramid_mimic_loss
 from ..losses.ssim import RESCALE_SCOPES
-from .base import DISTILL_HEAD_REGISTRY, DistillHead
-from .pyramid import PYRAMID_RULES, adapted_levels, build_pyramid_adapters
+from ..registry import DISTILL_HEAD_REGISTRY
+from .adapters import Adapters
+from .base import DistillHead
+from .pyramid import PyramidOptions, adapted_levels, build_pyramid_adapters
 
-# Keys of DISTILL.FEATURE_MIMIC and what their values must be.
-RULES = {
-    **PYRAMID_RULES,
-    "DISTANCE": one_of(DISTANCES),
-    "RESCALE": one_of(("none", *RESCALE_SCOPES)),
-}
+
+@dataclass(frozen=True)
+class FeatureMimicOptions(PyramidOptions):
+    """Keys of ``DISTILL.FEATURE_MIMIC``."""
+
+    distance: str = key(
+        "l2",
+        one_of(DISTANCES),
+        '"l1" or "l2": |s - t| or (s - t)^2, mean over a level, sum over levels.',
+    )
+    rescale: str = key(
+        "none",
+        one_of(("none", *RESCALE_SCOPES)),
+        '"none": features as they are (FitNets). "image", "tensor" or "channel": both '
+        "maps rescaled to [0, 1] first, the frame in which the SSIM paper compares L1 and "
+        "L2; raise WEIGHT accordingly.",
+    )
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -28,40 +42,28 @@ class FeatureMimic(DistillHead):
     """The student's pyramid mimics the teacher's, element by element.
 
     Args:
+        options: the values of ``DISTILL.FEATURE_MIMIC``.
         strides: pyramid levels to compare.
         adapters: from the student's channels to the teacher's, by stride.
-        distance: "l1" or "l2".
-        rescale: scope of a min-max rescaling of both maps; None for features as they are.
     """
 
     reads = ("pyramid",)
 
+    Options = FeatureMimicOptions
+
     @configurable
-    def __init__(
-        self,
-        *,
-        strides: Sequence[int],
-        adapters: Adapters,
-        distance: str = "l2",
-        rescale: str | None = None,
-    ):
+    def __init__(self, *, options: FeatureMimicOptions, strides: Sequence[int], adapters: Adapters):
         super().__init__()
         self.strides = tuple(strides)
         self.adapters = adapters
-        self.distance = distance
-        self.rescale = rescale
+        self.distance = options.distance
+        self.rescale = None if options.rescale == "none" else options.rescale
 
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
-        node = cfg.DISTILL.FEATURE_MIMIC
-        check_values("DISTILL.FEATURE_MIMIC", node, RULES)
-        strides, adapters = build_pyramid_adapters(node, student_spec, teacher_spec)
-        return {
-            "strides": strides,
-            "adapters": adapters,
-            "distance": node.DISTANCE,
-            "rescale": None if node.RESCALE == "none" else node.RESCALE,
-        }
+        options = cls.read_options(cfg)
+        strides, adapters = build_pyramid_adapters(options, student_spec, teacher_spec)
+        return {"options": options, "strides": strides, "adapters": adapters}
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from detectron2.config import configurable
 from torch import Tensor
 
-from ..adapters import pair_levels
-from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import NOT_NEGATIVE, POSITIVE, ConfigError, Rule, check_values
+from ..config import HeadOptions
+from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
+from ..keys import NOT_NEGATIVE, POSITIVE, Rule, key
 from ..losses.logits import (
     dense_box_loss,
     dense_class_loss,
@@ -15,7 +19,9 @@ from ..losses.logits import (
     roi_box_loss,
     roi_class_loss,
 )
-from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from ..registry import DISTILL_HEAD_REGISTRY
+from .adapters import pair_levels
+from .base import DistillHead
 from .dense import DensePair, check_anchors
 
 # What a pair can do whose outputs do not correspond.
@@ -23,13 +29,44 @@ _PYRAMID_HEADS = "heads on the pyramid (SSIM, FeatureMimic, DRKD) work for such 
 # Term -> the config key of its weight.
 WEIGHT_KEYS = {"cls": "CLASS_WEIGHT", "box": "BOX_WEIGHT", "mask": "MASK_WEIGHT"}
 
-# Keys of DISTILL.LOGITS and what their values must be.
-RULES = {
-    **dict.fromkeys(WEIGHT_KEYS.values(), NOT_NEGATIVE),
-    "TEMPERATURE": POSITIVE,
-    "BOX_BETA": NOT_NEGATIVE,
-    "DENSE_FOCUS": Rule(lambda value: value == 0 or value >= 1, "it must be 0 or at least 1"),
-}
+
+@dataclass(frozen=True)
+class LogitsOptions(HeadOptions):
+    """Keys of ``DISTILL.LOGITS``."""
+
+    class_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Class outputs: KL divergence of softmax outputs on the student's RoIs (Hinton et "
+        "al., 2015), or a binary divergence for each sigmoid output of a dense detector; "
+        "0 switches a term off.",
+    )
+    box_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Box deltas of foreground RoIs or anchors: smooth L1, plain L1 for BOX_BETA 0.",
+    )
+    box_beta: float = key(
+        0.0, NOT_NEGATIVE, "Where smooth L1 of box deltas turns linear; 0: plain L1."
+    )
+    mask_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Mask logits of the labelled class on foreground RoIs; ignored by students without masks.",
+    )
+    temperature: float = key(
+        1.0,
+        POSITIVE,
+        "T, by which class and mask logits are divided; terms are multiplied by T^2. 1: "
+        "the probabilities as the detectors predict them.",
+    )
+    dense_focus: float = key(
+        1.0,
+        Rule(lambda value: value == 0 or value >= 1, "it must be 0 or at least 1"),
+        "Exponent of |p - q|, the weight of a dense class logit, from the quality focal "
+        "loss (Li et al., 2020; with exponent 1 as a distillation loss in Yang et al., "
+        "ICCV 2023). 0: plain divergence, in which easy background anchors dominate.",
+    )
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -45,6 +82,8 @@ class Logits(DistillHead):
         focus: exponent of the weight |p - q| of a dense class logit.
         sigmoid_classes: the box heads are trained with a sigmoid a class instead of softmax.
     """
+
+    Options = LogitsOptions
 
     @configurable
     def __init__(
@@ -73,7 +112,6 @@ class Logits(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.LOGITS
-        check_values("DISTILL.LOGITS", node, RULES)
         weights = {term: node[key] for term, key in WEIGHT_KEYS.items() if node[key]}
         if student_spec.mask_resolution is None:
             weights.pop("mask", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import configurable
@@ -11,12 +12,17 @@ from detectron2.utils import comm
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapters import INITS, MODES, Adapters, build_adapters, pair_levels
-from ..anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
-from ..bundle import Batch, DetectorSpec, FeatureBundle, RoIView
-from ..config import NOT_NEGATIVE, ConfigError, Rule, check_values, one_of
+from ..config import HeadOptions
+from ..detectors.bundle import Batch, FeatureBundle, RoIView
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
+from ..geometry.anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
+from ..keys import NOT_NEGATIVE, Options, Rule, group, key, one_of, or_none
 from ..losses.mar import PIXEL_WEIGHTS, mask_guided_loss, pixel_weights, relation_loss
-from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from ..registry import DISTILL_HEAD_REGISTRY
+from ..schedules import ScheduleOptions
+from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
+from .base import DistillHead
 from .pyramid import adapted_levels
 
 logger = logging.getLogger(__name__)
@@ -31,27 +37,116 @@ SITES = {
 MAP_SITES = ("class_tower", "rpn_dense")
 ANCHORS = ("auto", "detector", "pseudo")
 
-# Keys of DISTILL.MAR and what their values must be.
-RULES = {
-    "ADAPTER": one_of(MODES),
-    "ADAPTER_KERNEL": one_of((1, 3)),
-    "ADAPTER_INIT": one_of(INITS),
-    "MASK.WEIGHT": NOT_NEGATIVE,
-    "MASK.KIND": one_of(MASK_KINDS),
-    "MASK.IOU_RATIO": Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1"),
-    "MASK.PARTICIPATION": Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
-    "MASK.ANCHORS": one_of(ANCHORS),
-    "MASK.BACKGROUND": NOT_NEGATIVE,
-    "RELATION.SITE": one_of(("auto", *SITES)),
-    "RELATION.WEIGHT": Rule(
-        lambda value: value is None or value >= 0, "it must be None, 0 or positive"
-    ),
-    "RELATION.PIXEL_WEIGHTS": one_of(PIXEL_WEIGHTS),
-    "ADVICE_ITER": NOT_NEGATIVE,
-}
-
 # Shares of the detection loss that the weighted terms should have (calibration rule).
 _RANGES = {"mask": (0.10, 0.40), "relation": (0.05, 0.20)}
+
+
+@dataclass(frozen=True)
+class MaskOptions(Options):
+    """Keys of ``DISTILL.MAR.MASK``."""
+
+    weight: float = key(3.0, NOT_NEGATIVE, "w_m, weight of the mask-guided term; 0 turns it off.")
+    kind: str = key(
+        "count",
+        one_of(MASK_KINDS),
+        'What a position is worth: "count", "binary", "iou", "gauss", "zones" or '
+        '"roi_level", see d2kd/geometry/anchor_masks.py.',
+    )
+    iou_ratio: float = key(
+        0.5,
+        Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1"),
+        "psi: an anchor is near an object if its IoU exceeds this share of the level's best IoU.",
+    )
+    participation: float = key(
+        0.1,
+        Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
+        "kappa: an object takes part in the levels whose best IoU is at least this share "
+        "of its best.",
+    )
+    anchors: str = key(
+        "auto",
+        one_of(ANCHORS),
+        'Whose anchors: "detector" (the student\'s own); "pseudo" (three of side 8 strides '
+        'on each cell); "auto": pseudo for anchor-free students and those with a single '
+        "anchor a location, which is how Detectron2 represents the points of FCOS.",
+    )
+    cap: bool = key(
+        False,
+        comment="Keep the values at the number of anchors a location, however many objects "
+        "overlap.",
+    )
+    background: float = key(
+        0.0,
+        NOT_NEGATIVE,
+        "eta, weight of the features outside the mask against those inside.",
+    )
+
+
+@dataclass(frozen=True)
+class RelationOptions(Options):
+    """Keys of ``DISTILL.MAR.RELATION``."""
+
+    site: str = key(
+        "auto",
+        one_of(("auto", *SITES)),
+        'Where pixels are related: "class_tower" (dense students); "roi_pixels" (the '
+        'cells of each positive RoI), "rpn_dense" (the RPN\'s hidden map), "roi_vectors" '
+        "(the box head's outputs of an image's RoIs) for two-stage ones. \"auto\": "
+        "class_tower or roi_pixels.",
+    )
+    weight: float | None = key(
+        None,
+        or_none(NOT_NEGATIVE),
+        "w_r, weight of the relation term; 0 turns it off. None: 10 for maps "
+        "(class_tower, rpn_dense) and 1 for RoIs (roi_pixels, roi_vectors).",
+    )
+    pixel_weights: str = key(
+        "balanced",
+        one_of(PIXEL_WEIGHTS),
+        'Weights of the pixels of a map: "balanced" (half of the mass near objects) or "uniform".',
+    )
+
+
+@dataclass(frozen=True)
+class MAROptions(HeadOptions):
+    """Keys of ``DISTILL.MAR``."""
+
+    schedule: ScheduleOptions = group(
+        ScheduleOptions(warmup_iters=500),
+        "FGFI, whose masks this method generalises, skips the first 400 iterations.",
+    )
+    strides: tuple[int, ...] = key(
+        (),
+        comment="Strides of the pyramid levels to distil; []: all that both detectors have.",
+    )
+    adapter: str = key(
+        "always",
+        one_of(MODES),
+        'Convolution on the student\'s levels: "always", "auto" (only where channels '
+        'differ), "never".',
+    )
+    adapter_kernel: int = key(
+        1,
+        one_of((1, 3)),
+        'Its kernel, 1 or 3 (FGFI and DeFeat: 3), and its first weights: "identity" '
+        '(where channels agree, else PyTorch\'s default), "default" or "small" (FGFI and '
+        "DeFeat).",
+    )
+    adapter_init: str = key(
+        "identity",
+        one_of(INITS),
+        'Its first weights: "identity" (where channels agree, else the default of PyTorch), '
+        '"default" or "small" (FGFI and DeFeat).',
+    )
+    mask: MaskOptions = group(MaskOptions())
+    relation: RelationOptions = group(RelationOptions())
+    advice_iter: int = key(
+        1000,
+        NOT_NEGATIVE,
+        "After this many iterations a log line says which share of the detection loss "
+        "each term has, and which weight would bring it into the range that the method "
+        "asks for. It is advice: nothing is rescaled. 0: no advice.",
+    )
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -74,6 +169,8 @@ class MAR(DistillHead):
         pixel_weighting: mode of :func:`~d2kd.losses.mar.pixel_weights`.
         advice: tells the terms' shares of the detection loss; None for silence.
     """
+
+    Options = MAROptions
 
     @configurable
     def __init__(
@@ -109,7 +206,6 @@ class MAR(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.MAR
-        check_values("DISTILL.MAR", node, RULES)
         site, weight = node.RELATION.SITE, node.RELATION.WEIGHT
         if site == "auto":
             site = "roi_pixels" if student_spec.two_stage else "class_tower"

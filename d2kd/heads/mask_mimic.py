@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from detectron2.config import configurable
 from torch import Tensor, nn
 
-from ..adapters import build_roi_adapter
-from ..bundle import Batch, DetectorSpec, FeatureBundle
-from ..config import NOT_NEGATIVE, POSITIVE, ConfigError, check_values
+from ..config import HeadOptions
+from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.spec import DetectorSpec
+from ..errors import ConfigError
+from ..keys import NOT_NEGATIVE, POSITIVE, key
 from ..losses.logits import mask_loss
 from ..losses.mimic import mimic_loss
-from .base import DISTILL_HEAD_REGISTRY, DistillHead
+from ..registry import DISTILL_HEAD_REGISTRY
+from .adapters import build_roi_adapter
+from .base import DistillHead
 
 # Terms: the key of the weight, and the field that the term reads of both detectors.
 TERMS = {
@@ -19,12 +25,27 @@ TERMS = {
 }
 
 
-# Keys of DISTILL.MASK_MIMIC and what their values must be.
-RULES = {
-    "LOGITS_WEIGHT": NOT_NEGATIVE,
-    "FEATURES_WEIGHT": NOT_NEGATIVE,
-    "TEMPERATURE": POSITIVE,
-}
+@dataclass(frozen=True)
+class MaskMimicOptions(HeadOptions):
+    """Keys of ``DISTILL.MASK_MIMIC``."""
+
+    logits_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Mask logits of the labelled class: the term that LOGITS.MASK_WEIGHT and "
+        "DSIG.MASK_WEIGHT weigh too; 0 switches a term off.",
+    )
+    temperature: float = key(
+        1.0,
+        POSITIVE,
+        "T, by which mask logits are divided; the term is multiplied by T^2.",
+    )
+    features_weight: float = key(
+        1.0,
+        NOT_NEGATIVE,
+        "Mean squared error of the features that are pooled for the mask head (14x14 "
+        "cells), through a 1x1 convolution where channels differ.",
+    )
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -38,6 +59,8 @@ class MaskMimic(DistillHead):
         temperature: T of the mask logits.
     """
 
+    Options = MaskMimicOptions
+
     @configurable
     def __init__(self, *, weights: dict[str, float], adapter: nn.Module, temperature: float = 1.0):
         super().__init__()
@@ -49,7 +72,6 @@ class MaskMimic(DistillHead):
     @classmethod
     def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
         node = cfg.DISTILL.MASK_MIMIC
-        check_values("DISTILL.MASK_MIMIC", node, RULES)
         weights = {term: node[key] for term, (key, _) in TERMS.items() if node[key]}
         _check_pair(weights, student_spec, teacher_spec)
         adapter = nn.Identity()

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import INITS, MODES, Adapters, build_adapters, pair_levels
-from ..bundle import DetectorSpec, FeatureBundle
-from ..config import one_of
+from ..config import HeadOptions
+from ..detectors.bundle import FeatureBundle
+from ..detectors.spec import DetectorSpec
+from ..keys import key, one_of
+from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
 
-# What the values of their common keys must be.
-PYRAMID_RULES = {"ADAPTER": one_of(MODES), "ADAPTER_INIT": one_of(INITS)}
+
+@dataclass(frozen=True)
+class PyramidOptions(HeadOptions):
+    """Keys of heads that compare whole pyramids."""
+
+    strides: tuple[int, ...] = key(
+        (), comment="Strides of the pyramid levels to distil; []: all that both detectors have."
+    )
+    adapter: str = key(
+        "auto",
+        one_of(MODES),
+        '1x1 convolution on the student\'s levels (phi): "auto" (where channels differ, and '
+        "everywhere if the detectors differ in meta-architecture or number of box stages), "
+        '"always" or "never".',
+    )
+    adapter_init: str = key(
+        "default",
+        one_of(INITS),
+        'Its first weights: "default" (PyTorch\'s), "identity" (starts as no adapter, where '
+        'channels agree) or "small" (near zero).',
+    )
 
 
 def build_pyramid_adapters(
-    node, student: DetectorSpec, teacher: DetectorSpec
+    options: PyramidOptions, student: DetectorSpec, teacher: DetectorSpec
 ) -> tuple[tuple[int, ...], Adapters]:
-    """Strides and 1x1 adapters that a head's ``STRIDES``, ``ADAPTER``, ``ADAPTER_INIT`` ask for.
+    """Strides and 1x1 adapters that ``STRIDES``, ``ADAPTER`` and ``ADAPTER_INIT`` ask for.
 
     "auto" puts an adapter where channels differ, and on every level where the detectors are of
     different kinds: another meta-architecture, or another number of box-head stages.
@@ -26,10 +48,10 @@ def build_pyramid_adapters(
     Raises:
         ConfigError: a stride that is not in both pyramids, or an unknown or impossible mode.
     """
-    strides = pair_levels(student, teacher, node.STRIDES)
+    strides = pair_levels(student, teacher, options.strides)
     kinds = [(spec.meta_arch, spec.num_stages) for spec in (student, teacher)]
-    mode = "always" if node.ADAPTER == "auto" and kinds[0] != kinds[1] else node.ADAPTER
-    return strides, build_adapters(student, teacher, strides, mode=mode, init=node.ADAPTER_INIT)
+    mode = "always" if options.adapter == "auto" and kinds[0] != kinds[1] else options.adapter
+    return strides, build_adapters(student, teacher, strides, mode=mode, init=options.adapter_init)
 
 
 def adapted_levels(

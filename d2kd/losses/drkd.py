@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import connected_zero, full_precision
+from ..numerics import connected_zero, full_precision
 
 PROFILES = ("code", "paper")
 REFERENCE_BATCH_SIZE = 2  # images per GPU for which the published weights were chosen

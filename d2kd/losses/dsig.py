@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import full_precision
+from ..numerics import full_precision
 
 IMAGE_REDUCTIONS = ("mean", "sum")
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import full_precision
+from ..numerics import full_precision
 
 # A feature shorter than this has no direction worth comparing, and the gradient of its cosine,
 # which grows as 1 / length, would swamp the rest.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import connected_zero, full_precision
+from ..numerics import connected_zero, full_precision
 
 PIXEL_WEIGHTS = ("balanced", "uniform")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import connected_zero, full_precision
+from ..numerics import connected_zero, full_precision
 from .ssim import rescale_pair
 
 DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import connected_zero, full_precision
+from ..numerics import connected_zero, full_precision
 
 RESCALE_SCOPES = ("image", "tensor", "channel")
 

@@ -20,9 +20,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 
-from ..bundle import feature_strides
-from ..geometry import crop_means, pad_boxes
-from ..teacher import Teacher
+from ..detectors.spec import feature_strides
+from ..detectors.teacher import Teacher
+from ..geometry.boxes import crop_means, pad_boxes
 from .store import Instance
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..config import PRECISIONS
-from ..teacher import Teacher
+from ..detectors.teacher import Teacher
 from .collect import (
     Candidates,
     FeatureTable,

@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from d2kd import ConfigError
-from d2kd.bundle import Batch, DetectorSpec, FeatureBundle
+from d2kd.detectors.bundle import Batch, FeatureBundle
+from d2kd.detectors.spec import DetectorSpec
 from d2kd.heads.drkd import DRKD, choose_boxes, describe_parameters
 from d2kd.heads.drkd_units import InstanceLayout
 from tests.detectors import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from d2kd.bundle import DetectorSpec, FeatureBundle
+from d2kd.detectors.bundle import FeatureBundle
+from d2kd.detectors.spec import DetectorSpec
 from d2kd.heads.drkd_units import (
     GraphUnit,
     InstanceLayout,

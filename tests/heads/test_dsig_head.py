@@ -12,22 +12,16 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.poolers import ROIPooler
 
-from d2kd.bundle import DetectorSpec, FeatureBundle, RoIView, describe_detector
-from d2kd.config import ConfigError
-from d2kd.engine.schedules import Schedule
+from d2kd.detectors.bundle import FeatureBundle, RoIView
+from d2kd.detectors.spec import DetectorSpec, describe_detector
+from d2kd.detectors.teacher import Teacher
+from d2kd.errors import ConfigError
 from d2kd.heads.dsig import DSIG, TopPredictions
 from d2kd.losses import dsig as losses
 from d2kd.meta_arch import Distiller
-from d2kd.teacher import Teacher
+from d2kd.schedules import Schedule
 
-from ..detectors import (
-    build,
-    detector_config,
-    distiller_config,
-    make_batch,
-    run_step,
-    write_config,
-)
+from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
 
 NUM_CLASSES = 3
 TWO_STAGE_TERMS = {"foreground", "background", "edge", "class", "box", "pyramid"}
@@ -505,7 +499,7 @@ def retinanet():
 
 def dense_view(model, anchors, outputs):
     """A stand-in for the student's DenseView."""
-    from d2kd.taps import flatten_maps
+    from d2kd.detectors.taps import flatten_maps
 
     strides = [8, 16, 32, 64, 128]
     return SimpleNamespace(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from d2kd import ConfigError
-from d2kd.bundle import Batch
+from d2kd.detectors.bundle import Batch
 from d2kd.heads.feature_mimic import FeatureMimic
 from d2kd.losses.mimic import mimic_loss
 

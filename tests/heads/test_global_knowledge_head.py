@@ -19,9 +19,9 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
 
-from d2kd.bundle import feature_strides
-from d2kd.config import ConfigError
+from d2kd.detectors.spec import feature_strides
 from d2kd.engine.trainer import DistillTrainer
+from d2kd.errors import ConfigError
 from d2kd.heads.global_knowledge import gather_levels, pick_foreground
 from d2kd.losses import global_knowledge as losses
 from d2kd.prototypes.collect import FeatureTable, find_candidates

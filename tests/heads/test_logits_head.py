@@ -8,18 +8,12 @@ import pytest
 import torch
 
 from d2kd import ConfigError
-from d2kd.bundle import Batch, DenseView, DetectorSpec, FeatureBundle, MaskView, RoIView
+from d2kd.detectors.bundle import Batch, DenseView, FeatureBundle, MaskView, RoIView
+from d2kd.detectors.spec import DetectorSpec
 from d2kd.heads.logits import Logits
 from d2kd.losses import logits as losses
 
-from ..detectors import (
-    build,
-    detector_config,
-    distiller_config,
-    make_batch,
-    run_step,
-    write_config,
-)
+from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
 
 K = 3
 ROI_FIELDS = {"pyramid", "roi", "roi.logits", "roi.deltas"}

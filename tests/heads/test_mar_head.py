@@ -13,10 +13,10 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 
 from d2kd import ConfigError, Distiller, Teacher
-from d2kd.bundle import describe_detector
-from d2kd.engine.schedules import Schedule
+from d2kd.detectors.spec import describe_detector
 from d2kd.heads.mar import MAR, Advice, advise
 from d2kd.losses.mar import mask_guided_loss, pixel_weights, relation_loss
+from d2kd.schedules import Schedule
 from tests.detectors import (
     ARCHS,
     build,

@@ -8,17 +8,11 @@ import pytest
 import torch
 
 from d2kd import ConfigError
-from d2kd.bundle import Batch, DetectorSpec, FeatureBundle, MaskView
+from d2kd.detectors.bundle import Batch, FeatureBundle, MaskView
+from d2kd.detectors.spec import DetectorSpec
 from d2kd.heads.mask_mimic import MaskMimic
 
-from ..detectors import (
-    build,
-    detector_config,
-    distiller_config,
-    make_batch,
-    run_step,
-    write_config,
-)
+from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
 
 K = 3
 METHODS = ("DSIG", "DRKD", "GlobalKnowledge", "SSIM", "MAR")

@@ -9,7 +9,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from d2kd import ConfigError
-from d2kd.bundle import Batch, DetectorSpec, FeatureBundle
+from d2kd.detectors.bundle import Batch, FeatureBundle
+from d2kd.detectors.spec import DetectorSpec
 from d2kd.heads.ssim import SSIM
 from d2kd.losses.ssim import min_max_rescale, patch_statistics, ssim_loss
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from d2kd.geometry import assign_levels, box_mask, crop_means
+from d2kd.geometry.boxes import assign_levels, box_mask, crop_means
 from d2kd.losses.global_knowledge import (
     attenuation,
     cosine_global_loss,

@@ -1,0 +1,25 @@
+"""The one kind of error that a user's mistake ends in, and how its message becomes one line."""
+
+from __future__ import annotations
+
+MAX_LINE = 300
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration, said in one line that names what is valid."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for a message of one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
+
+
+def one_line(message: str, limit: int = MAX_LINE) -> str:
+    """``message`` with line breaks and runs of spaces folded, cut to ``limit`` characters.
+
+    Args:
+        limit: at least 4; what does not fit is replaced by "...".
+    """
+    text = " ".join(message.split())
+    return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."

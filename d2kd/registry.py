@@ -1,0 +1,26 @@
+"""The registries that users extend, and the name of a head's config node.
+
+Heads, detector parts and groups of config keys register themselves here, so that nothing below them
+has to import them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from detectron2.utils.registry import Registry
+
+DISTILL_HEAD_REGISTRY = Registry("DISTILL_HEAD")
+DISTILL_HEAD_REGISTRY.__doc__ = """
+Heads that ``DISTILL.HEADS`` can name. A head called ``MyHead`` is configured by the node
+``DISTILL.MY_HEAD`` and is called as ``MyHead(cfg, student_spec, teacher_spec)``.
+"""
+
+# Path of a config node, e.g. "MODEL.FCOS" -> the class that declares keys there; see d2kd.keys.
+CONFIG_KEYS: dict[str, Any] = {}
+
+
+def node_name(head_name: str) -> str:
+    """The config node of a head: ``FeatureMimic`` -> ``FEATURE_MIMIC``, ``SSIM`` -> ``SSIM``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", head_name).upper()
