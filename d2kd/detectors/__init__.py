@@ -1,0 +1,1 @@
+"""All knowledge of how Detectron2 builds detectors inside."""

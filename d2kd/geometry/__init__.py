@@ -1,0 +1,1 @@
+"""Boxes, anchors, masks and pooling on tensors; no detector is known here."""

@@ -1,0 +1,1 @@
+"""Losses as pure functions, one file per paper: tensors in, a scalar out."""
