@@ -25,7 +25,7 @@ from d2kd.engine.hooks import check_teacher, read_teacher_results
 from d2kd.engine.setup import add_import_argument, model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.errors import ConfigError
-from d2kd.meta_arch import Distiller
+from d2kd.meta_arch import moments_of
 
 logger = logging.getLogger("d2kd.train_net")
 
@@ -58,7 +58,7 @@ def train(cfg, args) -> dict:
     # Before the output folder is made: a head may refuse the pair.
     model = build_model(model_config(cfg, args))
     start_logging(cfg, args)
-    if cfg.DISTILL.HEADS and not isinstance(model, Distiller):
+    if cfg.DISTILL.HEADS and cfg.MODEL.META_ARCHITECTURE != "Distiller":
         logger.warning(
             "Training %s without distillation: DISTILL.HEADS is for the Distiller of "
             "MODEL.META_ARCHITECTURE",
@@ -66,11 +66,12 @@ def train(cfg, args) -> dict:
         )
     trainer = DistillTrainer(cfg, seed, model)
     trainer.resume_or_load(resume=args.resume)
-    if isinstance(model, Distiller):
+    teacher = moments_of(model).teacher
+    if teacher is not None:
         # All ranks take part, or none: that of the folder's machine knows.
         checked = trainer.start_iter > 0 and bool(read_teacher_results(cfg.OUTPUT_DIR))
-        if model.teacher and cfg.DISTILL.TEACHER.CHECK and not comm.all_gather(checked)[0]:
-            check_teacher(cfg, model.teacher, DistillTrainer)
+        if cfg.DISTILL.TEACHER.CHECK and not comm.all_gather(checked)[0]:
+            check_teacher(cfg, teacher, DistillTrainer)
     trainer.train()
     return trainer.last_results
 

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -39,6 +41,70 @@ STUDENT_PREFIX = "student."
 HEADS_PREFIX = "distill_heads."
 
 
+class TrainingMoments(Protocol):
+    """What a trainer asks of the model that it trains, and the moments that it tells it of.
+
+    A :class:`Distiller` is one; :func:`moments_of` makes one of any other model.
+    """
+
+    @property
+    def student(self) -> nn.Module:
+        """The detector that is trained, evaluated and saved."""
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher, where there is one."""
+
+    @property
+    def trained_beside(self) -> list[nn.Parameter]:
+        """What is trained, but is not the student's: the parameters of heads."""
+
+    @property
+    def checkpoint_parts(self) -> dict[str, nn.Module]:
+        """Prefix of keys in a checkpoint -> the module that they belong to; "" is the student."""
+
+    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
+        """Hooks that the trainer runs before its own."""
+
+    def start_from_weights(self) -> None:
+        """A training starts, and does not resume: ``MODEL.WEIGHTS`` are loaded."""
+
+    def before_training(self) -> None:
+        """The first step of this process comes next; weights are loaded, checks are done."""
+
+    def after_backward(self) -> None:
+        """Gradients are complete, over all ranks; the update comes next."""
+
+
+class PlainMoments:
+    """:class:`TrainingMoments` of a model without distillation, to which they say nothing."""
+
+    def __init__(self, model: nn.Module):
+        self.student = model
+        self.teacher = None
+        self.trained_beside: list[nn.Parameter] = []
+        self.checkpoint_parts = {"": model}
+
+    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
+        return []
+
+    def start_from_weights(self) -> None:
+        pass
+
+    def before_training(self) -> None:
+        pass
+
+    def after_backward(self) -> None:
+        pass
+
+
+def moments_of(model: nn.Module) -> TrainingMoments:
+    """``model``, inside DistributedDataParallel or not, as a trainer talks to it."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model if isinstance(model, Distiller) else PlainMoments(model)
+
+
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
     """Meta-architecture of a student in distillation.
@@ -49,7 +115,7 @@ class Distiller(nn.Module):
         heads: name -> head, in the order in which they run.
         schedules: name -> factor of the head by iteration.
         max_iter: length of training, told to the heads.
-        inherit: parts of the student that :meth:`inherit_weights` copies from the teacher.
+        inherit: parts of the student that :meth:`start_from_weights` copies from the teacher.
 
     Raises:
         ConfigError: heads without teacher or schedule, or a part that cannot be inherited.
@@ -111,20 +177,42 @@ class Distiller(nn.Module):
     def device(self) -> torch.device:
         return self.student.device
 
-    def inherit_weights(self) -> None:
-        """Copy ``DISTILL.INHERIT`` from the teacher, and log what was copied.
+    # --- the moments of a training; see TrainingMoments ---
 
-        To be called once, before training and after the student's own weights are loaded, which it
-        overwrites. Each rank copies from its own teacher: all of them loaded the same file.
+    @property
+    def trained_beside(self) -> list[nn.Parameter]:
+        return [p for p in self.distill_heads.parameters() if p.requires_grad]
+
+    @property
+    def checkpoint_parts(self) -> dict[str, nn.Module]:
+        return {"": self.student, HEADS_PREFIX: self.distill_heads}
+
+    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
+        return [hook for head in self.distill_heads.values() for hook in head.build_hooks(cfg)]
+
+    def start_from_weights(self) -> None:
+        """Copy ``DISTILL.INHERIT`` from the teacher over the student's own weights, and log it.
+
+        Each rank copies from its own teacher: all of them loaded the same file.
         """
         if self._inheritance is not None:
             self._inheritance.copy(self.student, self.teacher.model)
             logger.info("Inherited from the teacher (DISTILL.INHERIT):\n%s", self._inheritance)
 
-    def release_unread_teacher(self) -> None:
+    def before_training(self) -> None:
         """Free the memory of a teacher that no head reads: nothing is left to inherit from it."""
         if not len(self.distill_heads):
             self._hidden = (None,)
+
+    def after_backward(self) -> None:
+        """Leave heads that were at rest in this step as they are.
+
+        DistributedDataParallel gives parameters without a gradient one of zeros, by which an
+        optimiser with momentum or weight decay would move them.
+        """
+        for name, head in self.distill_heads.items():
+            if name in self._resting:
+                head.zero_grad(set_to_none=True)
 
     def _apply(self, fn, recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
@@ -144,16 +232,6 @@ class Distiller(nn.Module):
         name = next(iter(losses))
         losses[name] = _TouchParameters.apply(losses[name], *self.distill_heads.parameters())
         return losses
-
-    def rest_heads(self) -> None:
-        """To be called after the backward pass: leave heads that were at rest in it as they are.
-
-        DistributedDataParallel gives parameters without a gradient one of zeros, by which an
-        optimiser with momentum or weight decay would move them.
-        """
-        for name, head in self.distill_heads.items():
-            if name in self._resting:
-                head.zero_grad(set_to_none=True)
 
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         iteration = get_event_storage().iter

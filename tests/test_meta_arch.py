@@ -16,6 +16,7 @@ from d2kd import ConfigError, Distiller, Teacher, add_distillation_config
 from d2kd.detectors.spec import describe_detector
 from d2kd.engine.checkpoint import AtomicCheckpointer
 from d2kd.heads import build_head
+from d2kd.meta_arch import moments_of
 from d2kd.schedules import Schedule
 
 from .detectors import ARCHS, build, detector_config, distiller_config, make_batch, run_step
@@ -174,7 +175,7 @@ def test_a_resting_head_has_no_gradient(teacher_files):
         run_step(distiller, make_batch(), iteration=iteration)
         for parameter in distiller.distill_heads.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        distiller.rest_heads()
+        distiller.after_backward()
         grads = [p.grad is not None for p in distiller.distill_heads.parameters()]
         assert grads and all(g == has for g in grads)
 
@@ -269,3 +270,34 @@ def test_bad_configs_are_refused_in_one_line(opts, message, teacher_files):
     with pytest.raises(ConfigError, match=message) as error:
         build(cfg)
     assert "\n" not in str(error.value)
+
+
+def test_a_trainer_meets_every_model_in_the_same_moments(teacher_files):
+    """A plain detector has them all and does nothing; a Distiller shows its student and heads; the
+    wrapper of a distributed training hides neither."""
+    plain = build(detector_config())
+    moments = moments_of(plain)
+    assert moments.student is plain and moments.teacher is None
+    assert moments.trained_beside == [] and moments.checkpoint_parts == {"": plain}
+    assert moments.build_hooks(detector_config()) == []
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    moments.start_from_weights(), moments.before_training(), moments.after_backward()
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+    cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
+    distiller = build(cfg)
+    assert moments_of(distiller) is distiller
+    heads = [id(p) for p in distiller.distill_heads.parameters()]
+    assert [id(p) for p in distiller.trained_beside] == heads and heads
+    keys = [
+        prefix + key
+        for prefix, part in distiller.checkpoint_parts.items()
+        for key in part.state_dict()
+    ]
+    assert sorted(keys) == sorted(distiller.state_dict())
+    wrapped = torch.nn.parallel.DistributedDataParallel.__new__(
+        torch.nn.parallel.DistributedDataParallel
+    )
+    torch.nn.Module.__init__(wrapped)
+    wrapped.module = distiller
+    assert moments_of(wrapped) is distiller

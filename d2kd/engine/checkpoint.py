@@ -8,7 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..files import write_atomically, write_text
-from ..meta_arch import HEADS_PREFIX, Distiller
+from ..meta_arch import HEADS_PREFIX, Distiller, moments_of
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -57,5 +57,5 @@ def _with_prefix(prefix: str, key):
 
 def save_student(model: torch.nn.Module, path: str) -> None:
     """Write the student's weights alone: what a plain Detectron2 model of the config loads."""
-    student = model.student if isinstance(model, Distiller) else model
+    student = moments_of(model).student
     write_atomically(path, lambda temporary: torch.save({"model": student.state_dict()}, temporary))

@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import nn
 
-from ..meta_arch import Distiller
+from ..meta_arch import moments_of
 
 MIB = 2**20
 
@@ -45,10 +45,7 @@ class TrainingCost:
             ``distillation_parameters``, those that are trained beside the student.
         """
         on_gpu = model.device.type == "cuda"
-        student, heads = model, None
-        if isinstance(model, Distiller):
-            student, heads = model.student, model.distill_heads
-        trained = [p for p in heads.parameters() if p.requires_grad] if heads is not None else []
+        moments = moments_of(model)
         return {
             "iterations": len(self.steps),
             "step_seconds": statistics.median(self.steps) if self.steps else None,
@@ -56,8 +53,8 @@ class TrainingCost:
             "train_seconds": sum(self.steps) + self.hook_seconds,
             "peak_memory_mib": round(self.peak_mib, 1),
             "memory_of": "CUDA tensors" if on_gpu else "process",
-            "student_parameters": sum(p.numel() for p in student.parameters()),
-            "distillation_parameters": sum(p.numel() for p in trained),
+            "student_parameters": sum(p.numel() for p in moments.student.parameters()),
+            "distillation_parameters": sum(p.numel() for p in moments.trained_beside),
         }
 
 

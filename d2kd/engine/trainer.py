@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..config import PRECISIONS
 from ..data.loader import build_train_loader, seed_of
 from ..errors import ConfigError
-from ..meta_arch import Distiller
+from ..meta_arch import moments_of
 from .checkpoint import AtomicCheckpointer
 from .cost import TrainingCost
 from .hooks import FinishHook
@@ -57,8 +57,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def detector_of(model: nn.Module) -> nn.Module:
     """The detector that is trained: the student of a Distiller, or the model itself."""
-    model = unwrap(model)
-    return model.student if isinstance(model, Distiller) else model
+    return moments_of(model).student
 
 
 class StepTrainer(TrainerBase):
@@ -104,9 +103,7 @@ class StepTrainer(TrainerBase):
         total = sum(losses.values())
         self.optimizer.zero_grad()
         (total if self.scaler is None else self.scaler.scale(total)).backward()
-        model = unwrap(self.model)
-        if isinstance(model, Distiller):
-            model.rest_heads()
+        moments_of(self.model).after_backward()
         write_losses(losses, data_time, self.iter)
         if self.scaler is None:
             self.optimizer.step()
@@ -240,26 +237,20 @@ class DistillTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume, or start: load ``MODEL.WEIGHTS``, then copy ``DISTILL.INHERIT``."""
-        model, resumes = unwrap(self.model), resume and self.checkpointer.has_checkpoint()
+        resumes = resume and self.checkpointer.has_checkpoint()
         super().resume_or_load(resume)
-        if isinstance(model, Distiller):
-            if not resumes:
-                model.inherit_weights()
+        if not resumes:
+            moments_of(self.model).start_from_weights()
 
     def train(self) -> None:
         """Train, without a teacher that only gave its weights."""
-        model = unwrap(self.model)
-        if isinstance(model, Distiller):
-            model.release_unread_teacher()
+        moments_of(self.model).before_training()
         super().train()
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; before them those of the heads, behind them the end of training."""
-        model, hooks = unwrap(self.model), []
-        if isinstance(model, Distiller):
-            for head in model.distill_heads.values():
-                hooks += head.build_hooks(self.cfg)
-        return [*hooks, *super().build_hooks(), FinishHook()]
+        own = moments_of(self.model).build_hooks(self.cfg)
+        return [*own, *super().build_hooks(), FinishHook()]
 
     def before_step(self) -> None:
         """Detectron2's, timed: it is here that heads do what they do between steps."""

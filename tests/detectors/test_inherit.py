@@ -42,7 +42,7 @@ def test_copies_the_loaded_weights(teacher, caplog):
     distiller = build(heir(file, ["fpn", "rpn", "roi_heads.box_head"]), 1)
     before = {key: value.clone() for key, value in distiller.state_dict().items()}
     with caplog.at_level(logging.INFO, logger="d2kd"):
-        distiller.inherit_weights()
+        distiller.start_from_weights()
     inherited = ("backbone.fpn_", "proposal_generator.", "roi_heads.box_head.")
     for key, value in distiller.state_dict().items():
         source = expected if key.startswith(inherited) else before
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_left_and_said(teacher):
     file, expected = teacher
     distiller = build(heir(file, ["box_head", "mask_head"], "mask", num_classes=5), 1)
     before = {key: value.clone() for key, value in distiller.state_dict().items()}
-    distiller.inherit_weights()
+    distiller.start_from_weights()
     after = distiller.state_dict()
     assert torch.equal(
         after["roi_heads.box_head.fc1.weight"], expected["roi_heads.box_head.fc1.weight"]
@@ -97,7 +97,7 @@ def test_dense_detectors_have_a_head(tmp_path):
     torch.save({"model": source.state_dict()}, cfg.MODEL.WEIGHTS)
     file = write_config(cfg, tmp_path / "teacher.yaml")
     distiller = build(heir(file, ["head", "fpn"], "retinanet"), 1)
-    distiller.inherit_weights()
+    distiller.start_from_weights()
     for key in ("head.cls_score.bias", "backbone.top_block.p7.weight"):
         assert torch.equal(distiller.state_dict()[key], source.state_dict()[key])
 
