@@ -12,7 +12,7 @@ from ..detectors.bundle import Batch, FeatureBundle
 from ..detectors.spec import DetectorSpec
 from ..keys import key, one_of
 from ..losses.mimic import DISTANCES, pyramid_mimic_loss
-from ..losses.ssim import RESCALE_SCOPES
+from ..losses.rescale import RESCALE_SCOPES
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import Adapters
 from .base import DistillHead

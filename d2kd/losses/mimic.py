@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import connected_zero, full_precision
-from .ssim import rescale_pair
+from .rescale import rescale_pairs
 
 DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
@@ -27,8 +27,9 @@ def mimic_loss(
         teacher: (B, C, H, W), a constant.
         distance: "l1", |s - t|, or "l2", (s - t)^2 (FitNets; Romero et al., ICLR 2015).
         rescale: None compares the features as they are. A scope of
-            :func:`~d2kd.losses.ssim.min_max_rescale` brings both maps to [0, 1] first, which is the
-            frame in which de Rijk et al. (NeurIPS 2022) compare L1 and L2 with their SSIM loss.
+            :func:`~d2kd.losses.rescale.min_max_rescale` brings both maps to [0, 1] first, which is
+            the frame in which de Rijk et al. (NeurIPS 2022) compare L1 and L2 with their SSIM
+            loss.
 
     Returns:
         Scalar; zero for an empty batch.
@@ -43,7 +44,7 @@ def mimic_loss(
         return connected_zero(student)
     if rescale is None:
         return DISTANCES[distance](student, teacher.detach())
-    s, t, share = rescale_pair(student, teacher, rescale)
+    (s,), (t,), (share,) = rescale_pairs([student], [teacher], rescale)
     return DISTANCES[distance](s, t) / share
 
 

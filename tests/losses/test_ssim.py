@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2kd.losses import ssim as ssim_module
+from d2kd.losses import gaussian, ssim_fast
+from d2kd.losses.gaussian import Blur, blur_matrix, gaussian_window
+from d2kd.losses.rescale import live_channels, min_max_rescale
 from d2kd.losses.ssim import (
-    Blur,
-    blur_matrix,
-    gaussian_window,
-    live_channels,
-    min_max_rescale,
     patch_statistics,
     pyramid_ssim_loss,
     ssim_factors,
@@ -286,7 +283,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     student.requires_grad_()
     whole = ssim_loss(student, teacher)
     (whole_gradient,) = torch.autograd.grad(whole, student)
-    monkeypatch.setattr(ssim_module, "_BLOCK_ELEMENTS_CPU", 3 * 64)
+    monkeypatch.setattr(ssim_fast, "BLOCK_ELEMENTS_CPU", 3 * 64)
     split = ssim_loss(student, teacher)
     (split_gradient,) = torch.autograd.grad(split, student)
     assert split.item() == pytest.approx(whole.item(), abs=1e-15)
@@ -355,7 +352,7 @@ def test_tiles_skip_nothing_but_zeros(size, monkeypatch):
     """The blur and its transpose by tiles equal the products with the whole matrices."""
     x = random_maps(2, *size)[0]
     blur = Blur.like(x, 11, 1.5)
-    monkeypatch.setattr(ssim_module, "_TILE_CPU", 4)
+    monkeypatch.setattr(gaussian, "_TILE_CPU", 4)
     torch.testing.assert_close(blur(x), blur.rows @ x @ blur.cols.T)
     torch.testing.assert_close(blur.transposed(x), blur.rows.T @ x @ blur.cols)
 
