@@ -38,7 +38,7 @@ NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "it must be 0 or positi
 COUNT = Rule(lambda value: value >= 1, "it must be at least 1")
 
 
-def one_of(choices: Collection) -> Rule:
+def one_of(choices: Collection[Any]) -> Rule:
     """The value is one of ``choices``."""
     return Rule(lambda value: value in choices, f"valid: {list(choices)}")
 
@@ -168,7 +168,7 @@ def node_at(cfg: CfgNode, path: str, create: bool = False) -> CfgNode:
     return cfg
 
 
-def _key_name(field: dataclasses.Field) -> str:
+def _key_name(field: dataclasses.Field[Any]) -> str:
     return field.name.rstrip("_").upper()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -50,7 +51,7 @@ class DistillHead(nn.Module, ABC):
         cls.Options.add_to(node)
 
     @classmethod
-    def read_options(cls, cfg: CfgNode):
+    def read_options(cls, cfg: CfgNode) -> Any:
         """The head's ``Options`` with the values of ``cfg``, checked.
 
         Raises:
@@ -75,6 +76,11 @@ class DistillHead(nn.Module, ABC):
         return []
 
 
+def _declares_needs(head_class: type[DistillHead]) -> bool:
+    """Whether a head has needs of its own, instead of what its class or instance reads."""
+    return any("needs" in vars(base) for base in head_class.__mro__ if base is not DistillHead)
+
+
 def build_head(
     name: str, cfg: CfgNode, student: DetectorSpec, teacher: DetectorSpec
 ) -> DistillHead:
@@ -92,7 +98,7 @@ def build_head(
         message = str(error)
         known = name in message or node_name(name) in message
         raise ConfigError(message if known else f"{name}: {message}") from error
-    if head_class.needs.__func__ is not DistillHead.needs.__func__:
+    if _declares_needs(head_class):
         head.reads = {field for need in needs for field in need.both}
         head.student_reads = {field for need in needs for field in need.student}
         head.teacher_reads = {field for need in needs for field in need.teacher}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..detectors.bundle import Batch, FeatureBundle
@@ -60,7 +61,9 @@ class FeatureMimic(DistillHead):
         self.rescale = None if options.rescale == "none" else options.rescale
 
     @classmethod
-    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
         options = cls.read_options(cfg)
         strides, adapters = build_pyramid_adapters(options, student_spec, teacher_spec)
         return {"options": options, "strides": strides, "adapters": adapters}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
@@ -83,7 +84,9 @@ def _different(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:
     return ""
 
 
-def _other_anchors(mine: dict[int, tuple], theirs: dict[int, tuple]) -> int | None:
+def _other_anchors(
+    mine: dict[int, tuple[Any, ...]], theirs: dict[int, tuple[Any, ...]]
+) -> int | None:
     """The first common stride at which the anchors differ."""
     return next((s for s in mine if mine[s] != theirs.get(s, mine[s])), None)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
@@ -108,7 +109,9 @@ class SSIM(DistillHead):
         self.window = {"window_size": options.window_size, "sigma": options.sigma}
 
     @classmethod
-    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
         options = cls.read_options(cfg)
         strides, adapters = build_pyramid_adapters(options, student_spec, teacher_spec)
         return {"options": options, "strides": strides, "adapters": adapters}

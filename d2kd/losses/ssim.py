@@ -145,11 +145,11 @@ def pyramid_ssim_loss(
     shares: list[Tensor | float] = [1.0] * len(s)
     if rescale is not None:
         s, t, shares = rescale_pairs(students, teachers, rescale, detach_range)
-    options = {"window_size": window_size, "sigma": sigma, "k1": k1, "k2": k2}
+    patch = window_size, sigma, k1, k2
     if tuple(exponents) == (1, 1, 1):
-        return mean_dissimilarity(s, t, [1 / share for share in shares], **options)
+        return mean_dissimilarity(s, t, [1 / share for share in shares], *patch)
     losses = [
-        ((1 - ssim_map(a, b, exponents, **options)) / 2).clamp(0, 1).mean() / share
+        ((1 - ssim_map(a, b, exponents, *patch)) / 2).clamp(0, 1).mean() / share
         for a, b, share in zip(s, t, shares, strict=True)
     ]
     return torch.stack(losses).sum()
