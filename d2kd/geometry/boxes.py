@@ -102,7 +102,8 @@ def crop_means(feature: Tensor, boxes: Tensor, stride: float) -> Tensor:
     Returns:
         (B, P, C), differentiable with respect to ``feature``.
     """
-    cells = box_cells(boxes.detach(), feature.shape[-2:], stride, far_cell=True).flatten(2)
+    height, width = feature.shape[-2:]
+    cells = box_cells(boxes.detach(), (height, width), stride, far_cell=True).flatten(2)
     cells = cells.to(feature.dtype)
     sums = cells @ feature.flatten(2).transpose(1, 2)
     return sums / cells.sum(dim=-1, keepdim=True)

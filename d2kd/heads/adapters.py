@@ -99,6 +99,7 @@ def build_roi_adapter(student: DetectorSpec, teacher: DetectorSpec, stride: int)
 
 def _build_adapter(c_in: int, c_out: int, kernel_size: int, init: str) -> nn.Conv2d:
     conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2)
+    assert conv.bias is not None
     if init == "identity" and c_in == c_out:
         nn.init.dirac_(conv.weight)
         nn.init.zeros_(conv.bias)
