@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -52,3 +54,24 @@ def connected_zero(*tensors: Tensor) -> Tensor:
     graph on every rank.
     """
     return sum((tensor[:0].sum() if tensor.dim() else tensor * 0) for tensor in tensors)
+
+
+def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of numbers on ``device``, without waiting for it (a copy of pageable memory does).
+
+    Args:
+        values: nested sequences of floats or ints.
+    """
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def stack_channels(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors (..., C_i) of equal leading shapes: (len, ..., max C_i), padded with zeros."""
+    widest = max(part.shape[-1] for part in parts)
+    return torch.stack(
+        [
+            part if part.shape[-1] == widest else F.pad(part, (0, widest - part.shape[-1]))
+            for part in parts
+        ]
+    )

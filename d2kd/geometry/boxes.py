@@ -3,17 +3,19 @@
 Everything works on padded batches of boxes and without a loop over them, so that it costs one
 launch a level and never waits for the device.
 
-B: images, P: boxes an image (padded with boxes of weight zero), C: channels,
-H, W: height and width of a feature map, s: its stride in pixels of the network's input.
+B: images, P: boxes per image (padded with boxes of weight zero), L: levels, C_r: channels,
+H_r, W_r: height and width of level r, s: its stride in pixels of the network's input.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..numerics import full_precision
+from ..numerics import full_precision, on_device, stack_channels
 
 
 def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -53,15 +55,10 @@ def assign_levels(
     return octave.floor().clamp(0, num_levels - 1).long()
 
 
-def _covered(start: Tensor, stop: Tensor, length: int) -> Tensor:
-    """(..., length) bool: the cells start..stop of one axis, both inclusive, clamped to it."""
-    cell = torch.arange(length, device=start.device)
-    start, stop = (end.clamp(0, length - 1)[..., None] for end in (start, stop))
-    return (cell >= start) & (cell <= stop)
-
-
-def box_cells(boxes: Tensor, size: tuple[int, int], stride: float, *, far_cell: bool) -> Tensor:
-    """The cells of a feature map that each box covers.
+def _covered(
+    boxes: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[float], far_cell: bool
+) -> Tensor:
+    """The columns and rows of each level that boxes cover.
 
     The first cell of an axis is ``floor(x1 / s)``; the last one is ``floor(x2 / s)`` with
     ``far_cell``, else the one before it, but a box always covers at least one row and one column.
@@ -69,62 +66,91 @@ def box_cells(boxes: Tensor, size: tuple[int, int], stride: float, *, far_cell: 
 
     Args:
         boxes: (B, P, 4) xyxy in input pixels.
-        size: (H, W) of the map.
-        stride: s.
+        sizes: (H_r, W_r) per level.
+        strides: s per level.
         far_cell: whether the cell that holds the box's far corner counts. Crop averages count
             it, masks do not (Global Knowledge, released code).
 
     Returns:
-        (B, P, H, W) bool.
+        (L, B, P, 2, max of all H_r and W_r) bool: columns, then rows.
     """
-    cells = (boxes / stride).floor()
+    scale, limit = (
+        on_device(values, boxes.device)
+        for values in (
+            [float(stride) for stride in strides],
+            [(float(width - 1), float(height - 1)) for height, width in sizes],
+        )
+    )
+    cells = (boxes / scale[:, None, None, None]).floor()
     first, last = cells[..., :2], cells[..., 2:]
     last = torch.maximum(first, last if far_cell else last - 1)
-    columns, rows = (
-        _covered(first[..., axis], last[..., axis], length)
-        for axis, length in ((0, size[1]), (1, size[0]))
-    )
-    return rows[..., :, None] & columns[..., None, :]
+    limit = limit[:, None, None, :]
+    first, last = (torch.minimum(end.clamp(min=0), limit)[..., None] for end in (first, last))
+    cell = torch.arange(max(map(max, sizes)), device=boxes.device)
+    return (cell >= first) & (cell <= last)
 
 
 @full_precision
-def crop_means(feature: Tensor, boxes: Tensor, stride: float) -> Tensor:
-    """Mean of a feature map over the cells of each box, far cells included.
+def crop_means(
+    pyramids: Sequence[Sequence[Tensor]], boxes: Tensor, strides: Sequence[float]
+) -> list[Tensor]:
+    """Means of feature maps over the cells of each box, far cells included.
 
-    The sums are one matrix product a map, boxes x cells times cells x channels. Unlike prefix
+    The sums are one matrix product per map, boxes x cells times cells x channels. Unlike prefix
     sums it needs no second copy of the map, and no cancellation costs digits.
 
     Args:
-        feature: (B, C, H, W).
+        pyramids: of each detector the maps (B, C_r, H_r, W_r) per level, of equal sizes.
         boxes: (B, P, 4) xyxy in input pixels, constants.
-        stride: s.
+        strides: s per level.
 
     Returns:
-        (B, P, C), differentiable with respect to ``feature``.
+        Per detector (L, B, P, max C_r), differentiable with respect to the maps; channels that a
+        level does not have are 0.
     """
-    height, width = feature.shape[-2:]
-    cells = box_cells(boxes.detach(), (height, width), stride, far_cell=True).flatten(2)
-    cells = cells.to(feature.dtype)
-    sums = cells @ feature.flatten(2).transpose(1, 2)
-    return sums / cells.sum(dim=-1, keepdim=True)
+    sizes = [(x.shape[-2], x.shape[-1]) for x in pyramids[0]]
+    inside = _covered(boxes.detach(), sizes, strides, far_cell=True)
+    counts = inside.sum(dim=-1).prod(dim=-1)[..., None]
+    return [_crop_sums(pyramid, inside, sizes) / counts for pyramid in pyramids]
 
 
-def box_mask(boxes: Tensor, weights: Tensor, size: tuple[int, int], stride: float) -> Tensor:
-    """Map of box weights: the largest weight of the boxes that cover a cell, 0 outside of boxes.
+def _crop_sums(
+    pyramid: Sequence[Tensor], inside: Tensor, sizes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """(L, B, P, max C_r) sums of maps over the cells ``inside`` of :func:`_covered`."""
+    lines = inside.to(pyramid[0].dtype)
+    sums = []
+    for level, feature, (height, width) in zip(lines, pyramid, sizes, strict=True):
+        cells = level[..., 1, :height, None] * level[..., 0, None, :width]
+        sums.append(cells.flatten(2) @ feature.flatten(2).transpose(1, 2))
+    return stack_channels(sums)
+
+
+def box_masks(
+    boxes: Tensor,
+    weights: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    strides: Sequence[float],
+) -> list[Tensor]:
+    """Maps of box weights: the largest weight of the boxes that cover a cell, 0 outside of boxes.
 
     Taking the largest makes the mask independent of the boxes' order (the released code of
     Global Knowledge lets the later box win).
 
     Args:
         boxes: (B, P, 4) xyxy in input pixels.
-        weights: (B, P) >= 0; a box of weight 0 is not there.
-        size: (H, W) of the map.
-        stride: s.
+        weights: (L, B, P) >= 0; a box of weight 0 is not there.
+        sizes: (H_r, W_r) per level.
+        strides: s per level.
 
     Returns:
-        (B, H, W) in the dtype of ``weights``.
+        (B, H_r, W_r) per level in the dtype of ``weights``.
     """
     if boxes.shape[1] == 0:
-        return weights.new_zeros(len(boxes), *size)
-    cells = box_cells(boxes, size, stride, far_cell=False)
-    return (cells * weights[..., None, None]).amax(dim=1)
+        return [weights.new_zeros(len(boxes), *size) for size in sizes]
+    columns, rows = _covered(boxes, sizes, strides, far_cell=False).unbind(dim=-2)
+    rows = rows * weights[..., None]
+    return [
+        (across[..., None, :width] * down[..., :height, None]).amax(dim=1)
+        for across, down, (height, width) in zip(columns, rows, sizes, strict=True)
+    ]

@@ -61,10 +61,9 @@ class DistillHead(nn.Module, ABC):
         return cls.Options.read(cfg.DISTILL[name], f"DISTILL.{name}")
 
     @classmethod
-    def needs(
-        cls, options: HeadOptions, student: DetectorSpec, teacher: DetectorSpec
-    ) -> Sequence[Need]:
-        """What each term that ``options`` switch on asks of the pair; default: the class's reads.
+    def needs(cls, options: Any, student: DetectorSpec, teacher: DetectorSpec) -> Sequence[Need]:
+        """What each term that ``options`` (the head's ``Options``) switch on asks of the pair;
+        default: the class's reads.
 
         Raises:
             ConfigError: the options leave nothing to distil, or do not fit the pair's kind.

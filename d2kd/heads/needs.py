@@ -15,6 +15,7 @@ SHARED = {
     "num_classes": "the same number of classes",
     "box_coding": "boxes coded alike",
     "anchors_per_location": "the same number of anchors per location",
+    "head_strides": "outputs at the same strides",
     "anchors": "the same anchors (MODEL.ANCHOR_GENERATOR)",
     "sigmoid_classes": "box heads both trained with softmax or both with sigmoids (USE_SIGMOID_CE)",
 }

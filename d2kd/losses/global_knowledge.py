@@ -7,21 +7,27 @@ descriptions can be compared although the features cannot.
 
 Legend of shapes
     N: boxes, padded; ``valid`` (N,) tells the real ones
-    K: classes, M: prototypes a class, padded; ``present`` (K, M) tells the real ones
+    K: classes, M: prototypes per class, padded; ``present`` (K, M) tells the real ones
     C: channels (they may differ between teacher and student)
-    B, H, W: images, height and width of a pyramid level
+    B, H_r, W_r: images, height and width of level r
+    Responses, reliability, validity and presence may have a leading dimension L of levels; losses
+    then are (L,).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..numerics import full_precision
+from ..numerics import full_precision, on_device
 
 # A feature shorter than this has no direction worth comparing, and the gradient of its cosine,
-# which grows as 1 / length, would swamp the rest.
+# which grows as 1 / length, would outweigh the rest.
 _SHORTEST = 1e-6
 
 
@@ -35,7 +41,12 @@ def unit_vectors(vectors: Tensor) -> Tensor:
 @full_precision
 def cosine_responses(features: Tensor, prototypes: Tensor) -> Tensor:
     """Cosines of features (N, C) to prototypes (K, M, C): (N, K, M). Gradient to the features."""
-    return torch.einsum("nc,kmc->nkm", unit_vectors(features), unit_vectors(prototypes.detach()))
+    return _products(unit_vectors(features), unit_vectors(prototypes.detach()))
+
+
+def _products(features: Tensor, rows: Tensor) -> Tensor:
+    """Products of (..., N, C) with each row of (..., K, M, C): (..., N, K, M)."""
+    return (features @ rows.flatten(-3, -2).mT).unflatten(-1, rows.shape[-3:-1])
 
 
 @full_precision
@@ -53,17 +64,17 @@ def projection_responses(features: Tensor, prototypes: Tensor, ridge: float = 0.
         (N, K, M), with gradient to the features.
     """
     bank = unit_vectors(prototypes.detach())
-    gram = bank @ bank.transpose(1, 2)
+    gram = bank @ bank.mT
     gram = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # cholesky_ex with its default check_errors=False does not wait for the device.
     projector = torch.cholesky_solve(bank, torch.linalg.cholesky_ex(gram).L)
-    return torch.einsum("nc,kmc->nkm", unit_vectors(features), projector)
+    return _products(unit_vectors(features), projector)
 
 
 def own_class(responses: Tensor, labels: Tensor) -> Tensor:
     """Responses (N, K, M) to the prototypes of the boxes' own classes ``labels`` (N,): (N, M)."""
-    index = labels[:, None, None].expand(-1, 1, responses.shape[2])
-    return responses.gather(1, index).squeeze(1)
+    index = labels[:, None, None].expand(*responses.shape[:-2], 1, responses.shape[-1])
+    return responses.gather(-2, index).squeeze(-2)
 
 
 @full_precision
@@ -82,9 +93,9 @@ def cosine_reliability(student: Tensor, teacher: Tensor, labels: Tensor, present
     Returns:
         r (N,), a constant.
     """
-    here = present[labels]
+    here = present.index_select(-2, labels)
     peak = [
-        own_class(cosines, labels).masked_fill(~here, -1.0).amax(dim=1)
+        own_class(cosines, labels).masked_fill(~here, -1.0).amax(dim=-1)
         for cosines in (student, teacher)
     ]
     return (1 - (peak[0] - peak[1]).abs()).clamp(0, 1)
@@ -103,7 +114,7 @@ def projection_reliability(student: Tensor, teacher: Tensor, labels: Tensor) -> 
         r (N,), a constant.
     """
     gap = own_class(student, labels) - own_class(teacher, labels)
-    return 1 - gap.norm(dim=1).clamp(0, 1)
+    return 1 - gap.norm(dim=-1).clamp(0, 1)
 
 
 @full_precision
@@ -124,9 +135,10 @@ def cosine_global_loss(
     Returns:
         scalar; zero without boxes or without prototypes.
     """
-    weight = (reliability * valid).detach()[:, None, None]
+    weight = (reliability * valid).detach()[..., None, None]
     terms = F.smooth_l1_loss(weight * student, weight * teacher.detach(), reduction="none")
-    return (terms * present).sum() / (valid.sum() * present.sum()).clamp(min=1)
+    total = (terms * present[..., None, :, :]).sum(dim=(-3, -2, -1))
+    return total / (valid.sum(dim=-1) * present.sum(dim=(-2, -1))).clamp(min=1)
 
 
 @full_precision
@@ -148,34 +160,65 @@ def projection_global_loss(
     """
     gap = own_class(student, labels) - own_class(teacher, labels).detach()
     weight = (reliability * valid).detach().square()
-    return (weight * gap.square().sum(dim=1)).sum() / (2 * valid.sum()).clamp(min=1)
+    total = (weight * gap.square().sum(dim=-1)).sum(dim=-1)
+    return total / (2 * valid.sum(dim=-1)).clamp(min=1)
+
+
+class _MaskedErrors(torch.autograd.Function):
+    """Sums of the squared error of each level under two masks, and the sums of the masks.
+
+    Autograd would keep the squared error of each level and launch its backward pass per level.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, masks: Tensor, *maps: Tensor) -> Tensor:
+        """masks: (2, N), the positions of all levels; maps: s_1 ... s_L, t_1 ... t_L, each
+        (B, C, H_r, W_r). Returns (L, 4): two sums of errors, two sums of masks."""
+        half = len(maps) // 2
+        gaps = torch._foreach_sub(maps[:half], maps[half:])
+        squares = torch._foreach_mul(gaps, gaps)
+        errors = torch.cat([x.sum(dim=1).flatten() for x in squares])
+        counts = [x.numel() // x.shape[1] for x in gaps]
+        products = torch.cat([masks * errors, masks])
+        ctx.save_for_backward(masks, *gaps)
+        return torch.stack([x.sum(dim=1) for x in products.split(counts, dim=1)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        masks, *gaps = ctx.saved_tensors
+        counts = [x.numel() // x.shape[1] for x in gaps]
+        per_position = (
+            (weight[:2] @ mask).view(len(gap), 1, *gap.shape[-2:])
+            for weight, mask, gap in zip(2 * grad, masks.split(counts, dim=1), gaps, strict=True)
+        )
+        return None, *torch._foreach_mul(gaps, list(per_position)), *[None] * len(gaps)
 
 
 @full_precision
-def decoupled_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the mean squared error of one level, inside and outside of the boxes separately.
+def decoupled_losses(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Half the mean squared error of each level, inside and outside of the boxes separately.
 
     ``sum(W D) / max(1, 2 C sum W)`` with the squared error D, and the same with the background
     mask Z = [W = 0] in place of W (section 2.3). Scaling all weights does not matter, as long as
     their sum is not tiny: the loss compares boxes.
 
     Args:
-        student: (B, C, H, W), adapted to the teacher's channels.
-        teacher: (B, C, H, W).
-        weights: W (B, H, W) >= 0, positive inside of boxes.
+        students: (B, C, H_r, W_r) per level, adapted to the teacher's channels.
+        teachers: (B, C, H_r, W_r) per level.
+        weights: W (B, H_r, W_r) >= 0 per level, positive inside of boxes.
 
     Returns:
-        foreground and background loss, both scalars.
+        foreground and background loss, both (L,).
     """
-    # Fused, and summed over channels at once: no full-size tensor is kept for the backward pass.
-    error = F.mse_loss(student, teacher.detach(), reduction="none").sum(dim=1)
-    weights = weights.detach().to(error.dtype)
-    background = (weights == 0).to(error.dtype)
-    doubled = 2 * student.shape[1]
-    foreground_loss, background_loss = (
-        (mask * error).sum() / (doubled * mask.sum()).clamp(min=1) for mask in (weights, background)
-    )
-    return foreground_loss, background_loss
+    masks = torch.cat([w.flatten() for w in weights]).detach().to(students[0].dtype)
+    masks = torch.stack([masks, (masks == 0).to(masks.dtype)])
+    sums = _MaskedErrors.apply(masks, *students, *(t.detach() for t in teachers))
+    doubled = on_device([[2.0 * s.shape[1]] for s in students], masks.device)
+    losses = sums[:, :2] / (doubled * sums[:, 2:].detach()).clamp(min=1)
+    return losses[:, 0], losses[:, 1]
 
 
 @full_precision

@@ -178,8 +178,9 @@ def extract_features(
         for name, reader in readers.items():
             maps = reader.pyramid(inputs)
             for stride, parts in found[name].items():
-                means = crop_means(maps[stride], boxes.to(maps[stride].device), stride)
-                parts.append(means.float().cpu()[valid])
+                level = maps[stride]
+                (means,) = crop_means([[level]], boxes.to(level.device), [stride])
+                parts.append(means[0].float().cpu()[valid])
         progress = f"prototypes: {number + 1} of {len(loader)} batches of images"
         log_every_n_seconds(logging.INFO, progress, n=30, name=__name__)
     return {

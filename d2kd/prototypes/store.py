@@ -11,7 +11,7 @@ classes, C_t, C_s: channels of teacher and student.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from ..numerics import stack_channels
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,12 @@ class PrototypeBank(nn.Module):
     def has_prototypes(self) -> bool:
         """Whether any class has one (a checkpoint of other sizes leaves a bank empty)."""
         return any(bool(self.level(stride)[2].any()) for stride in self.strides)
+
+    def levels(self, strides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`level` of each of ``strides``, stacked: (L, K, M, C_s), (L, K, M, C_t) and
+        (L, K, M). Levels of fewer channels are padded with zeros, which no cosine sees."""
+        student, teacher, present = zip(*(self.level(s) for s in strides), strict=True)
+        return stack_channels(student), stack_channels(teacher), torch.stack(present)
 
     def level(self, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Student features (K, M, C_s), teacher features (K, M, C_t) and presence (K, M)."""

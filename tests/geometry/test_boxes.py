@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from d2kd.geometry.boxes import assign_levels, box_cells, box_mask, crop_means, pad_boxes
+from d2kd.geometry import boxes as levels
+from d2kd.geometry.boxes import assign_levels, pad_boxes
+
+from .single_level import box_cells, box_mask, crop_means
 
 
 def random_boxes(images: int, boxes: int, extent: float) -> torch.Tensor:
@@ -143,3 +146,28 @@ def test_pad_boxes():
     assert boxes.shape == (3, 2, 4)
     assert valid.tolist() == [[True, True], [False, False], [True, False]]
     assert torch.equal(boxes.sum((1, 2)), torch.tensor([8.0, 0.0, 4.0]))
+
+
+def test_levels_together_are_levels_apart():
+    """Maps of different sizes and channels, two detectors, one call: as level by level."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[[3.0, 5, 40, 30], [0, 0, 9, 9]], [[10.0, 2, 60, 61], [30, 30, 31, 44]]])
+    sizes, strides = [(8, 7), (4, 4)], [8, 16]
+    pyramids = [
+        [
+            torch.randn(2, c, *size, generator=generator)
+            for c, size in zip(channels, sizes, strict=True)
+        ]
+        for channels in ((3, 3), (4, 2))
+    ]
+    means = levels.crop_means(pyramids, boxes, strides)
+    weights = torch.rand(2, 2, 2, generator=generator)
+    masks = levels.box_masks(boxes, weights, sizes, strides)
+    for n, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+        for pyramid, mean in zip(pyramids, means, strict=True):
+            channels = pyramid[n].shape[1]
+            torch.testing.assert_close(
+                mean[n, ..., :channels], crop_means(pyramid[n], boxes, stride)
+            )
+            assert not mean[n, ..., channels:].any()
+        torch.testing.assert_close(masks[n], box_mask(boxes, weights[n], size, stride))

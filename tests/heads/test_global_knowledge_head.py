@@ -333,7 +333,7 @@ def test_other_classes_are_refused(tmp_path):
     teacher = detector_config(width=24, num_classes=5)
     file = write_config(teacher, tmp_path / "teacher.yaml")
     cfg = distiller_config(detector_config(), ["GlobalKnowledge"], file)
-    with pytest.raises(ConfigError, match="3 classes and the teacher 5"):
+    with pytest.raises(ConfigError, match="the student has 3, the teacher 5"):
         build(cfg)
     cfg.merge_from_list([f"{NODE}.SOFT_LABELS.WEIGHT", 0.0])
     terms = terms_of(run_step(build(cfg), make_batch()))
@@ -373,8 +373,8 @@ def test_other_anchors_are_refused(tmp_path):
     teacher = detector_config("retinanet", width=24)
     sizes = teacher.MODEL.ANCHOR_GENERATOR.SIZES
     for levels, first, message in (
-        (["p3", "p4", "p5", "p6", "p7"], [[9, 10, 11]], "different anchors at stride 8"),
-        (["p4", "p5", "p6", "p7"], [], r"strides \[8, .*the teacher at \[16,"),
+        (["p3", "p4", "p5", "p6", "p7"], [[9, 10, 11]], "they differ at stride 8"),
+        (["p4", "p5", "p6", "p7"], [], r"same strides; the student has \(8, .*teacher \(16,"),
     ):
         teacher.MODEL.RETINANET.IN_FEATURES = levels
         teacher.MODEL.ANCHOR_GENERATOR.SIZES = [*first, *sizes[1:]]

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from d2kd.geometry.boxes import assign_levels, box_mask, crop_means
+from d2kd.geometry.boxes import assign_levels
 from d2kd.losses.global_knowledge import (
     attenuation,
     cosine_global_loss,
     cosine_reliability,
     cosine_responses,
-    decoupled_loss,
     own_class,
     projection_global_loss,
     projection_reliability,
@@ -21,6 +20,7 @@ from d2kd.losses.global_knowledge import (
     soft_label_loss,
     unit_vectors,
 )
+from tests.geometry.single_level import box_mask, crop_means, decoupled_loss
 
 N, K, M = 6, 4, 3
 

@@ -1,0 +1,330 @@
+"""The head of Global Knowledge: which boxes, which terms, with which weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.engine import HookBase
+from torch import Tensor
+
+from ...detectors.bundle import Batch, FeatureBundle
+from ...detectors.spec import DetectorSpec
+from ...errors import ConfigError
+from ...geometry.boxes import assign_levels, box_masks, crop_means
+from ...losses import global_knowledge as losses
+from ...prototypes.hook import PrototypeHook
+from ...prototypes.store import PrototypeBank, Prototypes
+from ...registry import DISTILL_HEAD_REGISTRY
+from ..adapters import Adapters, build_adapters, pair_levels
+from ..base import DistillHead
+from ..needs import Need
+from .boxes import PickedBoxes, gather_levels, pick, pick_anchors, pick_rois
+from .options import GlobalKnowledgeOptions
+from .responses import CosineResponses, ProjectionResponses, Responses
+
+PATH = "DISTILL.GLOBAL_KNOWLEDGE"
+
+
+@DISTILL_HEAD_REGISTRY.register()
+class GlobalKnowledge(DistillHead):
+    """Distilling Object Detectors with Global Knowledge (Tang et al., ECCV 2022).
+
+    Args:
+        options: the values of ``DISTILL.GLOBAL_KNOWLEDGE``.
+        student_spec: of the student.
+        strides: pyramid levels.
+        adapters: student's to teacher's channels, for the local losses.
+        bank: the prototypes; None where neither the global loss nor reliability wants any.
+        max_boxes: boxes per image at most.
+    """
+
+    Options = GlobalKnowledgeOptions
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        options: GlobalKnowledgeOptions,
+        student_spec: DetectorSpec,
+        strides: Sequence[int],
+        adapters: Adapters,
+        bank: PrototypeBank | None,
+        max_boxes: int,
+    ):
+        super().__init__()
+        self.options = options
+        self.weights = options.term_weights
+        self.strides = tuple(strides)
+        self.num_classes = student_spec.num_classes or 0
+        self.two_stage = student_spec.two_stage
+        # Detectron2 represents the locations of anchor-free detectors by one square each.
+        self.anchor_free = student_spec.anchors_per_location == 1
+        self.adapters = adapters
+        self.bank = bank
+        self.max_boxes = max_boxes
+        cosine = options.global_.responses == "cosine"
+        self.responses: Responses = (
+            CosineResponses() if cosine else ProjectionResponses(options.global_.ridge)
+        )
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        options = cls.read_options(cfg)
+        strides = pair_levels(student_spec, teacher_spec, options.strides)
+        is_local = options.term_weights.keys() & {"foreground", "background"}
+        adapters = build_adapters(
+            student_spec,
+            teacher_spec,
+            strides if is_local else (),
+            kernel_size=options.local.adapter_kernel,
+            mode=options.local.adapter,
+            init=options.local.adapter_init,
+        )
+        max_boxes = options.max_boxes
+        if student_spec.two_stage and options.boxes == "positives":
+            roi_heads = cfg.MODEL.ROI_HEADS
+            positives = int(roi_heads.BATCH_SIZE_PER_IMAGE * roi_heads.POSITIVE_FRACTION)
+            max_boxes = min(max_boxes, positives)
+        return {
+            "options": options,
+            "student_spec": student_spec,
+            "strides": strides,
+            "adapters": adapters,
+            "bank": _build_bank(options, strides, student_spec, teacher_spec),
+            "max_boxes": max_boxes,
+        }
+
+    @classmethod
+    def needs(
+        cls, options: GlobalKnowledgeOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> list[Need]:
+        weights = options.term_weights
+        if not weights:
+            raise ConfigError(
+                f"{PATH}: all of GLOBAL.WEIGHT, LOCAL.FOREGROUND_WEIGHT, LOCAL.BACKGROUND_WEIGHT "
+                "and SOFT_LABELS.WEIGHT are 0"
+            )
+        if student.num_classes is None:
+            raise ConfigError(f"{PATH}: the student, a {student.meta_arch}, predicts no classes")
+        positives = {"roi"} if student.two_stage else {"dense.labels", "dense.anchors"}
+        boxes = positives if options.boxes == "positives" else set()
+        needs = [Need("", both={"pyramid"}, student=boxes)]
+        if "soft" in weights:
+            needs.append(_soft_label_need(options, student, positives))
+        return needs
+
+    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
+        """The refresh of the prototypes."""
+        return [] if self.bank is None else [PrototypeHook(type(self).__name__, self.bank, cfg)]
+
+    def forward(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> dict[str, Tensor]:
+        picked = self.pick_boxes(student, batch)
+        reliability, global_loss = self._compare(
+            student, teacher, picked, with_global="global" in self.weights
+        )
+        terms = {}
+        if "global" in self.weights:
+            terms["global"] = global_loss
+        if self.weights.keys() & {"foreground", "background"}:
+            foreground, background = self._local_losses(student, teacher, picked, reliability)
+            terms |= {"foreground": foreground, "background": background}
+        if self.options.attenuation == "linear":
+            decay = losses.attenuation(batch.iteration, batch.max_iter)
+            terms = {term: decay * loss for term, loss in terms.items()}
+        if "soft" in self.weights:
+            soft_labels = self._roi_soft_labels if self.two_stage else self._dense_soft_labels
+            terms["soft"] = soft_labels(student, teacher, picked, reliability)
+        return {term: self.weights.get(term, 0.0) * loss for term, loss in terms.items()}
+
+    def pick_boxes(self, student: FeatureBundle, batch: Batch) -> PickedBoxes:
+        """The boxes that the global and local losses are about."""
+        if self.options.boxes == "gt":
+            return pick(batch.gt_boxes, batch.gt_classes, self.num_classes, self.max_boxes)
+        return self._pick_positives(student)
+
+    def _pick_positives(self, student: FeatureBundle) -> PickedBoxes:
+        if self.two_stage:
+            return pick_rois(student, self.num_classes, self.max_boxes)
+        return pick_anchors(student, self.num_classes, self.max_boxes, self.anchor_free)
+
+    def _levels_of(self, boxes: Tensor) -> Tensor:
+        """(B, P) position in ``strides`` of the level that each box's size assigns it to."""
+        return assign_levels(boxes, len(self.strides), self.options.level_size)
+
+    def _on_level(self, boxes: Tensor) -> Tensor:
+        """(L, B, P) bool: whether a level is the one of the box's size."""
+        levels = torch.arange(len(self.strides), device=boxes.device)
+        return self._levels_of(boxes) == levels[:, None, None]
+
+    # --- prototypes ------------------------------------------------------------------------------
+
+    def _compare(
+        self,
+        student: FeatureBundle,
+        teacher: FeatureBundle,
+        picked: PickedBoxes,
+        *,
+        with_global: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Reliability (L, B, P) of the boxes on each level, a constant, and the global loss, a
+        scalar; 0 without."""
+        zero = picked.boxes.new_zeros(())
+        if self.bank is None:
+            return picked.boxes.new_ones(len(self.strides), *picked.valid.shape), zero
+        pyramids = [[bundle.pyramid[s] for s in self.strides] for bundle in (student, teacher)]
+        if not with_global:  # nothing to differentiate
+            pyramids = [[level.detach() for level in pyramid] for pyramid in pyramids]
+        features = [x.flatten(1, 2) for x in crop_means(pyramids, picked.boxes, self.strides)]
+        *banks, present = self.bank.levels(self.strides)
+        responses = [self.responses.respond(*pair) for pair in zip(features, banks, strict=True)]
+        labels = picked.labels.flatten()
+        reliability = self._reliability(responses, labels, present)
+        shape = len(self.strides), *picked.valid.shape
+        if not with_global:
+            return reliability.view(shape), zero
+        valid = picked.valid.expand(shape)
+        if self.options.global_.assigned_level_only:
+            valid = valid & self._on_level(picked.boxes)
+        mine, theirs = responses
+        loss = self.responses.loss(mine, theirs, labels, reliability, valid.flatten(1), present)
+        return reliability.view(shape), loss.sum()
+
+    def _reliability(self, responses: Sequence[Tensor], labels: Tensor, present: Tensor) -> Tensor:
+        """r (L, N) of boxes with these responses, two of (L, N, K, M)."""
+        if not self.options.reliability:
+            return responses[0].new_ones(responses[0].shape[:2])
+        student, teacher = responses
+        return self.responses.reliability(student, teacher, labels, present)
+
+    # --- local losses and soft labels ------------------------------------------------------------
+
+    def _local_losses(
+        self,
+        student: FeatureBundle,
+        teacher: FeatureBundle,
+        picked: PickedBoxes,
+        reliability: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Foreground and background loss, each the mean over levels."""
+        weights = reliability * (picked.valid & self._on_level(picked.boxes))
+        features = [self.adapters(s, student.pyramid[s]) for s in self.strides]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
+        masks = box_masks(picked.boxes, weights, sizes, self.strides)
+        targets = [teacher.pyramid[s] for s in self.strides]
+        foreground, background = losses.decoupled_losses(features, targets, masks)
+        return foreground.mean(), background.mean()
+
+    def _roi_soft_labels(
+        self,
+        student: FeatureBundle,
+        teacher: FeatureBundle,
+        picked: PickedBoxes,
+        reliability: Tensor,
+    ) -> Tensor:
+        rois = picked if self.options.boxes == "positives" else self._pick_positives(student)
+        index, valid = rois.index.flatten(), rois.valid.flatten()
+        weights = valid.float()
+        if self.options.reliability:
+            weights = self._roi_reliability(student, teacher, rois)
+        logits = student.roi.logits[index], teacher.roi.logits[index]
+        temperature = self.options.soft_labels.temperature
+        return losses.soft_label_loss(*logits, weights, valid, temperature)
+
+    def _roi_reliability(
+        self, student: FeatureBundle, teacher: FeatureBundle, rois: PickedBoxes
+    ) -> Tensor:
+        """r (B P,) of RoIs by their pooled features, on the level that each was pooled from; 1 on
+        a level without prototypes."""
+        index = rois.index.flatten()
+        strides = student.spec.roi_strides
+        # FPN's rule, as Detectron2's pooler has it: 224 px to stride 16, so 14 strides.
+        level = assign_levels(rois.boxes, len(strides), 14.0 * strides[0], margin=0).flatten()
+        pooled = (bundle.roi.features.detach()[index] for bundle in (student, teacher))
+        features = [x.float().mean(dim=(2, 3)) for x in pooled]
+        common = [stride for stride in strides if stride in self.strides]
+        if self.bank is None or not common:
+            return features[0].new_ones(len(index))
+        *banks, present = self.bank.levels(common)
+        responses = [self.responses.respond(*pair) for pair in zip(features, banks, strict=True)]
+        reliability = self._reliability(responses, rois.labels.flatten(), present)
+        weights = features[0].new_ones(len(index))
+        for stride, r in zip(common, reliability, strict=True):
+            weights = torch.where(level == strides.index(stride), r, weights)
+        return weights
+
+    def _dense_soft_labels(
+        self,
+        student: FeatureBundle,
+        teacher: FeatureBundle,
+        picked: PickedBoxes,
+        reliability: Tensor,
+    ) -> Tensor:
+        if self.options.boxes != "positives":
+            picked = self._pick_positives(student)
+            reliability, _ = self._compare(student, teacher, picked, with_global=False)
+        weights = reliability.gather(0, self._levels_of(picked.boxes)[None]).flatten()
+        logits = [
+            gather_levels(list(bundle.dense.logits.values()), picked.index).flatten(0, 1)
+            for bundle in (student, teacher)
+        ]
+        temperature = self.options.soft_labels.temperature
+        return losses.soft_label_loss(*logits, weights, picked.valid.flatten(), temperature)
+
+
+def _soft_label_need(
+    options: GlobalKnowledgeOptions, student: DetectorSpec, positives: set[str]
+) -> Need:
+    """Soft labels compare class outputs one by one, and those of RoIs as softmax."""
+    without = f"{PATH}.SOFT_LABELS.WEIGHT 0"
+    if not student.two_stage:
+        return Need(
+            "soft",
+            both={"dense.logits", "dense.anchors"},
+            student=positives,
+            same=("num_classes", "anchors_per_location", "head_strides", "anchors"),
+            without=without,
+        )
+    fields = {"roi.logits", "roi.features"} if options.reliability else {"roi.logits"}
+    return Need(
+        "soft",
+        both=fields,
+        student=positives,
+        same=("num_classes",),
+        softmax=("student", "teacher"),
+        without=without,
+    )
+
+
+def _build_bank(
+    options: GlobalKnowledgeOptions,
+    strides: Sequence[int],
+    student: DetectorSpec,
+    teacher: DetectorSpec,
+) -> PrototypeBank | None:
+    """An empty bank, or one with the prototypes of a file; None if nothing reads it."""
+    if not options.global_.weight and not options.reliability:
+        return None
+    assert student.num_classes is not None
+    bank = PrototypeBank(
+        student.num_classes,
+        options.prototypes.count,
+        {s: student.channels[s] for s in strides},
+        {s: teacher.channels[s] for s in strides},
+    )
+    path = options.prototypes.file
+    if path:
+        if not os.path.isfile(path):
+            raise ConfigError(f"{PATH}.PROTOTYPES.FILE: no file '{path}'")
+        try:
+            bank.fill(Prototypes.load(path), options.schedule.start_iter)
+        except ValueError as error:
+            raise ConfigError(f"{PATH}.PROTOTYPES.FILE: {error}") from error
+    return bank

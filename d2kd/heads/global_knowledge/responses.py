@@ -1,0 +1,91 @@
+"""How a box responds to prototypes: the two strategies of ``GLOBAL.RESPONSES``.
+
+Shape legend: L levels, N boxes, K classes, M prototypes per class, C channels. Everything is
+computed for all levels together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ...losses import global_knowledge as losses
+
+
+class Responses(Protocol):
+    """A way to describe boxes by prototypes, and to compare two descriptions."""
+
+    def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        """Features ([L,] N, C) to prototypes (L, K, M, C): responses (L, N, K, M)."""
+
+    def reliability(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor
+    ) -> Tensor:
+        """r (L, N) of boxes of the classes ``labels`` (N,), from responses (L, N, K, M)."""
+
+    def loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        reliability: Tensor,
+        valid: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        """The global loss per level, (L,)."""
+
+
+@dataclass(frozen=True)
+class CosineResponses:
+    """Cosines to the prototypes of all classes (released code)."""
+
+    def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        return losses.cosine_responses(features, prototypes)
+
+    def reliability(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor
+    ) -> Tensor:
+        return losses.cosine_reliability(student, teacher, labels, present)
+
+    def loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        reliability: Tensor,
+        valid: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        return losses.cosine_global_loss(student, teacher, reliability, valid, present)
+
+
+@dataclass(frozen=True)
+class ProjectionResponses:
+    """Coefficients of a projection on the prototypes of the own class (the paper's wording).
+
+    Attributes:
+        ridge: mu, the regulariser.
+    """
+
+    ridge: float
+
+    def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        return losses.projection_responses(features, prototypes, self.ridge)
+
+    def reliability(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor
+    ) -> Tensor:
+        return losses.projection_reliability(student, teacher, labels)
+
+    def loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        reliability: Tensor,
+        valid: Tensor,
+        present: Tensor,
+    ) -> Tensor:
+        return losses.projection_global_loss(student, teacher, labels, reliability, valid)
