@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Sequence
+from typing import Any
 
+import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from .errors import ConfigError, first_line
+from .keys import node_at
+
+BASE_KEY = "_BASE_"
 
 
 def resolve_config_file(name: str, key: str = "--config-file") -> str:
@@ -20,6 +27,10 @@ def resolve_config_file(name: str, key: str = "--config-file") -> str:
     """
     if not name:
         raise ConfigError(f"{key} is empty: give a YAML file or a model-zoo name")
+    if "://" in name:
+        raise ConfigError(f"{key}: '{name}' is not read; give a file or a model-zoo name")
+    if os.path.isdir(name):
+        raise ConfigError(f"{key}: '{name}' is a folder; give a YAML file or a model-zoo name")
     if PathManager.isfile(name):
         return name
     try:
@@ -57,27 +68,206 @@ def similar_files(path: str) -> str:
 def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> None:
     """Merge a YAML file or model-zoo entry into ``cfg``.
 
-    Files that ship with Detectron2 may contain Python expressions; a user's file is read safely.
+    Files that ship with Detectron2 may contain Python expressions; a user's file is data, and so
+    are the files that its ``_BASE_`` names.
 
     Raises:
-        ConfigError: the file is missing or broken, or has a key that does not exist.
+        ConfigError: the file is missing or broken, has a key that does not exist, twice, or without
+            a value; names the file and the line.
     """
     path = resolve_config_file(name, key)
-    shipped = os.path.dirname(os.path.abspath(model_zoo.__file__))
-    trusted = os.path.abspath(path).startswith(shipped + os.sep)
+    lines = _checked_lines(path, cfg)
     try:
-        cfg.merge_from_file(path, allow_unsafe=trusted)
-    except KeyError as error:
-        raise ConfigError(f"{path}: {unknown_key(cfg, error)}") from error
+        # Every file that is not Detectron2's own was just found to be free of tags.
+        cfg.merge_from_file(path, allow_unsafe=True)
     except Exception as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
+        raise ConfigError(_merge_error(cfg, error, lines, path)) from error
 
 
-def unknown_key(cfg: CfgNode, error: Exception) -> str:
-    """One line for yacs' complaint about a key that does not exist, with the closest that do."""
-    key = str(error.args[0]).rsplit(":", 1)[-1].strip()
+def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "KEY VALUE") -> None:
+    """Merge KEY VALUE pairs into ``cfg``.
+
+    Args:
+        source: where they stand, for messages, e.g. "DISTILL.TEACHER.OPTS".
+
+    Raises:
+        ConfigError: an odd number, an unknown key, or a value of another type or none at all.
+    """
+    if len(opts) % 2:
+        raise ConfigError(f"{source}: {list(opts)} is not a list of pairs; {opts[-1]!r} is left")
+    for name, value in zip(opts[0::2], opts[1::2], strict=True):
+        if not isinstance(name, str):
+            raise ConfigError(f"{source}: {name!r} is no config key such as SOLVER.BASE_LR")
+        if not _has_key(cfg, name):
+            raise ConfigError(f"{source}: {unknown_key(cfg, name)}")
+        default = node_at(cfg, name)
+        if value in (None, "None") and default is not None:
+            raise ConfigError(f"{source}: {_empty(name, default)}")
+        try:
+            cfg.merge_from_list([name, value])
+        except Exception as error:
+            raise ConfigError(f"{source}: {_wrong_type(name, value, default)}") from error
+
+
+def _has_key(cfg: CfgNode, name: str) -> bool:
+    node: Any = cfg
+    for part in name.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _empty(name: str, default: Any) -> str:
+    kept = "a section of keys" if isinstance(default, CfgNode) else f"{default!r} now"
+    return f"{name} is empty (null); leave it out, or give a value (it is {kept})"
+
+
+def _wrong_type(name: str, value: Any, default: Any) -> str:
+    if isinstance(default, CfgNode):
+        return f"{name} is {value!r}; it is a section of keys: {', '.join(list(default)[:6])}, ..."
+    example = repr(list(default) if isinstance(default, tuple) else default)
+    words = {bool: "True or False", int: "a whole number", str: "a string", list: "a list"}
+    words |= {float: "a number with a point", tuple: "a list"}
+    return f"{name} is {value!r}; it must be {words.get(type(default), 'of a type')} like {example}"
+
+
+# --- YAML ---------------------------------------------------------------------------------------
+
+
+def read_yaml(path: str) -> tuple[Any, dict[str, int]]:
+    """The content of a user's YAML file as plain data, and the line of each key.
+
+    Returns:
+        the content, and "A.B" -> line number for keys of nested mappings.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, has a key twice, or a tag, which could run
+            code; names the line.
+    """
+    try:
+        with PathManager.open(path, "r") as file:
+            text = file.read()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[str, int] = {}
+        if node is not None:
+            _walk(node, path, "", lines, set())
+        return yaml.safe_load(text), lines
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a text file in YAML: {first_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: it contains itself") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or first_line(error)}") from error
+
+
+def _walk(node: yaml.Node, path: str, prefix: str, lines: dict[str, int], seen: set[int]) -> None:
+    """Note the line of each key below ``node``; refuse tags and double keys."""
+    line = node.start_mark.line + 1
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        raise ConfigError(f"{path}:{line}: the tag '{node.tag}' is not read: it could run code")
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _walk(item, path, prefix + "[].", lines, seen)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = prefix + str(key.value)
+            if name in lines:
+                raise ConfigError(
+                    f"{path}:{key.start_mark.line + 1}: {name} stands there twice; the first is "
+                    f"in line {lines[name]}"
+                )
+            if not prefix.endswith("[]."):  # items of lists may repeat each other's keys
+                lines[name] = key.start_mark.line + 1
+            _walk(value, path, name + ".", lines, seen)
+
+
+def _checked_lines(path: str, cfg: CfgNode, above: tuple[str, ...] = ()) -> dict[str, str]:
+    """Check a config file and those that its ``_BASE_`` names.
+
+    Returns:
+        key -> "file:line" where it stands, of the file that counts.
+
+    Raises:
+        ConfigError: see :func:`load_config`.
+    """
+    if _is_detectron2s(path):
+        return {}
+    if os.path.realpath(path) in above:
+        raise ConfigError(f"{path}: its _BASE_ leads back to itself")
+    content, lines = read_yaml(path)
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(f"{path}: it is {found}; a config holds lines such as SOLVER: ...")
+    where: dict[str, str] = {}
+    for base in _bases(path, content.get(BASE_KEY, []), lines):
+        where |= _checked_lines(base, cfg, (*above, os.path.realpath(path)))
+    for name, line in lines.items():
+        if name == BASE_KEY:
+            continue
+        place = where[name] = f"{path}:{line}"
+        value: Any = content
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None and _has_key(cfg, name) and node_at(cfg, name) is not None:
+            raise ConfigError(f"{place}: {_empty(name, node_at(cfg, name))}")
+    return where
+
+
+def _bases(path: str, bases: Any, lines: dict[str, int]) -> list[str]:
+    """The files that ``_BASE_`` names, found as fvcore finds them."""
+    files = []
+    for base in bases if isinstance(bases, list) else [bases]:
+        place = f"{path}:{lines.get(BASE_KEY, 1)}"
+        if not isinstance(base, str) or "://" in base:
+            raise ConfigError(f"{place}: _BASE_ is {base!r}; it must be a file on this machine")
+        base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        if not os.path.isfile(base):
+            near = similar_files(base)
+            raise ConfigError(
+                f"{place}: _BASE_: no file '{base}'" + (f"; close: {near}" * bool(near))
+            )
+        files.append(base)
+    return files
+
+
+def _is_detectron2s(path: str) -> bool:
+    """Whether a file ships with Detectron2, which is trusted."""
+    shipped = os.path.dirname(os.path.abspath(model_zoo.__file__))
+    return os.path.realpath(path).startswith(os.path.realpath(shipped) + os.sep)
+
+
+def _merge_error(cfg: CfgNode, error: Exception, lines: dict[str, str], path: str) -> str:
+    """One line for what yacs says about a file."""
+    text = str(error)
+    found = re.search(r"config key: ([\w.]+)", text)
+    if not found:
+        return f"{path}: {type(error).__name__}: {first_line(error)}"
+    name = found.group(1)
+    place = lines.get(name, path)
+    if isinstance(error, KeyError):
+        return f"{place}: {unknown_key(cfg, name)}"
+    value = re.search(r" vs\. ([^\n]*)\) for config key", text)
+    default = node_at(cfg, name) if _has_key(cfg, name) else ""
+    return f"{place}: {_wrong_type(name, value.group(1) if value else '', default)}"
+
+
+def unknown_key(cfg: CfgNode, key: str) -> str:
+    """One line for a key that does not exist, with the closest that do."""
     close = difflib.get_close_matches(key, _all_keys(cfg), n=3, cutoff=0.6)
     return f"no config key '{key}'" + (f"; close: {', '.join(close)}" if close else "")
+
+
+def close_to(name: str, valid: Sequence[str]) -> str:
+    """Words for a message: the valid names that are close to ``name``, or else all of them."""
+    close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.6)
+    return f"close: {', '.join(close)}" if close else f"valid: {', '.join(valid)}"
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:

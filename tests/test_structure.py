@@ -14,7 +14,7 @@ PACKAGE = ROOT / "d2kd"
 # From the ground up; a module imports from its own floor or from those below.
 FLOORS = (
     ("errors", "registry", "files", "keys"),
-    ("numerics", "schedules", "config", "config_files"),
+    ("numerics", "schedules", "config", "config_files", "config_rules", "checkpoint_files"),
     ("geometry", "losses"),
     ("detectors", "models", "data"),
     ("heads", "prototypes"),

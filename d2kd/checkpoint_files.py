@@ -1,0 +1,106 @@
+"""Reading checkpoints that others made: tensors and arrays come in, code does not run.
+
+A pickle can call any function while it is read. PyTorch's files are read with ``weights_only``;
+the ``.pkl`` files of the model zoo and of Caffe2 by an unpickler that knows NumPy arrays and
+plain containers only.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+
+from .errors import ConfigError, first_line
+
+# What files of arrays consist of; NumPy 1 and 2 call its home differently.
+_ARRAYS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("collections", "OrderedDict"),
+    # Bytes in pickles of Python 2.
+    ("_codecs", "encode"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Refuses everything that is neither an array nor a container."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ARRAYS:
+            if module.startswith("numpy.core"):
+                module = (
+                    module
+                    if np.lib.NumpyVersion(np.__version__) < "2.0.0"
+                    else (module.replace("numpy.core", "numpy._core"))
+                )
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
+
+
+def read_pickle(path: str) -> Any:
+    """The arrays of a ``.pkl`` file.
+
+    Raises:
+        ConfigError: it is damaged, or holds something else, which is not run.
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except OSError:
+        raise
+    except Exception as error:  # what unpickling foreign bytes may raise has no end
+        raise ConfigError(f"'{path}' is not read: {first_line(error)}") from error
+
+
+def read_tensors(path: str) -> Any:
+    """The tensors and plain values of a file of ``torch.save``.
+
+    Raises:
+        ConfigError: it is damaged, or holds something else, which is not run.
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if "weights_only" in reason or "Unsupported" in reason or "WeightsUnpickler" in str(error):
+            reason = "it holds other objects than tensors and plain values"
+        raise ConfigError(f"'{path}' is not read: {reason}") from error
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which runs no code of a file."""
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            return _zoo_checkpoint(read_pickle(filename), filename)
+        if filename.endswith(".pyth"):  # pycls
+            state = read_tensors(filename)["model_state"]
+            state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> Any:
+        return read_tensors(f)
+
+
+def _zoo_checkpoint(data: Any, filename: str) -> dict[str, Any]:
+    """The content of a ``.pkl`` file in Detectron2's or Caffe2's format."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{filename}' holds a {type(data).__name__}, no checkpoint")
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)  # Caffe2: detection models have "blobs", ImageNet models none
+    weights = {key: value for key, value in blobs.items() if not key.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
