@@ -239,7 +239,7 @@ def markdown(folder: Path = CONFIGS) -> str:
         for metric, scores in row.scores.items():
             lines.append([*line, metric, *scores, config, ", ".join(differs) or "nothing known"])
     headers = ["method", "student <- teacher", "schedule", "published as", "metric"]
-    headers += ["student alone", "distilled", "config", "differs from the authors in"]
+    headers += ["baseline", "distilled", "config", "differs from the authors in"]
     table = tabulate(lines, headers=headers, tablefmt="pipe", disable_numparse=True)
     listed = [_wrap(f"{n}. {note[0].upper()}{note[1:]}") for n, note in enumerate(notes, start=1)]
     return "\n".join([table, "", *listed])
