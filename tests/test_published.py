@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +10,11 @@ from detectron2.config import CfgNode
 
 from d2kd.engine.setup import merged_config
 from d2kd.registry import node_name
+from tools import published
 
 from .detectors import build, make_batch, run_step
 
 ROOT = Path(__file__).parents[1]
-
-
-def _load(path: Path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-published = _load(ROOT / "tools" / "published.py")
 ROWS = {row.name: row for row in published.published()}
 each_row = pytest.mark.parametrize("name", ROWS)
 
