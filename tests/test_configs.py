@@ -40,6 +40,18 @@ def test_builds(path, monkeypatch):
         assert len(model.distill_heads) == len(cfg.DISTILL.HEADS)
 
 
+@pytest.mark.parametrize("student", ["faster_rcnn", "mask_rcnn", "retinanet"])
+@pytest.mark.parametrize("head", ["SSIM", "DSIG", "DRKD", "GlobalKnowledge", "MAR"])
+def test_each_method_has_a_config_on_coco(student, head):
+    """R50 from the model zoo's R101, for each of the five methods and three kinds of detectors."""
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    name = f"{student}_R50_R101_{node_name(head).lower()}.yaml"
+    load_config(cfg, str(ROOT / "configs" / "coco" / name))
+    assert list(cfg.DISTILL.HEADS) == [head]
+    assert cfg.MODEL.RESNETS.DEPTH == 50 and "_R_101_FPN_3x" in cfg.DISTILL.TEACHER.CONFIG_FILE
+
+
 def test_outputs_are_apart():
     """No two configs write into one folder."""
     folders = {}

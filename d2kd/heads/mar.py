@@ -37,7 +37,7 @@ SITES = {
 MAP_SITES = ("class_tower", "rpn_dense")
 ANCHORS = ("auto", "detector", "pseudo")
 
-# Shares of the detection loss that the weighted terms should have (calibration rule).
+# Shares of the detection loss that the weighted terms should have: this reconstruction's own rule.
 _RANGES = {"mask": (0.10, 0.40), "relation": (0.05, 0.20)}
 
 
@@ -113,7 +113,7 @@ class MAROptions(HeadOptions):
 
     schedule: ScheduleOptions = group(
         ScheduleOptions(warmup_iters=500),
-        "FGFI, whose masks this method generalises, skips the first 400 iterations.",
+        "FGFI, whose masks this reconstruction generalises, skips the first 400 iterations.",
     )
     strides: tuple[int, ...] = key(
         (),
@@ -144,8 +144,8 @@ class MAROptions(HeadOptions):
         1000,
         NOT_NEGATIVE,
         "After this many iterations a log line says which share of the detection loss "
-        "each term has, and which weight would bring it into the range that the method "
-        "asks for. It is advice: nothing is rescaled. 0: no advice.",
+        "each term has, and which weight would bring it into the range that this "
+        "reconstruction aims at. It is advice: nothing is rescaled. 0: no advice.",
     )
 
 
@@ -386,7 +386,7 @@ def advise(term: str, share: float, weight: float) -> str:
     key = f"DISTILL.MAR.{term.upper()}.WEIGHT"
     sentence = (
         f"MAR (reconstruction): the weighted {term} term is {share:.2%} of the detection loss; "
-        f"the method's range is {low:.0%} to {high:.0%}"
+        f"this reconstruction aims at {low:.0%} to {high:.0%}"
     )
     if low <= share <= high or share == 0:
         return f"{sentence}; {key} stays at {weight:g}"

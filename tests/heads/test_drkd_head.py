@@ -304,21 +304,49 @@ def test_batch_size_rule():
         torch.testing.assert_close(one[name], four[name], rtol=1e-4, atol=0)
 
 
-def test_equal_sides_have_no_loss():
-    """Oracle 11 with the whole head: equal features, units and identity adapters."""
-    head = make_head(4, 4).double()
+def equal_sides(**kwargs) -> DRKD:
+    """A head whose units are equal on both sides, with identity adapters."""
+    head = make_head(4, 4, **kwargs).double()
     head.teacher_graphs.load_state_dict(head.student_graphs.state_dict())
     head.teacher_relations.load_state_dict(head.student_relations.state_dict())
     for adapters in (head.pixel_adapters, head.relation_adapters, head.instance_adapters):
         for adapter in adapters.values():
             nn.init.dirac_(adapter.weight)
             nn.init.zeros_(adapter.bias)
+    return head
+
+
+def test_equal_sides_have_no_loss():
+    """Oracle 11 with the whole head: equal features, units and identity adapters."""
+    head = equal_sides()
     student, _ = make_bundles(4, 4, dtype=torch.float64)
     teacher = FeatureBundle(
         make_spec("teacher", 4), pyramid={s: m.detach() for s, m in student.pyramid.items()}
     )
     terms = head(student, teacher, Batch.from_inputs(make_batch(), torch.device("cpu")))
     assert all(abs(term.item()) < 1e-12 for term in terms.values())
+
+
+@pytest.mark.parametrize("equal", [0, 1])
+def test_objects_are_pooled_from_their_own_image(equal):
+    """An image whose student equals its teacher has no relation and no instance loss, whatever the
+    other image holds, and the other has its whole loss and gradient. (The released code pools the
+    objects of all images from the first.)"""
+    head, other = equal_sides(pixel_weight=0.0), 1 - equal
+    student, teacher = make_bundles(4, 4, dtype=torch.float64)
+    for stride, level in teacher.pyramid.items():
+        level[equal] = student.pyramid[stride][equal].detach()
+    inputs = make_batch((3, 2))
+    terms = head(student, teacher, Batch.from_inputs(inputs, torch.device("cpu")))
+    sum(terms.values()).backward()
+    for stride in head.instance_strides:
+        gradient = student.pyramid[stride].grad.flatten(1).abs().sum(1)
+        assert gradient[equal] < 1e-12 < gradient[other]
+    inputs[equal]["instances"] = inputs[equal]["instances"][:0]
+    alone = head(student, teacher, Batch.from_inputs(inputs, torch.device("cpu")))
+    assert set(terms) == {"relation", "instance"}
+    for name, term in terms.items():
+        torch.testing.assert_close(term, alone[name])
 
 
 def test_half_precision_on_a_large_map():

@@ -365,6 +365,14 @@ def test_advice_arithmetic(share, expected):
     assert expected in advise("mask", share, 3.0)
 
 
+def test_advice_speaks_for_the_reconstruction():
+    """The ranges are this project's: the line gives them to no paper."""
+    for term, span in (("mask", "10% to 40%"), ("relation", "5% to 20%")):
+        line = advise(term, 1.0, 1.0)
+        assert line.startswith("MAR (reconstruction): ")
+        assert f"this reconstruction aims at {span}" in line
+
+
 def test_advice_window():
     """The advice averages the second half of its window and speaks of full weight."""
 

@@ -104,13 +104,13 @@ def test_finds_its_place_in_a_detector(tmp_path, capsys):
         assert torch.equal(found[name], torch.from_numpy(value)), name
 
 
-@pytest.mark.parametrize("arch", ["faster_rcnn", "mask_rcnn", "retinanet"])
-def test_configs_agree_with_the_tool(arch, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["faster_rcnn_R18", "mask_rcnn_R18_R50_dsig", "retinanet_R18"])
+def test_configs_agree_with_the_tool(name, tmp_path, capsys):
     """The R18 configs on COCO say what the tool prints for resnet18."""
     _, printed = convert(random_resnet("resnet18"), tmp_path, capsys)
     cfg = get_cfg()
     add_distillation_config(cfg)
-    load_config(cfg, str(ROOT / "configs" / "coco" / f"{arch}_R18.yaml"))
+    load_config(cfg, str(ROOT / "configs" / "coco" / f"{name}.yaml"))
     assert cfg.MODEL.WEIGHTS == "datasets/pretrained/R-18.pkl"
     with pytest.raises(ConfigError, match="convert_torchvision_resnet.py makes it"):
         check_weights(str(tmp_path / "R-18.pkl"))
