@@ -22,7 +22,7 @@ from detectron2.config import CfgNode
 from runs import ROOT
 from tabulate import tabulate
 
-from d2kd.detectors.teacher import RANDOM_WEIGHTS, teacher_config
+from d2kd.detectors.weights import RANDOM_WEIGHTS, teacher_config
 from d2kd.engine.setup import merged_config
 
 CONFIGS = ROOT / "configs"
