@@ -253,7 +253,7 @@ def _merge_error(cfg: CfgNode, error: Exception, lines: dict[str, str], path: st
     place = lines.get(name, path)
     if isinstance(error, KeyError):
         return f"{place}: {unknown_key(cfg, name)}"
-    value = re.search(r" vs\. ([^\n]*)\) for config key", text)
+    value = re.search(r"values \(.* vs\. (.*)\) for config", text, re.DOTALL)
     default = node_at(cfg, name) if _has_key(cfg, name) else ""
     return f"{place}: {_wrong_type(name, value.group(1) if value else '', default)}"
 

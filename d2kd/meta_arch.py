@@ -3,7 +3,8 @@
 Three parts, and who touches which:
 
 * the **student** is an ordinary Detectron2 detector; it runs its own forward and never knows.
-* the **teacher** (:mod:`d2kd.teacher`) is frozen and outside the module tree; only heads ask it.
+* the **teacher** (:mod:`d2kd.detectors.teacher`) is frozen and outside the module tree; only
+  heads ask it.
 * a **head** (:mod:`d2kd.heads`) reads both through bundles and returns loss terms; it is the one
   thing that users write.
 
@@ -14,7 +15,7 @@ scheduled, to the student's losses. In evaluation, and in checkpoints, it is the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from .config import head_schedule, student_config, validate_distillation_config
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
-from .detectors.spec import describe_detector
+from .detectors.spec import DetectorSpec, describe_detector
 from .detectors.taps import Taps
 from .detectors.teacher import Teacher
 from .errors import ConfigError
@@ -116,6 +117,7 @@ class Distiller(nn.Module):
         schedules: name -> factor of the head by iteration.
         max_iter: length of training, told to the heads.
         inherit: parts of the student that :meth:`start_from_weights` copies from the teacher.
+        specs: of student and teacher, where the caller has read them; default: read here.
 
     Raises:
         ConfigError: heads without teacher or schedule, or a part that cannot be inherited.
@@ -131,6 +133,7 @@ class Distiller(nn.Module):
         schedules: dict[str, Schedule] | None = None,
         max_iter: int = 1,
         inherit: Sequence[str] = (),
+        specs: tuple[DetectorSpec, DetectorSpec] | None = None,
     ):
         super().__init__()
         _check_complete(teacher, heads or {}, schedules or {}, inherit)
@@ -143,9 +146,8 @@ class Distiller(nn.Module):
         self._hidden = (teacher,)
         self._inheritance = plan_inheritance(student, teacher.model, inherit) if inherit else None
         if len(self.distill_heads):
-            spec = describe_detector(student, "student")
-            self.teacher_spec = teacher.describe(spec)
-            self.taps = Taps(student, spec)
+            student_spec, self.teacher_spec = specs or describe_pair(student, teacher)
+            self.taps = Taps(student, student_spec)
         self.register_state_dict_post_hook(_drop_student_prefix)
         self.register_load_state_dict_pre_hook(_add_student_prefix)
         self.register_load_state_dict_post_hook(_report_student_keys)
@@ -160,13 +162,11 @@ class Distiller(nn.Module):
         if names or inherit:
             built["teacher"] = teacher = Teacher.from_config(cfg)
         if names:
-            student_spec = describe_detector(student, "student")
-            teacher_spec = teacher.describe(student_spec)
+            built["specs"] = specs = describe_pair(student, teacher)
             # The student's random numbers, now and in training, are those of plain Detectron2.
             with torch.random.fork_rng(devices=[]):
-                heads = {n: build_head(n, cfg, student_spec, teacher_spec) for n in names}
-            schedules = {n: head_schedule(cfg, n) for n in names}
-            built.update(heads=heads, schedules=schedules)
+                built["heads"] = {name: build_head(name, cfg, *specs) for name in names}
+            built["schedules"] = {name: head_schedule(cfg, name) for name in names}
         return built
 
     @property
@@ -228,10 +228,7 @@ class Distiller(nn.Module):
         with self.taps:
             losses = self.student(batched_inputs)
         losses.update(self._distill(batched_inputs, losses))
-        # A head may have nothing to say in a step; its parameters still take part.
-        name = next(iter(losses))
-        losses[name] = _TouchParameters.apply(losses[name], *self.distill_heads.parameters())
-        return losses
+        return _with_parameters_in_graph(losses, self.distill_heads.parameters())
 
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         iteration = get_event_storage().iter
@@ -262,6 +259,12 @@ class Distiller(nn.Module):
         return self.student.inference(*args, **kwargs)
 
 
+def describe_pair(student: nn.Module, teacher: Teacher) -> tuple[DetectorSpec, DetectorSpec]:
+    """What heads may read of both, the teacher being read on the student's boxes."""
+    spec = describe_detector(student, "student")
+    return spec, teacher.describe(spec)
+
+
 def _check_complete(teacher, heads: dict, schedules: dict, inherit: Sequence[str]) -> None:
     if teacher is None and (heads or inherit):
         wanted = f"the heads {list(heads)} need" if heads else f"inheriting {list(inherit)} needs"
@@ -276,11 +279,22 @@ def _loss_name(head: str, term: str) -> str:
     return f"{name}_{term}" if term else name
 
 
+def _with_parameters_in_graph(
+    losses: dict[str, Tensor], parameters: Iterable[nn.Parameter]
+) -> dict[str, Tensor]:
+    """``losses``, whose graph reaches each of the parameters, though with no gradient.
+
+    DistributedDataParallel waits for every parameter in every step; a head that has nothing to say
+    in a step would make it wait for ever.
+    """
+    name, loss = next(iter(losses.items()))
+    return {**losses, name: _TouchParameters.apply(loss, *parameters)}
+
+
 class _TouchParameters(torch.autograd.Function):
     """The identity on a loss, with an edge of the graph to each parameter and no gradient along it.
 
-    DistributedDataParallel waits for every parameter of every step; this costs nothing, where a
-    zero-weighted sum would read and write each of them.
+    It costs nothing, where a zero-weighted sum would read and write each parameter.
     """
 
     @staticmethod

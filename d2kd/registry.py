@@ -17,6 +17,11 @@ Heads that ``DISTILL.HEADS`` can name. A head called ``MyHead`` is configured by
 ``DISTILL.MY_HEAD`` and is called as ``MyHead(cfg, student_spec, teacher_spec)``.
 """
 
+DETECTOR_PART_REGISTRY = Registry("DETECTOR_PART")
+DETECTOR_PART_REGISTRY.__doc__ = """
+Parts of detectors that distillation can read, see :class:`d2kd.detectors.part.DetectorPart`.
+"""
+
 # Path of a config node, e.g. "MODEL.FCOS" -> the class that declares keys there; see d2kd.keys.
 CONFIG_KEYS: dict[str, Any] = {}
 

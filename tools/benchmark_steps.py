@@ -20,7 +20,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2kd import Batch, Teacher
-from d2kd.detectors.bundle import FeatureBundle, Lazy, View
+from d2kd.detectors.bundle import FeatureBundle
 from d2kd.engine.cost import peak_memory as process_peak
 from d2kd.engine.setup import merged_config
 from d2kd.engine.trainer import unwrap, use_fused_update
@@ -83,27 +83,6 @@ def random_batch(images: int, size: int, objects: int, num_classes: int) -> list
 # --- the teacher's needed part ------------------------------------------------------------------
 
 
-def computed_fields(view: View, path: tuple = ()) -> list[tuple]:
-    """Paths of the lazy fields of a bundle that have been read."""
-    paths = []
-    for name, field in view._fields.items():
-        if isinstance(field, Lazy) and name in view.__dict__:
-            paths.append((*path, name))
-        items = field if isinstance(field, list) else [field]
-        for index, item in enumerate(items):
-            if isinstance(item, View):
-                step = (name, index) if isinstance(field, list) else (name,)
-                paths += computed_fields(item, (*path, *step))
-    return paths
-
-
-def read_path(view: View, path: tuple):
-    """Follow a path of :func:`computed_fields`."""
-    for step in path:
-        view = view[step] if isinstance(step, int) else getattr(view, step)
-    return view
-
-
 class TeacherPart:
     """What the heads of a Distiller read of the teacher in one step, to be repeated alone."""
 
@@ -131,7 +110,7 @@ class TeacherPart:
                 head(self.student, teacher, self.batch)
         finally:
             FeatureBundle.pool = pool
-        self.paths = computed_fields(teacher)
+        self.paths = list(teacher.computed())
         teacher.release()
 
     def bundle(self) -> FeatureBundle:
@@ -147,7 +126,7 @@ class TeacherPart:
     def __call__(self) -> None:
         teacher = self.bundle()
         for path in self.paths:
-            read_path(teacher, path)
+            teacher.at(path)
         for args, kwargs in self.pooled:
             teacher.pool(*args, **kwargs)
         teacher.release()

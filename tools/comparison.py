@@ -24,7 +24,7 @@ from suite import (
 )
 
 from d2kd.config import student_config
-from d2kd.detectors.teacher import load_teacher_weights
+from d2kd.detectors.weights import load_teacher_weights
 from d2kd.engine.setup import merged_config, read_config
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.errors import ConfigError

@@ -1,1 +1,5 @@
-"""All knowledge of how Detectron2 builds detectors inside."""
+"""All knowledge of how Detectron2 builds detectors inside. Importing it registers the parts."""
+
+from . import roi, mask, rpn, dense  # isort: skip
+
+__all__ = ["dense", "mask", "roi", "rpn"]

@@ -12,8 +12,9 @@ P pooled size, A anchors a location, N = sum of H x W x A over levels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -21,6 +22,11 @@ from torch import Tensor
 
 from ..geometry.pooling import build_pooler
 from .spec import DetectorSpec
+
+T = TypeVar("T")
+V = TypeVar("V", bound="View")
+# What a field is computed in, e.g. the teacher's "no gradient".
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass
@@ -37,14 +43,16 @@ class Batch:
         student_losses: the student's own losses of this step, detached.
     """
 
-    inputs: list[dict]
+    inputs: list[dict[str, Any]]
     instances: list[Instances]
     iteration: int = 0
     max_iter: int = 1
     student_losses: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_inputs(cls, inputs: list[dict], device: torch.device, **kwargs) -> Batch:
+    def from_inputs(
+        cls, inputs: list[dict[str, Any]], device: torch.device, **kwargs: Any
+    ) -> Batch:
         """Move the ground truth of Detectron2's ``batched_inputs`` to ``device``."""
         return cls(inputs, [item["instances"].to(device) for item in inputs], **kwargs)
 
@@ -58,50 +66,137 @@ class Batch:
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
-        return [tuple(item["image"].shape[-2:]) for item in self.inputs]
+        return [(item["image"].shape[-2], item["image"].shape[-1]) for item in self.inputs]
 
 
-class Lazy:
-    """A field that is computed when it is first read, with gradients wherever that is: a reader
-    under ``no_grad`` must not take them from the next one."""
+# --- fields that are computed when they are read --------------------------------------------------
 
-    def __init__(self, compute: Callable):
+
+class Lazy(Generic[T]):
+    """A value of :class:`View`'s constructor that is computed when it is first read."""
+
+    def __init__(self, compute: Callable[[], T]):
         self.compute = compute
 
 
-class View:
-    """Named fields, each a value or a :class:`Lazy`; reading an unknown one names all."""
+class lazy(Generic[T]):
+    """Decorator: a method of a :class:`View` that is a field, computed when it is first read.
 
-    def __init__(self, owner: str, **fields):
+    With gradients wherever that is, unless the view's own context has none: a reader under
+    ``no_grad`` must not take them from the next one.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]):
+        self.compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, view: None, owner: type) -> lazy[T]: ...
+    @overload
+    def __get__(self, view: View, owner: type) -> T: ...
+    def __get__(self, view: View | None, owner: type) -> T | lazy[T]:
+        if view is None:
+            return self
+        return view._keep(self.name, lambda: self.compute(view))
+
+
+class View:
+    """Named fields of one part of a detector; reading one that is not there names all that are.
+
+    Args:
+        owner: "student" or "teacher".
+        fields: by name, each a value or a :class:`Lazy`. A class derived from this one may have
+            fields that are :class:`lazy` methods.
+    """
+
+    def __init__(self, owner: str, **fields: Any):
         self._owner = owner
         self._fields = fields
+        self._context: Context = contextlib.nullcontext
+        self._withheld: frozenset[str] = frozenset()
 
-    def __getattr__(self, name: str):
-        fields = self.__dict__.get("_fields", {})
-        if name.startswith("__") or name not in fields:
-            have = ", ".join(sorted(fields)) or "nothing"
-            raise AttributeError(
-                f"the {self.__dict__.get('_owner')}'s {type(self).__name__} has no field "
-                f"'{name}'; it has: {have}"
-            )
-        value = fields[name]
-        if isinstance(value, Lazy):
-            with torch.enable_grad():
-                value = value.compute()
+    def bind(self, context: Context, withheld: Sequence[str] = ()) -> None:
+        """Compute fields in ``context``; the detector cannot serve those of ``withheld``."""
+        self._context = context
+        self._withheld = frozenset(withheld)
+
+    def _keep(self, name: str, compute: Callable[[], T]) -> T:
+        """Compute the field ``name``, once."""
+        if name in self._withheld:
+            raise AttributeError(name)  # Python asks __getattr__ next, which says what there is
+        try:
+            with torch.enable_grad(), self._context():
+                value = compute()
+        except AttributeError as error:  # a mistake within, not a field that is missing
+            raise RuntimeError(f"the {self._owner}'s field '{name}': {error}") from error
         self.__dict__[name] = value
         return value
 
+    # A type checker sees the fields of each class and no others.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str):
+            if name.startswith("_"):  # asked for by copy and pickle before there is anything
+                raise AttributeError(name)
+            if name not in self._fields or name in self._withheld:
+                raise AttributeError(self._no_field(name))
+            value = self._fields[name]
+            if isinstance(value, Lazy):
+                return self._keep(name, value.compute)
+            self.__dict__[name] = value
+            return value
+
+    def _no_field(self, name: str) -> str:
+        have = ", ".join(sorted(self.field_names())) or "nothing"
+        kind = next(c.__name__ for c in type(self).__mro__ if View in (c, *c.__bases__))
+        return f"the {self._owner}'s {kind} has no field '{name}'; it has: {have}"
+
+    def _lazy_names(self) -> set[str]:
+        methods = (n for c in type(self).__mro__ for n, v in vars(c).items() if isinstance(v, lazy))
+        public = {name for name in methods if not name.startswith("_")}
+        return public | {n for n, v in self._fields.items() if isinstance(v, Lazy)}
+
+    def field_names(self) -> set[str]:
+        """Names of the fields that can be read."""
+        return (self._fields.keys() | self._lazy_names()) - self._withheld
+
+    def computed(self) -> Iterator[tuple[str | int, ...]]:
+        """Paths of the fields that were computed so far, those of views within this one too.
+
+        A path holds names of fields and positions in lists of views; :meth:`at` follows it.
+        """
+        for name in sorted(self._lazy_names() & self.__dict__.keys()):
+            yield (name,)
+        for name, value in self._fields.items():
+            if isinstance(value, View):
+                yield from ((name, *path) for path in value.computed())
+            elif isinstance(value, list):
+                views = ((i, item) for i, item in enumerate(value) if isinstance(item, View))
+                yield from ((name, i, *path) for i, item in views for path in item.computed())
+
+    def at(self, path: tuple[str | int, ...]) -> Any:
+        """The field at a path of :meth:`computed`."""
+        found: Any = self
+        for step in path:
+            found = found[step] if isinstance(step, int) else getattr(found, step)
+        return found
+
     def release(self) -> None:
-        """Forget all fields. Lazy fields refer back to their view: without this their tensors would
-        live until Python's next cyclic garbage collection."""
-        values = [*self._fields.values(), *self.__dict__.values()]
-        self._fields = {}
-        for value in values:
+        """Forget all fields. Views and what computes their fields refer to each other: without this
+        their tensors would live until Python's next cyclic garbage collection."""
+        for value in self._fields.values():
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, View):
                     item.release()
-        for name in [n for n in self.__dict__ if n not in ("_owner", "_fields")]:
-            del self.__dict__[name]
+        owner = self._owner
+        self.__dict__.clear()
+        View.__init__(self, owner)
+
+
+# --- what there is to read ------------------------------------------------------------------------
 
 
 class RoIView(View):
@@ -191,6 +286,8 @@ class FeatureBundle(View):
         pyramid: stride -> (B, C, H, W), fine to coarse. The teacher's maps have the student's size.
         rois: a :class:`RoIView` for each box-head stage of the student.
         mask, rpn, dense: see their classes.
+
+    A part of a user's is a field of the part's own name.
     """
 
     image_sizes: list[tuple[int, int]]
@@ -201,15 +298,34 @@ class FeatureBundle(View):
     rpn: RPNView
     dense: DenseView
 
-    def __init__(self, spec: DetectorSpec, context=contextlib.nullcontext, **fields):
+    def __init__(
+        self, spec: DetectorSpec, context: Context = contextlib.nullcontext, **fields: Any
+    ):
         super().__init__(spec.role, **fields)
         self.spec = spec
-        self._context = context
+        self.bind(context)
+
+    def add(self, name: str, views: View | Sequence[View], withheld: Sequence[str] = ()) -> None:
+        """Make views of a part, all but their fields ``withheld``, the field ``name``."""
+        for view in [views] if isinstance(views, View) else views:
+            view.bind(self._context, withheld)
+        self._fields[name] = views
 
     @property
     def roi(self) -> RoIView:
         """The first (for most detectors the only) stage of ``rois``."""
         return self.rois[0]
+
+    def view(self, kind: type[V]) -> V:
+        """The view of this class, e.g. of a part of a user's; typed, where its name is not.
+
+        Raises:
+            AttributeError: this detector has none; names what it has.
+        """
+        for value in self._fields.values():
+            if isinstance(value, kind):
+                return value
+        raise AttributeError(self._no_field(kind.__name__))
 
     def pool(
         self,
@@ -238,8 +354,10 @@ class FeatureBundle(View):
                 # Detectron2 would ask the device how many boxes each image has.
                 rois = torch.cat(boxes)
                 rois = torch.cat([image_index(boxes)[:, None].to(rois.dtype), rois], dim=1)
-                return pooler.level_poolers[0](self.pyramid[strides[0]], rois)
-            return pooler([self.pyramid[s] for s in strides], [Boxes(b) for b in boxes])
+                pooled: Tensor = pooler.level_poolers[0](self.pyramid[strides[0]], rois)
+                return pooled
+            pooled = pooler([self.pyramid[s] for s in strides], [Boxes(b) for b in boxes])
+            return pooled
 
 
 def image_index(boxes: list[Tensor]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..errors import ConfigError
+from ..registry import DETECTOR_PART_REGISTRY
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class DetectorSpec:
         box_coding: name of the transform its box deltas are coded with.
         class_agnostic_mask: one mask for all classes.
         sigmoid_classes: its box head is trained with a sigmoid a class (as for LVIS), not softmax.
+        extra: name of a part of a user's -> what the part says of itself.
     """
 
     role: str
@@ -51,10 +54,11 @@ class DetectorSpec:
     rpn_channels: int | None = None
     head_strides: tuple[int, ...] = ()
     anchors_per_location: int | None = None
-    anchors: dict[int, tuple] | None = None
+    anchors: dict[int, tuple[float, ...]] | None = None
     box_coding: str | None = None
     class_agnostic_mask: bool = False
     sigmoid_classes: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -72,32 +76,18 @@ class DetectorSpec:
         return self.channels[self.mask_strides[0]] if self.mask_strides else None
 
 
-# --- reading a detector's build -----------------------------------------------------------------
+class Facts(NamedTuple):
+    """What one part says of a detector.
 
+    Attributes:
+        fields: names of the bundle's fields that the detector can serve, with the part's prefix.
+        sizes: attributes of :class:`DetectorSpec`.
+        extra: what else there is to know of the part.
+    """
 
-def feature_strides(model: nn.Module) -> dict[str, int]:
-    """Name -> stride of the backbone's output maps, fine to coarse."""
-    shapes = model.backbone.output_shape()
-    return dict(sorted(((name, s.stride) for name, s in shapes.items()), key=lambda kv: kv[1]))
-
-
-def box_stages(roi_heads: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
-    """(suffix, box head, box predictor) of each stage; a cascade keeps its stages in lists."""
-    head, predictor = roi_heads.box_head, roi_heads.box_predictor
-    if isinstance(head, nn.ModuleList):
-        pairs = enumerate(zip(head, predictor, strict=True))
-        return [(f".{k}", h, p) for k, (h, p) in pairs]
-    return [("", head, predictor)]
-
-
-def dense_delta_weights(model: nn.Module) -> tuple[float, ...]:
-    """Factors of a dense detector's box deltas; ones for a transform that has none (FCOS)."""
-    return tuple(getattr(model.box2box_transform, "weights", (1.0, 1.0, 1.0, 1.0)))
-
-
-def _strides_of(model: nn.Module, in_features: Sequence[str]) -> tuple[int, ...]:
-    strides = feature_strides(model)
-    return tuple(strides[name] for name in in_features)
+    fields: Collection[str] = ()
+    sizes: Mapping[str, Any] = {}
+    extra: Any = None
 
 
 def describe_detector(
@@ -119,101 +109,60 @@ def describe_detector(
             f"the {role}, a {type(model).__name__}, has no Detectron2 backbone (a submodule "
             "'backbone' with output_shape()), so nothing of it can be distilled"
         )
-    shapes = model.backbone.output_shape()
-    channels = {stride: shapes[name].channels for name, stride in feature_strides(model).items()}
-    if len(channels) != len(shapes):
-        channels = {}  # two maps of one stride are no pyramid; nothing can be paired
-    known: dict = {}
+    channels = pyramid_channels(model)
     fields = {"pyramid"} if channels else set()
-    if hasattr(model, "roi_heads") and hasattr(model.roi_heads, "box_pooler"):
-        _describe_roi_heads(model, known, fields)
-    if hasattr(getattr(model, "proposal_generator", None), "rpn_head"):
-        _describe_rpn(model, known, fields)
-    if hasattr(model, "head") and hasattr(model, "head_in_features"):
-        _describe_dense(model, known, fields)
-    if student is not None:
-        _restrict_to_student_rois(channels, student, fields)
-    return DetectorSpec(role, type(model).__name__, channels, frozenset(fields), **known)
+    sizes: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for _, part in DETECTOR_PART_REGISTRY:
+        facts: Facts = part().describe(model, student)
+        fields |= set(facts.fields)
+        sizes.update(facts.sizes)
+        if facts.extra is not None:
+            extra[part.name] = facts.extra
+    known = {"role": role, "meta_arch": type(model).__name__, "channels": channels, **sizes}
+    return DetectorSpec(**known, fields=frozenset(fields), extra=extra)
 
 
-def _describe_roi_heads(model: nn.Module, known: dict, fields: set[str]) -> None:
-    roi_heads = model.roi_heads
-    stages = box_stages(roi_heads)
-    predictor = stages[0][2]
-    known.update(
-        num_classes=roi_heads.num_classes,
-        roi_strides=_strides_of(model, roi_heads.box_in_features),
-        roi_resolution=roi_heads.box_pooler.output_size[0],
-        num_stages=len(stages),
-        box_hidden_dim=predictor.cls_score.in_features,
-        box_coding=type(predictor.box2box_transform).__name__,
-        sigmoid_classes=getattr(predictor, "use_sigmoid_ce", False),
-    )
-    fields |= {"roi", "roi.features", "roi.hidden", "roi.logits", "roi.deltas"}
-    mask_pooler = getattr(roi_heads, "mask_pooler", None)
-    if mask_pooler is not None:
-        known["mask_resolution"] = mask_pooler.output_size[0]
-        known["mask_strides"] = _strides_of(model, roi_heads.mask_in_features)
-        fields |= {"mask", "mask.features"}
-        if hasattr(roi_heads.mask_head, "predictor"):
-            # The only mask of a detector of one class is that class's.
-            one_mask = roi_heads.mask_head.predictor.out_channels == 1
-            known["class_agnostic_mask"] = one_mask and roi_heads.num_classes > 1
-            fields.add("mask.logits")
+# --- reading a detector's build -----------------------------------------------------------------
 
 
-def _describe_rpn(model: nn.Module, known: dict, fields: set[str]) -> None:
-    rpn, head = model.proposal_generator, model.proposal_generator.rpn_head
-    known["anchors_per_location"] = rpn.anchor_generator.num_anchors[0]
-    known["head_strides"] = _strides_of(model, rpn.in_features)
-    fields.add("rpn.anchors")
-    if hasattr(head, "conv") and hasattr(head, "objectness_logits"):
-        known["rpn_channels"] = head.objectness_logits.in_channels
-        fields |= {"rpn.features", "rpn.logits", "rpn.deltas"}
+def _output_shape(model: nn.Module) -> dict[str, Any]:
+    backbone: Any = model.backbone
+    return dict(backbone.output_shape())
 
 
-def _describe_dense(model: nn.Module, known: dict, fields: set[str]) -> None:
-    known.update(
-        num_classes=model.num_classes,
-        anchors_per_location=model.anchor_generator.num_anchors[0],
-        anchors=_dense_anchors(model),
-        head_strides=_strides_of(model, model.head_in_features),
-        box_coding=type(model.box2box_transform).__name__,
-    )
-    fields |= {"dense.logits", "dense.deltas", "dense.anchors"}
-    if hasattr(model, "label_anchors"):
-        fields.add("dense.labels")
-    if hasattr(model.head, "cls_subnet") and hasattr(model.head, "bbox_subnet"):
-        known["class_tower_channels"] = model.head.cls_score.in_channels
-        fields |= {"dense.class_tower", "dense.box_tower"}
+def feature_strides(model: nn.Module) -> dict[str, int]:
+    """Name -> stride of the backbone's output maps, fine to coarse."""
+    shapes = _output_shape(model)
+    return dict(sorted(((name, s.stride) for name, s in shapes.items()), key=lambda kv: kv[1]))
 
 
-def _dense_anchors(model: nn.Module) -> dict[int, tuple] | None:
-    """The numbers are not there on the meta device, or of a generator that is not Detectron2's."""
-    generator, shapes = model.anchor_generator, model.backbone.output_shape()
-    cells = list(getattr(generator, "cell_anchors", []))
-    if not cells or any(cell.is_meta for cell in cells):
-        return None
-    corners = ([round(corner, 3) for corner in cell.flatten().tolist()] for cell in cells)
-    strides = (shapes[name].stride for name in model.head_in_features)
-    return {
-        stride: (generator.offset, *cell) for stride, cell in zip(strides, corners, strict=True)
-    }
+def strides_of(model: nn.Module, in_features: Iterable[str]) -> tuple[int, ...]:
+    """Strides of the backbone's maps of these names."""
+    strides = feature_strides(model)
+    return tuple(strides[name] for name in in_features)
 
 
-def _restrict_to_student_rois(
-    channels: dict[int, int], student: DetectorSpec, fields: set[str]
-) -> None:
-    """The teacher's RoI fields live on the student's RoIs: without those there are none, and with
-    them any pyramid that has the levels can be pooled."""
-    if not student.two_stage:
-        fields -= {name for name in fields if name.split(".")[0] in ("roi", "mask")}
-        return
-    fields.add("roi")
-    for branch, strides in (("roi", student.roi_strides), ("mask", student.mask_strides)):
-        if not strides:
-            fields -= {name for name in fields if name.split(".")[0] == branch}
-        elif set(strides) <= set(channels):
-            fields |= {branch, f"{branch}.features"}
-        else:
-            fields.discard(f"{branch}.features")
+def pyramid_channels(model: nn.Module) -> dict[int, int]:
+    """Stride -> channels, fine to coarse; {} where two maps share a stride: that is no pyramid, and
+    nothing can be paired."""
+    shapes = _output_shape(model)
+    channels = {stride: shapes[name].channels for name, stride in feature_strides(model).items()}
+    return channels if len(channels) == len(shapes) else {}
+
+
+def fields_on_student_boxes(
+    part: str, fields: Collection[str], model: nn.Module, student_strides: Collection[int]
+) -> set[str]:
+    """What a teacher can serve of a part that lives on the student's boxes.
+
+    Args:
+        part: its name. fields: of the teacher's own build.
+        student_strides: the levels that the student's part pools from, () where it has none: then
+            there are no boxes. Any teacher with these levels can pool ``<part>.features``.
+    """
+    if not student_strides:
+        return set()
+    if set(student_strides) <= set(pyramid_channels(model)):
+        return {*fields, part, f"{part}.features"}
+    return set(fields) - {f"{part}.features"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 
+from ..checkpoint_files import SafeCheckpointer
 from ..files import write_atomically, write_text
 from ..meta_arch import HEADS_PREFIX, Distiller, moments_of
 
 
-class AtomicCheckpointer(DetectionCheckpointer):
+class AtomicCheckpointer(SafeCheckpointer):
     """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was."""
 
     def save(self, name: str, **kwargs) -> None:

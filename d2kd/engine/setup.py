@@ -24,7 +24,8 @@ from ..config import (
     validate_meta_arch,
     validate_solver,
 )
-from ..config_files import load_config, resolve_config_file, similar_files, unknown_key
+from ..config_files import load_config, merge_overrides, resolve_config_file, similar_files
+from ..config_rules import check_detectron2_keys
 from ..data.custom import check_datasets
 from ..data.loader import validate_loader_config
 from ..errors import ConfigError
@@ -82,12 +83,7 @@ def merged_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_distillation_config(cfg)
     load_config(cfg, config_file)
-    try:
-        cfg.merge_from_list(opts)
-    except (AssertionError, KeyError, ValueError, SyntaxError) as error:
-        if "Non-existent" in str(error):
-            raise ConfigError(unknown_key(cfg, error)) from error
-        raise ConfigError(f"KEY VALUE overrides {opts}: {error}") from error
+    merge_overrides(cfg, opts)
     return cfg
 
 
@@ -102,6 +98,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     cfg = merged_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_detectron2_keys(cfg, train=not args.eval_only)
     if not args.eval_only:
         validate_solver(cfg)
     validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)

@@ -499,7 +499,7 @@ def retinanet():
 
 def dense_view(model, anchors, outputs):
     """A stand-in for the student's DenseView."""
-    from d2kd.detectors.taps import flatten_maps
+    from d2kd.detectors.dense import flatten_maps
 
     strides = [8, 16, 32, 64, 128]
     return SimpleNamespace(

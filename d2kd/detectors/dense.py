@@ -1,0 +1,163 @@
+"""The head of a one-stage detector: RetinaNet, FCOS, and what is built like them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from torch import Tensor, nn
+
+from ..registry import DETECTOR_PART_REGISTRY
+from .bundle import DenseView, lazy
+from .part import DetectorPart, StudentStep, TeacherStep, by_stride
+from .spec import DetectorSpec, Facts, strides_of
+
+
+@DETECTOR_PART_REGISTRY.register()
+class DensePart(DetectorPart):
+    """``bundle.dense``."""
+
+    name = "dense"
+    optional = ("class_tower", "box_tower", "labels", "matched_boxes")
+
+    def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
+        if not (hasattr(model, "head") and hasattr(model, "head_in_features")):
+            return Facts()
+        dense: Any = model
+        fields = {"dense.logits", "dense.deltas", "dense.anchors"}
+        sizes = {
+            "num_classes": dense.num_classes,
+            "anchors_per_location": dense.anchor_generator.num_anchors[0],
+            "anchors": _anchor_numbers(dense),
+            "head_strides": strides_of(dense, dense.head_in_features),
+            "box_coding": type(dense.box2box_transform).__name__,
+        }
+        if hasattr(dense, "label_anchors"):
+            fields |= {"dense.labels", "dense.matched_boxes"}
+        if hasattr(dense.head, "cls_subnet") and hasattr(dense.head, "bbox_subnet"):
+            sizes["class_tower_channels"] = dense.head.cls_score.in_channels
+            fields |= {"dense.class_tower", "dense.box_tower"}
+        return Facts(fields, sizes)
+
+    def taps(self, model: nn.Module, spec: DetectorSpec) -> Iterable[str]:
+        yield from ("head", "anchor_generator")
+        if "dense.class_tower" in spec.fields:
+            yield from ("head.cls_subnet", "head.bbox_subnet")
+        if "dense.labels" in spec.fields:
+            yield "label_anchors"
+
+    def student_view(self, step: StudentStep) -> DenseView:
+        return _StudentDense(step)
+
+    def teacher_view(self, step: TeacherStep) -> DenseView:
+        return _TeacherDense(step)
+
+
+def _anchor_numbers(model: Any) -> dict[int, tuple[float, ...]] | None:
+    """The numbers are not there on the meta device, or of a generator that is not Detectron2's."""
+    generator = model.anchor_generator
+    cells = list(getattr(generator, "cell_anchors", []))
+    if not cells or any(cell.is_meta for cell in cells):
+        return None
+    corners = ([round(corner, 3) for corner in cell.flatten().tolist()] for cell in cells)
+    numbers = [(generator.offset, *cell) for cell in corners]
+    return by_stride(strides_of(model, model.head_in_features), numbers)
+
+
+def delta_weights(model: Any) -> tuple[float, ...]:
+    """Factors of a dense detector's box deltas; ones for a transform that has none (FCOS)."""
+    return tuple(getattr(model.box2box_transform, "weights", (1.0, 1.0, 1.0, 1.0)))
+
+
+def flatten_maps(strides: Sequence[int], maps: Sequence[Tensor], width: int) -> dict[int, Tensor]:
+    """Dense predictions (B, A x width, H, W) by level -> stride -> (B, H W A, width)."""
+    return by_stride(strides, [permute_to_N_HWA_K(m, width) for m in maps])
+
+
+class _StudentDense(DenseView):
+    def __init__(self, step: StudentStep):
+        model, strides = step.model, step.spec.head_strides
+        self._strides, self._num_classes = strides, model.num_classes
+        self._predicted: Sequence[list[Tensor]] = step.outputs("head")[0]
+        anchors = step.outputs("anchor_generator")[0]
+        fields = {"anchors": by_stride(strides, [a.tensor for a in anchors])}
+        if "dense.class_tower" in step.spec.fields:
+            fields["class_tower"] = by_stride(strides, step.outputs("head.cls_subnet"))
+            fields["box_tower"] = by_stride(strides, step.outputs("head.bbox_subnet"))
+        if "dense.labels" in step.spec.fields:
+            self._matched: tuple[list[Tensor], list[Tensor]] = step.outputs("label_anchors")[0]
+        super().__init__(
+            "student",
+            delta_weights=delta_weights(model),
+            decode=model.box2box_transform.apply_deltas,
+            **fields,
+        )
+
+    @lazy
+    def logits(self) -> dict[int, Tensor]:
+        return flatten_maps(self._strides, self._predicted[0], self._num_classes)
+
+    @lazy
+    def deltas(self) -> dict[int, Tensor]:
+        return flatten_maps(self._strides, self._predicted[1], 4)
+
+    @lazy
+    def labels(self) -> Tensor:
+        return torch.stack(list(self._matched[0]))
+
+    @lazy
+    def matched_boxes(self) -> Tensor:
+        return torch.stack(list(self._matched[1]))
+
+
+class _TeacherDense(DenseView):
+    def __init__(self, step: TeacherStep):
+        self._step, self._model = step, step.model
+        self._strides = step.spec.head_strides
+        super().__init__(
+            "teacher",
+            delta_weights=delta_weights(step.model),
+            decode=step.model.box2box_transform.apply_deltas,
+        )
+
+    # Every level, in order: with BN the towers keep one norm a level and count the calls.
+    @lazy
+    def class_tower(self) -> dict[int, Tensor]:
+        tower = self._model.head.cls_subnet
+        return {s: tower(self._step.pyramid[s]) for s in self._strides}
+
+    @lazy
+    def box_tower(self) -> dict[int, Tensor]:
+        tower = self._model.head.bbox_subnet
+        return {s: tower(self._step.pyramid[s]) for s in self._strides}
+
+    @lazy
+    def _predicted(self) -> Sequence[list[Tensor]]:
+        """Class and box predictions of a head without towers, (B, A x width, H, W) by level."""
+        predicted: Sequence[list[Tensor]] = self._model.head(
+            self._step.maps(self._model.head_in_features)
+        )
+        return predicted
+
+    @lazy
+    def logits(self) -> dict[int, Tensor]:
+        if "dense.class_tower" in self._step.spec.fields:
+            maps = [self._model.head.cls_score(m) for m in self.class_tower.values()]
+        else:
+            maps = self._predicted[0]
+        return flatten_maps(self._strides, maps, self._model.num_classes)
+
+    @lazy
+    def deltas(self) -> dict[int, Tensor]:
+        if "dense.box_tower" in self._step.spec.fields:
+            maps = [self._model.head.bbox_pred(m) for m in self.box_tower.values()]
+        else:
+            maps = self._predicted[1]
+        return flatten_maps(self._strides, maps, 4)
+
+    @lazy
+    def anchors(self) -> dict[int, Tensor]:
+        boxes = self._model.anchor_generator(self._step.maps(self._model.head_in_features))
+        return by_stride(self._strides, [b.tensor for b in boxes])

@@ -1,0 +1,150 @@
+"""What a detector part is, and the two steps that its fields come from.
+
+A part (the box head, the mask branch, ...) is one class in one file: how a model's part is
+described, which of the student's submodules are tapped, and how both detectors' views are made.
+Built-in parts and a user's register in the same place:
+
+    @DETECTOR_PART_REGISTRY.register()
+    class Keypoint(DetectorPart):
+        name = "keypoint"
+        ...
+
+A head that names "keypoint.logits" in its ``reads`` then finds ``student.keypoint.logits``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from ..registry import DETECTOR_PART_REGISTRY
+from .bundle import Batch, FeatureBundle, View
+from .spec import DetectorSpec, Facts, strides_of
+
+T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """One recorded call of a tapped submodule or method."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+
+
+class StudentStep:
+    """One recorded forward of the student.
+
+    Attributes:
+        model, spec: the student.
+        batch: the ground truth.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DetectorSpec,
+        batch: Batch,
+        calls: Mapping[str, Sequence[Call]],
+    ):
+        self.model: Any = model
+        self.spec = spec
+        self.batch = batch
+        self._calls = calls
+
+    def calls(self, path: str) -> Sequence[Call]:
+        """The calls of what is tapped at ``path``, in order."""
+        return self._calls[path]
+
+    def outputs(self, path: str) -> list[Any]:
+        """What each of :meth:`calls` returned."""
+        return [call.output for call in self._calls[path]]
+
+
+class TeacherStep:
+    """The teacher's side of a step: nothing is computed until a field is read.
+
+    Attributes:
+        model, spec: the teacher.
+        student: the student's bundle of the step. student_model: the student.
+        bundle: the teacher's own, for the parts to read from each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bundle: FeatureBundle,
+        student_model: nn.Module,
+        student: FeatureBundle,
+    ):
+        self.model: Any = model
+        self.spec = bundle.spec
+        self.bundle = bundle
+        self.student = student
+        self.student_model: Any = student_model
+
+    @property
+    def pyramid(self) -> dict[int, Tensor]:
+        return self.bundle.pyramid
+
+    def maps(self, in_features: Iterable[str]) -> list[Tensor]:
+        """The teacher's maps of these names, as one of its own heads reads them."""
+        return [self.pyramid[s] for s in strides_of(self.model, in_features)]
+
+
+class DetectorPart(ABC):
+    """Knowledge of one part of a detector. It holds no state: one instance serves all models.
+
+    Attributes:
+        name: of the part; "keypoint" is served where a spec's ``fields`` has "keypoint" or
+            "keypoint.<field>".
+        attribute: of the bundle that holds the view; default: the name.
+        optional: fields of the view that a detector may lack, although it has the part:
+            "logits" can be read where the spec's ``fields`` has "keypoint.logits".
+    """
+
+    name: ClassVar[str]
+    attribute: ClassVar[str] = ""
+    optional: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
+        """What ``model`` can serve of this part, and its sizes; no fields where there is none.
+
+        Args:
+            student: for a teacher, the spec of its student.
+        """
+
+    @abstractmethod
+    def taps(self, model: nn.Module, spec: DetectorSpec) -> Iterable[str]:
+        """Paths of the student's submodules, or methods, whose calls are to be recorded."""
+
+    @abstractmethod
+    def student_view(self, step: StudentStep) -> View | Sequence[View]:
+        """The view of what the student computed; one for each stage if the part has stages."""
+
+    @abstractmethod
+    def teacher_view(self, step: TeacherStep) -> View | Sequence[View]:
+        """The same of the teacher: with fields that are computed when they are read."""
+
+    def is_served(self, spec: DetectorSpec) -> bool:
+        """Whether a detector has this part."""
+        return any(field.split(".")[0] == self.name for field in spec.fields)
+
+    def join(self, bundle: FeatureBundle, views: View | Sequence[View]) -> None:
+        """Make ``views`` the part's field of ``bundle``, without what the detector lacks."""
+        served = bundle.spec.fields
+        withheld = [name for name in self.optional if f"{self.name}.{name}" not in served]
+        bundle.add(self.attribute or self.name, views, withheld)
+
+
+def detector_parts() -> list[DetectorPart]:
+    """An instance of each registered part, built-in ones first."""
+    return [part() for _, part in DETECTOR_PART_REGISTRY]
+
+
+def by_stride(strides: Iterable[int], values: Iterable[T]) -> dict[int, T]:
+    """Pair strides with as many values."""
+    return dict(zip(strides, values, strict=True))
