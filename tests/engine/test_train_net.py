@@ -209,14 +209,14 @@ def test_a_users_head(job, tmp_path):
     [
         (["DISTILL.HEADS", "['DSGI']"], "unknown head 'DSGI'; valid: .*DSIG"),
         (["DISTILL.SIMM.WEIGHT", "1"], "no config key 'DISTILL.SIMM.*close: .*DISTILL.SSIM"),
-        (["DISTILL.SSIM.WEIGHT"], "overrides"),
+        (["DISTILL.SSIM.WEIGHT"], "is not a list of pairs"),
         (["DATASETS.TRAIN", "('digits_tiny_trian',)"], "digits_tiny_trian.*digits_tiny_train"),
         (["DISTILL.TEACHER.CONFIG_FILE", "no.yaml"], "'no.yaml' is neither a file nor"),
         (["DISTILL.TEACHER.WEIGHTS", "no.pth"], "no file 'no.pth'"),
         (["DISTILL.INHERIT", "['neck']"], "no part 'neck'; valid: fpn, rpn, box_head"),
         (["DATASETS.TEST", "('digits_without_evaluator',)"], "evaluator_type 'None'; valid.*coco"),
-        (["MODEL.META_ARCHITECTURE", "GeneralizedRNN"], "GeneralizedRNN.*valid: .*GeneralizedRCNN"),
-        (["DISTILL.STUDENT_META_ARCH", "Retinanet"], "Retinanet.*valid: .*RetinaNet"),
+        (["MODEL.META_ARCHITECTURE", "GeneralizedRNN"], "GeneralizedRNN.*close: GeneralizedRCNN"),
+        (["DISTILL.STUDENT_META_ARCH", "Retinanet"], "Retinanet.*close: RetinaNet"),
         (["SOLVER.AMP.ENABLED", "True"], "fp16 needs a GPU"),
         (["SOLVER.AMP.PRECISION", "fp8"], "AMP.PRECISION is 'fp8'; valid: .*bf16"),
         (
@@ -293,5 +293,5 @@ def test_a_unsafe_config_file(tmp_path):
     """A user's YAML cannot run code."""
     path = tmp_path / "evil.yaml"
     path.write_text("MODEL:\n  WEIGHTS: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(SystemExit, match="could not determine a constructor"):
+    with pytest.raises(SystemExit, match="the tag .* could run code"):
         train_net.run(["--config-file", str(path)])
