@@ -218,7 +218,7 @@ def create_body(
     except Exception as error:
         raise ConfigError(
             f"the pretrained weights of timm's {name} cannot be fetched ({first_line(error)}). "
-            "Copy timm's cache (HF_HOME) from where there is a network, or name a file or a package "
+            "Copy timm's cache (HF_HOME) from where there is a network, name a file or a package "
             "of weights in MODEL.TIMM.WEIGHTS, or start from scratch: "
             "MODEL.TIMM.PRETRAINED False, MODEL.TIMM.NORM BN, MODEL.BACKBONE.FREEZE_AT 0"
         ) from error
