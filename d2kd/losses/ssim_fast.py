@@ -88,22 +88,39 @@ def _dissimilarity(
     if not with_gradient:
         return total, []
 
-    # Gradients towards the blurred maps of d*d, of s*s and of s itself; then back through the blur.
-    is_l, is_ck = (torch._foreach_neg(x) for x in (not_l, not_ck))
-    torch._foreach_add_(is_l, 1)
-    torch._foreach_add_(is_ck, 1)
-    grad_dd = torch._foreach_div(is_l, var_p)
-    grad_mu = torch._foreach_addcmul(mu_d, not_l, mu_s, value=-1)
-    torch._foreach_div_(grad_mu, mu_pp)
-    torch._foreach_mul_(grad_mu, is_ck)
-    grad_pp = mul(grad_dd, not_ck)
-    torch._foreach_addcmul_(grad_mu, grad_pp, mu_s)
-    torch._foreach_addcmul_(grad_mu, grad_dd, mu_d, value=-1)
-    back = _blurred([grad_mu, grad_dd, grad_pp], [blur.transposed for blur in blurs])
-    gradient, of_dd, of_pp = back
+    towards_blurred = _gradients(mu_d, mu_s, not_l, not_ck, mu_pp, var_p)
+    gradient, of_dd, of_pp = _blurred(towards_blurred, [blur.transposed for blur in blurs])
     torch._foreach_addcmul_(gradient, of_dd, d)
     torch._foreach_addcmul_(gradient, of_pp, s, value=-1)
     return total, gradient
+
+
+def _gradients(
+    mu_d: list[Tensor],
+    mu_s: list[Tensor],
+    not_l: list[Tensor],
+    not_ck: list[Tensor],
+    below_l: list[Tensor],
+    below_ck: list[Tensor],
+) -> list[list[Tensor]]:
+    """Gradients towards the blurred maps of s itself, of d*d and of s*s.
+
+    Args:
+        mu_d, mu_s: means of d and s.
+        not_l, not_ck: 1 - l and 1 - c*k, fractions with the denominators ``below_l`` and
+            ``below_ck``.
+    """
+    is_l, is_ck = torch._foreach_neg(not_l), torch._foreach_neg(not_ck)
+    torch._foreach_add_(is_l, 1)
+    torch._foreach_add_(is_ck, 1)
+    grad_dd = torch._foreach_div(is_l, below_ck)
+    grad_mu = torch._foreach_addcmul(mu_d, not_l, mu_s, value=-1)
+    torch._foreach_div_(grad_mu, below_l)
+    torch._foreach_mul_(grad_mu, is_ck)
+    grad_pp = torch._foreach_mul(grad_dd, not_ck)
+    torch._foreach_addcmul_(grad_mu, grad_pp, mu_s)
+    torch._foreach_addcmul_(grad_mu, grad_dd, mu_d, value=-1)
+    return [list(grad_mu), list(grad_dd), list(grad_pp)]
 
 
 def _blocks(s: Sequence[Tensor]) -> Iterator[list[tuple[int, slice]]]:
