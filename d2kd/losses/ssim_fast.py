@@ -96,12 +96,12 @@ def _dissimilarity(
 
 
 def _gradients(
-    mu_d: list[Tensor],
-    mu_s: list[Tensor],
-    not_l: list[Tensor],
-    not_ck: list[Tensor],
-    below_l: list[Tensor],
-    below_ck: list[Tensor],
+    mu_d: Sequence[Tensor],
+    mu_s: Sequence[Tensor],
+    not_l: Sequence[Tensor],
+    not_ck: Sequence[Tensor],
+    below_l: Sequence[Tensor],
+    below_ck: Sequence[Tensor],
 ) -> list[list[Tensor]]:
     """Gradients towards the blurred maps of s itself, of d*d and of s*s.
 
