@@ -69,7 +69,7 @@ def _dissimilarity(
     pp = mul(s, s)
     torch._foreach_addcmul_(pp, t, t)
     mu_d, mu_t, var_d, var_p = _blurred([d, t, mul(d, d), pp], blurs)
-    mu_s = torch._foreach_add(mu_d, mu_t)
+    mu_s = list(torch._foreach_add(mu_d, mu_t))
     mu_dd = mul(mu_d, mu_d)
     mu_pp = mul(mu_s, mu_s)
     torch._foreach_addcmul_(mu_pp, mu_t, mu_t)
@@ -80,8 +80,8 @@ def _dissimilarity(
     torch._foreach_clamp_min_(var_p, 0)
     torch._foreach_add_(var_p, c2 + _EPS)
     torch._foreach_add_(mu_pp, c1 + _EPS)
-    not_l = torch._foreach_div(mu_dd, mu_pp)
-    not_ck = torch._foreach_div(var_d, var_p)
+    not_l = list(torch._foreach_div(mu_dd, mu_pp))
+    not_ck = list(torch._foreach_div(var_d, var_p))
     both = torch._foreach_add(not_l, not_ck)
     torch._foreach_addcmul_(both, not_l, not_ck, value=-1)
     total = torch.stack([x.sum() for x in both]) / 2
@@ -96,12 +96,12 @@ def _dissimilarity(
 
 
 def _gradients(
-    mu_d: Sequence[Tensor],
-    mu_s: Sequence[Tensor],
-    not_l: Sequence[Tensor],
-    not_ck: Sequence[Tensor],
-    below_l: Sequence[Tensor],
-    below_ck: Sequence[Tensor],
+    mu_d: list[Tensor],
+    mu_s: list[Tensor],
+    not_l: list[Tensor],
+    not_ck: list[Tensor],
+    below_l: list[Tensor],
+    below_ck: list[Tensor],
 ) -> list[list[Tensor]]:
     """Gradients towards the blurred maps of s itself, of d*d and of s*s.
 
