@@ -71,7 +71,7 @@ def _dissimilarity(
     mu_d, mu_t, var_d, var_p = _blurred([d, t, mul(d, d), pp], blurs)
     mu_s = list(torch._foreach_add(mu_d, mu_t))
     mu_dd = mul(mu_d, mu_d)
-    mu_pp = mul(mu_s, mu_s)
+    mu_pp = list(mul(mu_s, mu_s))
     torch._foreach_addcmul_(mu_pp, mu_t, mu_t)
     # Variances are clamped against rounding only; the gradient below need not know.
     torch._foreach_sub_(var_d, mu_dd)
