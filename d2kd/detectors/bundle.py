@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor
 
-from ..geometry.pooling import build_pooler
+from ..geometry.pooling import PlacedBoxes, PoolOptions, place_boxes, pool_boxes
 from .spec import DetectorSpec
 
 T = TypeVar("T")
@@ -257,7 +257,9 @@ class DenseView(View):
     """A dense detector's outputs, by stride.
 
     Attributes:
-        logits: (B, H W A, K) before the sigmoid. deltas: (B, H W A, 4).
+        logit_maps: (B, A K, H, W) before the sigmoid, as the head predicts them.
+        delta_maps: (B, A 4, H, W).
+        logits, deltas: the same by anchor, (B, H W A, K) and (B, H W A, 4); copies.
         delta_weights: (wx, wy, ww, wh) that the deltas are multiplied by.
         class_tower, box_tower: (B, C, H, W), the maps that the final convolutions read.
         anchors: (H W A, 4), ordered y, x, anchor.
@@ -266,6 +268,8 @@ class DenseView(View):
         decode: function (deltas (..., 4), anchors (..., 4)) -> boxes (..., 4).
     """
 
+    logit_maps: dict[int, Tensor]
+    delta_maps: dict[int, Tensor]
     logits: dict[int, Tensor]
     deltas: dict[int, Tensor]
     delta_weights: tuple[float, ...]
@@ -329,7 +333,7 @@ class FeatureBundle(View):
 
     def pool(
         self,
-        boxes: list[Tensor],
+        boxes: Sequence[Tensor] | PlacedBoxes,
         output_size: int = 7,
         *,
         strides: Sequence[int] | None = None,
@@ -339,27 +343,19 @@ class FeatureBundle(View):
         """RoIAlign ``boxes`` on this detector's pyramid, each on the level its size asks for.
 
         Args:
-            boxes: per image (n_i, 4) xyxy in pixels of the resized image.
+            boxes: per image (n_i, 4) xyxy in pixels of the resized image. Where both detectors
+                pool them from several levels, :func:`~d2kd.geometry.pooling.place_boxes` finds
+                those levels once for both.
             output_size: side of the pooled map.
-            strides: consecutive levels to pool from; default: the whole pyramid.
+            strides: consecutive levels to pool from; default: the whole pyramid, or where the
+                boxes are placed.
             sampling_ratio, aligned: as in :class:`detectron2.layers.ROIAlign`.
 
         Returns:
             (sum n_i, C, output_size, output_size).
         """
-        strides = tuple(strides or self.spec.strides)
-        pooler = build_pooler(output_size, strides, sampling_ratio, aligned)
+        if not isinstance(boxes, PlacedBoxes):
+            boxes = place_boxes(boxes, strides or self.spec.strides)
+        options = PoolOptions(output_size, sampling_ratio, aligned)
         with self._context():
-            if len(strides) == 1:
-                # Detectron2 would ask the device how many boxes each image has.
-                rois = torch.cat(boxes)
-                rois = torch.cat([image_index(boxes)[:, None].to(rois.dtype), rois], dim=1)
-                pooled: Tensor = pooler.level_poolers[0](self.pyramid[strides[0]], rois)
-                return pooled
-            pooled = pooler([self.pyramid[s] for s in strides], [Boxes(b) for b in boxes])
-            return pooled
-
-
-def image_index(boxes: list[Tensor]) -> Tensor:
-    """The image each row of the concatenated ``boxes`` belongs to, (sum n_i,) long."""
-    return torch.cat([b.new_full((len(b),), i, dtype=torch.long) for i, b in enumerate(boxes)])
+            return pool_boxes([self.pyramid[s] for s in boxes.strides], boxes, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,18 +71,22 @@ def delta_weights(model: Any) -> tuple[float, ...]:
     return tuple(getattr(model.box2box_transform, "weights", (1.0, 1.0, 1.0, 1.0)))
 
 
-def flatten_maps(strides: Sequence[int], maps: Sequence[Tensor], width: int) -> dict[int, Tensor]:
-    """Dense predictions (B, A x width, H, W) by level -> stride -> (B, H W A, width)."""
-    return by_stride(strides, [permute_to_N_HWA_K(m, width) for m in maps])
+def flatten_maps(maps: Mapping[int, Tensor], width: int) -> dict[int, Tensor]:
+    """Dense predictions, stride -> (B, A x width, H, W), by anchor: (B, H W A, width)."""
+    return {stride: permute_to_N_HWA_K(level, width) for stride, level in maps.items()}
 
 
 class _StudentDense(DenseView):
     def __init__(self, step: StudentStep):
         model, strides = step.model, step.spec.head_strides
-        self._strides, self._num_classes = strides, model.num_classes
-        self._predicted: Sequence[list[Tensor]] = step.outputs("head")[0]
+        self._num_classes = model.num_classes
+        logits, deltas, *_ = step.outputs("head")[0]
         anchors = step.outputs("anchor_generator")[0]
-        fields = {"anchors": by_stride(strides, [a.tensor for a in anchors])}
+        fields = {
+            "anchors": by_stride(strides, [a.tensor for a in anchors]),
+            "logit_maps": by_stride(strides, logits),
+            "delta_maps": by_stride(strides, deltas),
+        }
         if "dense.class_tower" in step.spec.fields:
             fields["class_tower"] = by_stride(strides, step.outputs("head.cls_subnet"))
             fields["box_tower"] = by_stride(strides, step.outputs("head.bbox_subnet"))
@@ -97,11 +101,11 @@ class _StudentDense(DenseView):
 
     @lazy
     def logits(self) -> dict[int, Tensor]:
-        return flatten_maps(self._strides, self._predicted[0], self._num_classes)
+        return flatten_maps(self.logit_maps, self._num_classes)
 
     @lazy
     def deltas(self) -> dict[int, Tensor]:
-        return flatten_maps(self._strides, self._predicted[1], 4)
+        return flatten_maps(self.delta_maps, 4)
 
     @lazy
     def labels(self) -> Tensor:
@@ -142,20 +146,24 @@ class _TeacherDense(DenseView):
         return predicted
 
     @lazy
-    def logits(self) -> dict[int, Tensor]:
+    def logit_maps(self) -> dict[int, Tensor]:
         if "dense.class_tower" in self._step.spec.fields:
-            maps = [self._model.head.cls_score(m) for m in self.class_tower.values()]
-        else:
-            maps = self._predicted[0]
-        return flatten_maps(self._strides, maps, self._model.num_classes)
+            return {s: self._model.head.cls_score(m) for s, m in self.class_tower.items()}
+        return by_stride(self._strides, self._predicted[0])
+
+    @lazy
+    def delta_maps(self) -> dict[int, Tensor]:
+        if "dense.box_tower" in self._step.spec.fields:
+            return {s: self._model.head.bbox_pred(m) for s, m in self.box_tower.items()}
+        return by_stride(self._strides, self._predicted[1])
+
+    @lazy
+    def logits(self) -> dict[int, Tensor]:
+        return flatten_maps(self.logit_maps, self._model.num_classes)
 
     @lazy
     def deltas(self) -> dict[int, Tensor]:
-        if "dense.box_tower" in self._step.spec.fields:
-            maps = [self._model.head.bbox_pred(m) for m in self.box_tower.values()]
-        else:
-            maps = self._predicted[1]
-        return flatten_maps(self._strides, maps, 4)
+        return flatten_maps(self.delta_maps, 4)
 
     @lazy
     def anchors(self) -> dict[int, Tensor]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..numerics import image_index
 from ..registry import DETECTOR_PART_REGISTRY
-from .bundle import RoIView, image_index, lazy
+from .bundle import RoIView, lazy
 from .part import DetectorPart, StudentStep, TeacherStep
 from .spec import DetectorSpec, Facts, fields_on_student_boxes, strides_of
 from .student_boxes import pool_for_own_head, pool_like_student

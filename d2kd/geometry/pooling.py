@@ -1,82 +1,134 @@
-"""RoIAlign on a pyramid in float32, with a backward pass that uses all threads of a CPU.
+"""RoIAlign of boxes on the pyramid levels that their sizes ask for, in float32.
 
-torchvision's is one thread's work there, and was most of what pooling the boxes of a dense student
-added to a step.
+Detectron2's pooler finds the boxes of a level once for each pyramid, and asks the device about each
+level; here they are placed once for both detectors. On a CPU torchvision's backward pass is one
+thread's work, and was most of what pooling the boxes of a dense student added to a step; here it
+uses all threads.
+
+Shapes: R boxes of all images, image after image; B images; C channels; P the pooled side.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from detectron2.layers import ROIAlign
-from detectron2.modeling.poolers import ROIPooler
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torchvision.ops import roi_align
 
-from ..numerics import full_precision
+from ..numerics import full_precision, image_index
+from .boxes import assign_levels
 
 
-@functools.lru_cache(maxsize=64)
-def build_pooler(
-    output_size: int, strides: tuple[int, ...], sampling_ratio: int, aligned: bool
-) -> ROIPooler:
-    """Detectron2's pooler of the levels with these consecutive ``strides``.
+@dataclass(frozen=True)
+class PlacedBoxes:
+    """Boxes of several images, sorted by the level that each is pooled from.
+
+    Attributes:
+        strides: of the levels, fine to coarse.
+        rois: per level (n_l, 5), rows of an image's index and xyxy in pixels of the network's
+            input.
+        inverse: (R,) long, where each box lies in the concatenation of ``rois``; None: in order.
+    """
+
+    strides: tuple[int, ...]
+    rois: Sequence[Tensor]
+    inverse: Tensor | None = None
+
+
+def place_boxes(boxes: Sequence[Tensor], strides: Sequence[int]) -> PlacedBoxes:
+    """Sort boxes by FPN's rule: one of 224 pixels (side) to stride 16, each octave a level.
+
+    With several levels it waits for the device, once: how many boxes each has decides shapes.
 
     Args:
-        output_size: side of the pooled map.
+        boxes: per image (n_i, 4) xyxy in pixels of the network's input.
+        strides: of consecutive levels, fine to coarse; boxes beyond them go to the nearest.
+    """
+    corners = torch.cat(list(boxes))
+    rois = torch.cat([image_index(boxes)[:, None].to(corners.dtype), corners], dim=1)
+    strides = tuple(strides)
+    if len(strides) == 1:
+        return PlacedBoxes(strides, [rois])
+    level = assign_levels(corners, len(strides), 14.0 * strides[0], margin=0)
+    order = level.argsort(stable=True)
+    counts = level.bincount(minlength=len(strides)).tolist()
+    return PlacedBoxes(strides, rois[order].split(counts), order.argsort())
+
+
+class PoolOptions(NamedTuple):
+    """How boxes are pooled.
+
+    Attributes:
+        output_size: side P of the pooled map.
         sampling_ratio, aligned: as in :class:`detectron2.layers.ROIAlign`.
     """
-    pooler_type = "ROIAlignV2" if aligned else "ROIAlign"
-    pooler = ROIPooler(output_size, [1.0 / s for s in strides], sampling_ratio, pooler_type)
-    pooler.level_poolers = nn.ModuleList(_ThreadedROIAlign(p) for p in pooler.level_poolers)
-    return pooler
+
+    output_size: int = 7
+    sampling_ratio: int = 0
+    aligned: bool = True
 
 
-class _ThreadedROIAlign(nn.Module):
-    """``layer``, and on a CPU a backward pass in as many threads as PyTorch may use."""
+def pool_boxes(maps: Sequence[Tensor], boxes: PlacedBoxes, options: PoolOptions) -> Tensor:
+    """RoIAlign boxes on the levels of a pyramid.
 
-    def __init__(self, layer: ROIAlign):
-        super().__init__()
-        self.layer = layer
+    Args:
+        maps: per level (B, C, H, W).
 
-    def forward(self, maps: Tensor, rois: Tensor) -> Tensor:
-        """Pool ``rois`` (R, 5), rows of an image's index and xyxy, from ``maps`` (B, C, H, W)."""
-        return self._pool(maps, rois).to(maps.dtype)
+    Returns:
+        (R, C, P, P), in the order and precision of the boxes and the maps.
+    """
+    pooled = [
+        _roi_align(level, rois, 1 / stride, options).to(level.dtype)
+        for level, rois, stride in zip(maps, boxes.rois, boxes.strides, strict=True)
+        # A level without boxes still takes part where all are without.
+        if len(rois) or not any(map(len, boxes.rois))
+    ]
+    joined = torch.cat(pooled) if len(pooled) > 1 else pooled[0]
+    return joined if boxes.inverse is None else joined.index_select(0, boxes.inverse)
 
-    # Detectron2's layer would round the boxes to the maps' precision: by pixels, in bfloat16.
-    @full_precision
-    def _pool(self, maps: Tensor, rois: Tensor) -> Tensor:
-        layer = self.layer
-        if maps.device.type != "cpu" or not maps.requires_grad or torch.get_num_threads() == 1:
-            return layer(maps, rois)
-        options = layer.output_size, layer.spatial_scale, layer.sampling_ratio, layer.aligned
-        return _ROIAlignOnCPU.apply(maps, rois.to(maps.dtype), *options)
+
+# Boxes would be rounded to the maps' precision otherwise: by pixels, in bfloat16.
+@full_precision
+def _roi_align(maps: Tensor, rois: Tensor, scale: float, options: PoolOptions) -> Tensor:
+    size = (options.output_size, options.output_size)
+    arguments = size, scale, options.sampling_ratio, options.aligned
+    threads = torch.get_num_threads()
+    if maps.device.type == "cpu" and maps.requires_grad and threads > 1:
+        pooled: Tensor = _ROIAlignOnCPU.apply(maps, rois.to(maps.dtype), *arguments)
+    else:
+        pooled = roi_align(maps, rois.to(maps.dtype), *arguments)
+    return pooled
 
 
 class _ROIAlignOnCPU(torch.autograd.Function):
     """torchvision's RoIAlign; its gradient is linear in the channels, so threads share them."""
 
     @staticmethod
-    def forward(ctx, maps, rois, *options):
+    def forward(ctx: FunctionCtx, maps: Tensor, rois: Tensor, *arguments: Any) -> Tensor:
         ctx.save_for_backward(rois)
-        ctx.shape, ctx.options = maps.shape, options
-        return roi_align(maps, rois, *options)
+        ctx.shape, ctx.arguments = maps.shape, arguments  # type: ignore[attr-defined]
+        pooled: Tensor = roi_align(maps, rois, *arguments)
+        return pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rois,) = ctx.saved_tensors
-        (height, width), scale, sampling_ratio, aligned = ctx.options
+        (height, width), scale, sampling_ratio, aligned = ctx.arguments
         batch, _, *size = ctx.shape
 
         def part(grad: Tensor) -> Tensor:
             shape = height, width, batch, grad.shape[1], *size
-            return torch.ops.torchvision._roi_align_backward(
+            share: Tensor = torch.ops.torchvision._roi_align_backward(
                 grad, rois, scale, *shape, sampling_ratio, aligned
             )
+            return share
 
         parts = _threads().map(part, grad.chunk(torch.get_num_threads(), dim=1))
         return torch.cat(list(parts), dim=1), None, None, None, None, None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -29,9 +31,15 @@ class DistillHead(nn.Module, ABC):
     ``teacher_reads`` what it reads of one only; a class or an instance may set them. A head whose
     terms have needs of their own returns them from :meth:`needs`. A pair that cannot serve a head
     is refused when the model is built.
+
+    A head of several terms names the option of each term's weight in ``term_options``, e.g.
+    ``{"box": "box_weight"}``; ``weights`` then has the terms that are in use, see
+    :meth:`term_weights`.
     """
 
     Options: type[HeadOptions] = HeadOptions
+    term_options: ClassVar[Mapping[str, str]] = {}
+    weights: Mapping[str, float] = {}
     reads: Iterable[str] = ("pyramid",)
     student_reads: Iterable[str] = ()
     teacher_reads: Iterable[str] = ()
@@ -61,6 +69,34 @@ class DistillHead(nn.Module, ABC):
         return cls.Options.read(cfg.DISTILL[name], f"DISTILL.{name}")
 
     @classmethod
+    def term_weights(cls, options: HeadOptions, absent: Collection[str] = ()) -> dict[str, float]:
+        """Weight of each term in use: one whose option in ``term_options`` is not 0.
+
+        Args:
+            absent: terms that there are not in this pair, or with these options.
+
+        Raises:
+            ConfigError: no term is left.
+        """
+        weights: dict[str, float] = {
+            term: operator.attrgetter(path)(options)
+            for term, path in cls.term_options.items()
+            if term not in absent
+        }
+        if not any(weights.values()):
+            keys = ", ".join(dict.fromkeys(_key_path(cls.term_options[term]) for term in weights))
+            raise ConfigError(
+                f"DISTILL.{node_name(cls.__name__)}: nothing to distil, as {keys} "
+                + ("are all 0" if len(weights) > 1 else "is 0")
+            )
+        return {term: weight for term, weight in weights.items() if weight}
+
+    def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each term times its weight in ``weights``."""
+        weights = self.weights
+        return {t: loss if weights[t] == 1 else weights[t] * loss for t, loss in terms.items()}
+
+    @classmethod
     def needs(cls, options: Any, student: DetectorSpec, teacher: DetectorSpec) -> Sequence[Need]:
         """What each term that ``options`` (the head's ``Options``) switch on asks of the pair;
         default: the class's reads.
@@ -73,6 +109,18 @@ class DistillHead(nn.Module, ABC):
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         """Hooks that the trainer runs for this head."""
         return []
+
+
+def _key_path(option: str) -> str:
+    """The config key of an option: "global_.weight" -> "GLOBAL.WEIGHT"."""
+    return ".".join(name.rstrip("_").upper() for name in option.split("."))
+
+
+def _complete(needs: Iterable[Need], head_class: type[DistillHead]) -> list[Need]:
+    """``needs``, each with the key that switches its term off."""
+    node = f"DISTILL.{node_name(head_class.__name__)}"
+    remedies = {term: f"{node}.{_key_path(o)} 0" for term, o in head_class.term_options.items()}
+    return [replace(n, without=n.without or remedies.get(n.term, "")) for n in needs]
 
 
 def _declares_needs(head_class: type[DistillHead]) -> bool:
@@ -90,7 +138,8 @@ def build_head(
     """
     head_class = DISTILL_HEAD_REGISTRY.get(name)
     try:
-        needs = list(head_class.needs(head_class.read_options(cfg), student, teacher))
+        options = head_class.read_options(cfg)
+        needs = _complete(head_class.needs(options, student, teacher), head_class)
         check_needs(name, needs, student, teacher)
         head = head_class(cfg, student, teacher)
     except ConfigError as error:

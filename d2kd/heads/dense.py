@@ -2,67 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..detectors.bundle import DenseView
-from ..detectors.spec import DetectorSpec
-from ..errors import ConfigError
+
+
+def join_levels(maps: Mapping[int, Tensor], strides: Sequence[int], width: int) -> Tensor:
+    """Dense predictions of several levels in one tensor, in the order of the maps in memory.
+
+    Args:
+        maps: stride -> (B, A x width, H, W).
+        strides: the levels to join.
+        width: numbers of an anchor: K for logits, 4 for deltas.
+
+    Returns:
+        (B, A, width, L), L being the locations of those levels.
+    """
+    return torch.cat([maps[s].unflatten(1, (-1, width)).flatten(3) for s in strides], dim=3)
 
 
 @dataclass(frozen=True)
 class DensePair:
     """Two dense detectors on the anchors of the levels that both have, fine to coarse.
 
-    Shapes: B images, N anchors of an image over those levels.
+    Shapes: B images, A anchors a location, L locations of an image over those levels.
+
+    Attributes:
+        student, teacher: their views.
+        num_classes: K.
     """
 
     student: DenseView
     teacher: DenseView
+    num_classes: int
 
-    @property
+    @cached_property
     def strides(self) -> list[int]:
         """The levels that both have."""
-        return [stride for stride in self.student.anchors if stride in self.teacher.anchors]
+        theirs = self.teacher.delta_maps
+        return [stride for stride in self.student.delta_maps if stride in theirs]
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
-        """(B, N) the student's matching: K for background, -1 to ignore."""
-        anchors = self.student.anchors
-        levels = self.student.labels.split([len(level) for level in anchors.values()], dim=1)
-        return self._join(dict(zip(anchors, levels, strict=True)))
+        """(B, A, L) the student's matching: K for background, -1 to ignore."""
+        maps = self.student.delta_maps
+        num_anchors = next(iter(maps.values())).shape[1] // 4
+        sizes = {s: m.shape[1] * m.shape[2] * m.shape[3] // 4 for s, m in maps.items()}
+        parts = self.student.labels.split(list(sizes.values()), dim=1)
+        by_stride = dict(zip(sizes, parts, strict=True))
+        levels = [by_stride[s].unflatten(1, (-1, num_anchors)).mT for s in self.strides]
+        return torch.cat(levels, dim=2)
 
-    @property
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, A, L) bool, anchors that are not ignored."""
+        return self.labels >= 0
+
+    @cached_property
+    def foreground(self) -> Tensor:
+        """(B, A, L) bool, anchors that are matched with an object."""
+        return self.valid & (self.labels < self.num_classes)
+
+    @cached_property
+    def num_foreground(self) -> Tensor:
+        """Scalar, their number."""
+        return self.foreground.sum()
+
+    @cached_property
     def logits(self) -> tuple[Tensor, Tensor]:
-        """(B, N, K) of student and teacher."""
-        return self._join(self.student.logits), self._join(self.teacher.logits)
+        """(B, A, K, L) of student and teacher."""
+        return (
+            join_levels(self.student.logit_maps, self.strides, self.num_classes),
+            join_levels(self.teacher.logit_maps, self.strides, self.num_classes),
+        )
 
-    @property
+    @cached_property
     def deltas(self) -> tuple[Tensor, Tensor]:
-        """(B, N, 4) of student and teacher, each in its own units."""
-        return self._join(self.student.deltas), self._join(self.teacher.deltas)
-
-    @property
-    def delta_weights(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Those units."""
-        return self.student.delta_weights, self.teacher.delta_weights
-
-    def _join(self, levels: dict[int, Tensor]) -> Tensor:
-        return torch.cat([levels[stride] for stride in self.strides], dim=1)
-
-
-def check_anchors(student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse two dense detectors whose outputs belong to different boxes.
-
-    Raises:
-        ConfigError: names the first level where the anchors differ.
-    """
-    mine, theirs = student.anchors or {}, teacher.anchors or {}
-    for stride in mine:
-        if mine[stride] != theirs.get(stride, mine[stride]):
-            raise ConfigError(
-                f"student and teacher have different anchors at stride {stride}; "
-                "MODEL.ANCHOR_GENERATOR must be the same in both configs"
-            )
+        """(B, A, 4, L) of student and teacher, each in its own units."""
+        return (
+            join_levels(self.student.delta_maps, self.strides, 4),
+            join_levels(self.teacher.delta_maps, self.strides, 4),
+        )

@@ -7,103 +7,34 @@ dense one on its own best predictions. The mathematics is in :mod:`d2kd.losses.d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from torch import Tensor, nn
 
 from ..config import HeadOptions
-from ..detectors.bundle import Batch, DenseView, FeatureBundle, image_index
+from ..detectors.bundle import Batch, FeatureBundle, RoIView
 from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
+from ..geometry.pooling import place_boxes
 from ..keys import COUNT, NOT_NEGATIVE, POSITIVE, Rule, key, one_of
 from ..losses import dsig as losses
 from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
 from ..losses.mimic import pyramid_mimic_loss
+from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import Adapters, build_adapters, build_roi_adapter, pair_levels
 from .base import DistillHead
-from .dense import DensePair, check_anchors
+from .dense import DensePair
+from .dsig_nodes import Graph, TopPredictions
+from .needs import Need
 
-# Terms and the keys of DISTILL.DSIG that hold their weights.
-WEIGHT_KEYS = {
-    "foreground": "FOREGROUND_WEIGHT",
-    "background": "BACKGROUND_WEIGHT",
-    "edge": "EDGE_WEIGHT",
-    "class": "CLASS_WEIGHT",
-    "box": "BOX_WEIGHT",
-    "mask": "MASK_WEIGHT",
-    "pyramid": "PYRAMID_WEIGHT",
-}
-GRAPH_TERMS = {"foreground", "background", "edge"}
-OUTPUT_TERMS = {"class", "box"}
-MASK_TERMS = {"mask", "mask_node"}
-
-
-@dataclass(frozen=True)
-class TopPredictions:
-    """The best boxes that a dense detector currently predicts: the nodes of its graph.
-
-    There is no score threshold, so a graph has its nodes from the first iteration on.
-
-    Attributes:
-        per_level: (location, class) pairs that a pyramid level may propose for an image.
-        nms_threshold: IoU of the class-wise non-maximum suppression.
-        per_image: boxes that are kept over all levels.
-    """
-
-    per_level: int = 1000
-    nms_threshold: float = 0.5
-    per_image: int = 100
-
-    @torch.no_grad()
-    def __call__(self, dense: DenseView, image_sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Per image (n_i, 4) xyxy boxes, best first, clipped to the image; constants."""
-        levels = [self._decode(dense, stride) for stride in dense.logits]
-        boxes, scores, classes = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
-        # A delta that overflowed is for the trainer to report; here it only has to be a box.
-        boxes = boxes.nan_to_num()
-        kept = []
-        for *image, (height, width) in zip(boxes, scores, classes, image_sizes, strict=True):
-            best = image[0][batched_nms(*image, self.nms_threshold)[: self.per_image]]
-            x, y = best[:, 0::2].clamp(0, width), best[:, 1::2].clamp(0, height)
-            kept.append(torch.stack([x, y], dim=2).flatten(1))
-        return kept
-
-    def _decode(self, dense: DenseView, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (B, n, 4), scores (B, n) and classes (B, n) of a level's best pairs."""
-        logits, deltas = dense.logits[stride], dense.deltas[stride].float()
-        num_classes = logits.shape[-1]
-        pairs = logits.float().flatten(1)
-        # The sigmoid is monotonic: ranking logits leaves it to the few that are chosen.
-        best, index = pairs.topk(min(self.per_level, pairs.shape[1]), dim=1)
-        location = index.div(num_classes, rounding_mode="floor")
-        deltas = deltas.gather(1, location[:, :, None].expand(-1, -1, 4))
-        anchors = dense.anchors[stride][location]
-        boxes = dense.decode(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
-        return boxes, best.sigmoid(), index % num_classes
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """The R boxes of a batch on which student and teacher are compared.
-
-    Attributes:
-        student, teacher: (R, C, P, P) pooled features.
-        foreground, has_edges: (R,) bool.
-        image_index: (R,) long.
-        edge_counts: nodes with edges, by image, where they are known without asking the device.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    foreground: Tensor
-    has_edges: Tensor
-    image_index: Tensor
-    edge_counts: list[int] | None = None
+GRAPH_TERMS = ("foreground", "background", "edge")
+OUTPUT_TERMS = ("class", "box")
+MASK_TERMS = ("mask", "mask_node")
 
 
 @dataclass(frozen=True)
@@ -113,53 +44,50 @@ class DSIGOptions(HeadOptions):
     image_reduction: str = key(
         "mean",
         one_of(losses.IMAGE_REDUCTIONS),
-        'Node and edge terms of the images of a GPU: "mean", so that their strength does '
-        'not depend on the batch, or "sum", the authors\' code. At 2 images a GPU the '
-        'default "mean" with the three default weights below equals their "sum" with half '
-        "of them (0.5, 0.5, 2.0).",
+        'Node and edge terms over the images of a GPU: "mean", so that their strength does not '
+        'depend on the batch, or "sum", the authors\' code. At 2 images a GPU "mean" with the '
+        'default weights equals their "sum" with half of them (0.5, 0.5, 2.0).',
     )
     foreground_weight: float = key(
         1.0,
         NOT_NEGATIVE,
-        "Mean squared error of foreground nodes (lambda_1 in the paper); 0 switches a term off.",
+        "lambda_1: mean squared error of foreground nodes. 0 switches a term off.",
     )
     background_weight: float = key(
         1.0,
         NOT_NEGATIVE,
-        "Mean squared error of background nodes (lambda_2), times ALPHA * foreground / "
-        "background count of the image. Dense students have no background nodes.",
+        "lambda_2: mean squared error of background nodes, times BACKGROUND_ALPHA * foreground / "
+        "background nodes of the image. Dense students have no background nodes.",
     )
     background_alpha: float = key(
-        7.5, NOT_NEGATIVE, "alpha, strength of the weight of background nodes."
+        7.5, NOT_NEGATIVE, "alpha, strength of the adaptive weight of background nodes."
     )
     edge_weight: float = key(
         4.0,
         NOT_NEGATIVE,
-        "Half the mean squared difference of the cosine similarities of all pairs of "
-        "nodes (lambda_3). Authors: 4.0 for light two-stage students, 2.0 for R50 and up "
-        "and for RetinaNet.",
+        "lambda_3: half the mean squared difference of the cosine similarities of all pairs of "
+        "nodes. Authors: 4.0 for light two-stage students, 2.0 for R50 and up and for RetinaNet.",
     )
     mine_background: bool = key(
         True,
-        comment="Background samples mining: a background RoI has edges where the teacher's cross- "
-        'entropy with "background" reaches the threshold. False: edges between foreground '
-        "nodes only.",
+        comment="Background samples mining: a background RoI has edges where the teacher's "
+        'cross-entropy with "background" reaches MINING_THRESHOLD. False: edges between '
+        "foreground nodes only.",
     )
     mining_threshold: float = key(
-        0.6, NOT_NEGATIVE, "Cross-entropy from which a background RoI has edges."
+        0.6, NOT_NEGATIVE, "Cross-entropy from which on a background RoI has edges. 0: all have."
     )
     class_weight: float = key(
         3.0,
         NOT_NEGATIVE,
-        "KL divergence of class probabilities, averaged over all logits: softmax with "
-        "this temperature, over the K sigmoid logits for dense students too. Authors: "
-        "3.0, or 1.0 for RetinaNet, or off.",
+        "KL divergence of class probabilities, averaged over all logits: of a softmax, also over "
+        "the sigmoid logits of dense students. Authors: 3.0, or 1.0 for RetinaNet, or off.",
     )
-    class_temperature: float = key(1.0, POSITIVE, "Temperature of CLASS_WEIGHT's softmax.")
+    class_temperature: float = key(1.0, POSITIVE, "T of that softmax.")
     box_weight: float = key(
         1.0,
         NOT_NEGATIVE,
-        "L1 distance of the box deltas of foreground predictions.",
+        "L1 distance of the box deltas of foreground RoIs or anchors.",
     )
     pyramid_weight: float = key(
         0.5,
@@ -174,27 +102,39 @@ class DSIGOptions(HeadOptions):
     )
     mask_nodes: bool = key(
         False,
-        comment="Foreground nodes from the mask branch's pooled features too, with "
+        comment="Foreground nodes from the mask branch's pooled features too, weighted by "
         "FOREGROUND_WEIGHT (an experiment of the authors that their configs never used).",
     )
     stage: int = key(0, NOT_NEGATIVE, "The stage of a cascade whose RoIs are the nodes.")
     predictions_per_level: int = key(
         1000,
         COUNT,
-        "Nodes of a dense student: its best (location, class) pairs a level, through "
-        "class-wise NMS, the best of all levels, pooled to POOL_RESOLUTION squared cells.",
+        "Nodes of a dense student are its own best predictions: so many (location, class) pairs a "
+        "level go into class-wise NMS.",
     )
     predictions_nms: float = key(
         0.5,
         Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
-        "IoU of the class-wise NMS of those predictions.",
+        "IoU from which on that NMS drops the worse of two predictions of a class.",
     )
     predictions_per_image: int = key(
-        100, COUNT, "Predictions that stay, over all levels of an image."
+        100, COUNT, "Predictions of an image that are nodes: the best that NMS leaves."
     )
-    pool_resolution: int = key(
-        7, COUNT, "Side of the pooled nodes of a one-stage student, in cells."
-    )
+    pool_resolution: int = key(7, COUNT, "Side of the pooled nodes of a dense student, in cells.")
+
+
+@dataclass(frozen=True)
+class NodePooling:
+    """Where the nodes' features come from.
+
+    Attributes:
+        strides: levels that nodes are pooled from, each detector on its own pyramid; () where the
+            bundles have the student's RoIs pooled already.
+        resolution: side of the pooled nodes.
+    """
+
+    strides: tuple[int, ...] = ()
+    resolution: int = 7
 
 
 @DISTILL_HEAD_REGISTRY.register()
@@ -202,230 +142,199 @@ class DSIG(DistillHead):
     """Structured instance graphs of student and teacher, and the authors' logit and pyramid terms.
 
     Args:
-        weights: term -> weight, terms as in ``WEIGHT_KEYS``; what is absent is not computed.
+        options: the values of ``DISTILL.DSIG``.
+        weights: term -> weight, terms as in ``term_options``; what is absent is not computed.
         two_stage: nodes are the student's sampled RoIs; else its top predictions.
         num_classes: K of the student.
         node_adapter: student -> teacher channels of pooled features (R, C, P, P).
+        pooling: where the nodes' features come from.
         pyramid_adapters: student -> teacher channels of the levels of the "pyramid" term.
         pyramid_strides: those levels.
-        node_strides: levels that nodes are pooled from, each detector on its own pyramid; () where
-            the bundles have the student's RoIs pooled already.
-        node_resolution: P, with ``node_strides``.
-        stage: the box-head stage whose RoIs are the nodes (a cascade has several).
-        alpha: strength of the adaptive background weight.
-        mining_threshold: teacher's loss from which a background RoI has edges; None: none has.
-        temperature: T of the "class" term.
-        predictions: what the nodes of a dense student are.
-        image_reduction: "mean" or "sum" over images, of node and edge terms.
     """
 
     Options = DSIGOptions
+    term_options = {
+        "foreground": "foreground_weight",
+        "background": "background_weight",
+        "edge": "edge_weight",
+        "class": "class_weight",
+        "box": "box_weight",
+        "pyramid": "pyramid_weight",
+        "mask": "mask_weight",
+        "mask_node": "foreground_weight",
+    }
 
     @configurable
     def __init__(
         self,
         *,
-        weights: dict[str, float],
+        options: DSIGOptions,
+        weights: Mapping[str, float],
         two_stage: bool,
         num_classes: int,
         node_adapter: nn.Module,
+        pooling: NodePooling,
         pyramid_adapters: Adapters,
-        pyramid_strides: tuple[int, ...] = (),
-        node_strides: tuple[int, ...] = (),
-        node_resolution: int = 7,
-        stage: int = 0,
-        alpha: float = 7.5,
-        mining_threshold: float | None = 0.6,
-        temperature: float = 1.0,
-        predictions: TopPredictions | None = None,
-        image_reduction: str = "mean",
+        pyramid_strides: Sequence[int],
     ):
         super().__init__()
+        self.options = options
         self.weights = weights
         self.two_stage = two_stage
         self.num_classes = num_classes
         self.node_adapter = node_adapter
+        self.pooling = pooling
         self.pyramid_adapters = pyramid_adapters
         self.pyramid_strides = pyramid_strides
-        self.node_strides = node_strides
-        self.node_resolution = node_resolution
-        self.stage = stage
-        self.alpha = alpha
-        self.mining_threshold = mining_threshold
-        self.temperature = temperature
-        self.predictions = predictions or TopPredictions()
-        self.image_reduction = image_reduction
-        self._declare_reads()
+        self.predictions = TopPredictions(
+            options.predictions_per_level, options.predictions_nms, options.predictions_per_image
+        )
 
     @classmethod
-    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
-        node = cfg.DISTILL.DSIG
-        _check_values(node, student_spec)
-        weights = _weights(node, student_spec)
-        if not weights:
-            raise ConfigError(
-                f"the weights in DISTILL.DSIG leave a {student_spec.meta_arch} nothing to distil"
-            )
-        mining_threshold = node.MINING_THRESHOLD if node.MINE_BACKGROUND else None
-        _check_pair(weights, mining_threshold, student_spec, teacher_spec)
-
-        # Dense students pool their predictions from the levels that both pyramids have, and so do
-        # students whose box head pools from a level that the teacher lacks.
-        pooled = "roi.features" in student_spec.fields & teacher_spec.fields
-        node_strides = () if pooled else pair_levels(student_spec, teacher_spec)
-        pyramid_strides = pair_levels(student_spec, teacher_spec) if "pyramid" in weights else ()
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        options = cls.read_options(cfg)
+        weights = cls._weights(options, student_spec)
+        common = pair_levels(student_spec, teacher_spec)
+        node_adapter: nn.Module = nn.Identity()
+        if weights.keys() & {"foreground", "background", "mask_node"}:
+            node_adapter = build_roi_adapter(student_spec, teacher_spec, common[0])
+        pyramid_strides = common if "pyramid" in weights else ()
         return {
+            "options": options,
             "weights": weights,
             "two_stage": student_spec.two_stage,
             "num_classes": student_spec.num_classes,
-            "node_adapter": _build_node_adapter(weights, student_spec, teacher_spec),
+            "node_adapter": node_adapter,
+            "pooling": NodePooling(
+                () if _are_pooled(student_spec, teacher_spec) else common,
+                student_spec.roi_resolution or options.pool_resolution,
+            ),
             "pyramid_adapters": build_adapters(student_spec, teacher_spec, pyramid_strides),
             "pyramid_strides": pyramid_strides,
-            "node_strides": node_strides,
-            "node_resolution": student_spec.roi_resolution or node.POOL_RESOLUTION,
-            "stage": node.STAGE,
-            "alpha": node.BACKGROUND_ALPHA,
-            "mining_threshold": mining_threshold,
-            "temperature": node.CLASS_TEMPERATURE,
-            "predictions": TopPredictions(
-                node.PREDICTIONS_PER_LEVEL, node.PREDICTIONS_NMS, node.PREDICTIONS_PER_IMAGE
-            ),
-            "image_reduction": node.IMAGE_REDUCTION,
         }
 
-    def _declare_reads(self) -> None:
-        """Set ``reads`` and its siblings to what the terms in use read."""
-        terms, outputs = self.weights.keys(), "roi" if self.two_stage else "dense"
-        fields = {
-            "class": f"{outputs}.logits",
-            "box": f"{outputs}.deltas",
-            "mask": "mask.logits",
-            "mask_node": "mask.features",
-            "pyramid": "pyramid",
-        }
-        both = {field for term, field in fields.items() if term in terms}
-        student, teacher = {"roi"} if self.two_stage else set(), set()
-        if terms & GRAPH_TERMS:
-            both.add("pyramid" if self.node_strides else "roi.features")
-            if not self.two_stage:
-                student |= {"dense.logits", "dense.deltas", "dense.anchors"}
-        if terms & OUTPUT_TERMS and not self.two_stage:
-            student |= {"dense.labels", "dense.anchors"}
-            teacher.add("dense.anchors")
-        if "edge" in terms and self.two_stage and self.mining_threshold is not None:
-            teacher.add("roi.logits")
-        self.reads, self.student_reads, self.teacher_reads = both, student, teacher
+    @classmethod
+    def _weights(cls, options: DSIGOptions, student: DetectorSpec) -> dict[str, float]:
+        """Weight of each term that is switched on and that a student of this kind has."""
+        absent = set() if student.two_stage else {"background"}  # all predictions are foreground
+        if not options.mask_nodes:
+            absent.add("mask_node")
+        return cls.term_weights(options, absent)
+
+    @classmethod
+    def needs(
+        cls, options: DSIGOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> Sequence[Need]:
+        _check_options(options, student)
+        weights = cls._weights(options, student)
+        terms = _roi_needs(options) if student.two_stage else _dense_needs()
+        # Nodes come from the pooled RoIs, or each detector pools them from its own pyramid.
+        nodes = "roi.features" if _are_pooled(student, teacher) else "pyramid"
+        needs = [Need("", student=("roi",) if student.two_stage else ())]
+        if weights.keys() & set(GRAPH_TERMS):
+            needs.append(Need("", both=(nodes,), student=_chooses_nodes(student)))
+        return needs + [need for need in terms if need.term in weights]
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
     ) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         if self._any(OUTPUT_TERMS):
-            compare = self._compare_rois if self.two_stage else self._compare_anchors
-            terms |= compare(student, teacher)
+            if self.two_stage:
+                stage = self.options.stage
+                terms |= self._compare_rois(student.rois[stage], teacher.rois[stage])
+            else:
+                pair = DensePair(student.dense, teacher.dense, self.num_classes)
+                terms |= self._compare_anchors(pair)
         if self._any(MASK_TERMS):
             terms |= self._compare_masks(student, teacher)
-        if self._any({"pyramid"}):
+        if self._any(("pyramid",)):
             terms["pyramid"] = self._compare_pyramids(student, teacher)
         if self._any(GRAPH_TERMS):
             graph = self._roi_graph if self.two_stage else self._prediction_graph
-            terms |= self._compare_graphs(graph(student, teacher), len(student.image_sizes))
-        return {term: self.weights[term] * loss for term, loss in terms.items()}
+            terms |= self._compare_graphs(graph(student, teacher))
+        return self.weigh(terms)
 
     def _any(self, terms: Iterable[str]) -> bool:
         return not self.weights.keys().isdisjoint(terms)
 
     # --- graphs ----------------------------------------------------------------------------------
 
-    def _roi_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> _Graph:
+    def _roi_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> Graph:
         """The student's sampled RoIs; background has edges where the teacher finds it hard."""
-        mine, theirs = student.rois[self.stage], teacher.rois[self.stage]
-        if self.node_strides:
-            nodes = self._pool(student, mine.boxes), self._pool(teacher, mine.boxes)
-        else:
-            nodes = mine.features, theirs.features
+        options = self.options
+        mine, theirs = student.rois[options.stage], teacher.rois[options.stage]
         foreground = has_edges = mine.labels < self.num_classes
-        if "edge" in self.weights and self.mining_threshold is not None:
-            mined = losses.mine_background(theirs.logits, foreground, self.mining_threshold)
-            has_edges = foreground | mined
-        return _Graph(*nodes, foreground, has_edges, mine.image_index)
+        if "edge" in self.weights and options.mine_background:
+            threshold = options.mining_threshold
+            has_edges = losses.nodes_with_edges(theirs.logits, foreground, threshold)
+        nodes = (
+            self._pool(student, teacher, mine.boxes)
+            if self.pooling.strides
+            else (mine.features, theirs.features)
+        )
+        return Graph(*nodes, foreground, has_edges, Ragged.of(mine.boxes))
 
-    def _prediction_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> _Graph:
+    def _prediction_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> Graph:
         """The student's top predictions, all of them foreground."""
         boxes = self.predictions(student.dense, student.image_sizes)
-        index = image_index(boxes)
-        every = torch.ones_like(index, dtype=torch.bool)
-        nodes = self._pool(student, boxes), self._pool(teacher, boxes)
-        return _Graph(*nodes, every, every, index, [len(b) for b in boxes])
+        nodes = self._pool(student, teacher, boxes)
+        every = torch.ones(len(nodes[0]), dtype=torch.bool, device=nodes[0].device)
+        return Graph(*nodes, every, every, Ragged.of(boxes))
 
-    def _pool(self, bundle: FeatureBundle, boxes: list[Tensor]) -> Tensor:
-        return bundle.pool(boxes, self.node_resolution, strides=self.node_strides)
+    def _pool(
+        self, student: FeatureBundle, teacher: FeatureBundle, boxes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        placed = place_boxes(boxes, self.pooling.strides)
+        size = self.pooling.resolution
+        return student.pool(placed, size), teacher.pool(placed, size)
 
-    def _compare_graphs(self, graph: _Graph, num_images: int) -> dict[str, Tensor]:
-        terms = {}
-        if self._any({"foreground", "background"}):
+    def _compare_graphs(self, graph: Graph) -> dict[str, Tensor]:
+        reduction, terms = self.options.image_reduction, {}
+        if self._any(("foreground", "background")):
             foreground, background = losses.node_losses(
                 self.node_adapter(graph.student),
                 graph.teacher,
                 graph.foreground,
-                graph.image_index,
-                num_images,
-                alpha=self.alpha,
-                image_reduction=self.image_reduction,
+                graph.layout,
+                alpha=self.options.background_alpha,
+                image_reduction=reduction,
             )
             terms = {"foreground": foreground, "background": background}
             terms = {term: loss for term, loss in terms.items() if term in self.weights}
         if "edge" in self.weights:
-            terms["edge"] = self._compare_edges(graph, num_images)
+            terms["edge"] = losses.edge_loss(*graph.with_edges(), image_reduction=reduction)
         return terms
-
-    def _compare_edges(self, graph: _Graph, num_images: int) -> Tensor:
-        """Edge loss of the nodes that have edges, packed: most background RoIs have none."""
-        counts = graph.edge_counts
-        if counts is None:
-            # Waits for the device: how large the largest graph is decides shapes.
-            counts = graph.image_index.new_zeros(num_images)
-            counts = counts.index_add(0, graph.image_index, graph.has_edges.long()).tolist()
-        shape = num_images, max(counts)
-        nodes = graph.student.flatten(1), graph.teacher.flatten(1)
-        if counts == [len(graph.has_edges) / num_images] * num_images:
-            # Every box of equally full images: RoIs lie image after image, so nothing moves.
-            valid = graph.has_edges.view(shape)
-        else:
-            index, valid = losses.pack_nodes(graph.has_edges, graph.image_index, *shape)
-            nodes = (features.index_select(0, index.flatten()) for features in nodes)
-        packed = (features.unflatten(0, shape) for features in nodes)
-        return losses.edge_loss(*packed, valid, image_reduction=self.image_reduction)
 
     # --- outputs, masks and pyramids -------------------------------------------------------------
 
-    def _compare_rois(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> dict[str, Tensor]:
         """Class and box outputs on the sampled RoIs."""
-        mine, theirs = student.rois[self.stage], teacher.rois[self.stage]
         terms = {}
         if "class" in self.weights:
             terms["class"] = losses.class_logit_loss(
-                mine.logits, theirs.logits, temperature=self.temperature
+                mine.logits, theirs.logits, temperature=self.options.class_temperature
             )
         if "box" in self.weights:
-            weights = mine.delta_weights, theirs.delta_weights
+            units = mine.delta_weights, theirs.delta_weights
             terms["box"] = roi_box_loss(
-                mine.deltas, theirs.deltas, mine.labels, self.num_classes, *weights
+                mine.deltas, theirs.deltas, mine.labels, self.num_classes, *units
             )
         return terms
 
-    def _compare_anchors(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+    def _compare_anchors(self, pair: DensePair) -> dict[str, Tensor]:
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
-        pair = DensePair(student.dense, teacher.dense)
-        labels, terms = pair.labels, {}
+        terms = {}
         if "class" in self.weights:
-            logits = (outputs.flatten(0, 1) for outputs in pair.logits)
             terms["class"] = losses.class_logit_loss(
-                *logits, labels.flatten() >= 0, temperature=self.temperature
+                *pair.logits, pair.valid, temperature=self.options.class_temperature, dim=2
             )
         if "box" in self.weights:
+            units = pair.student.delta_weights, pair.teacher.delta_weights
             terms["box"] = dense_box_loss(
-                *pair.deltas, labels, self.num_classes, *pair.delta_weights
+                *pair.deltas, pair.foreground, pair.num_foreground, *units
             )
         return terms
 
@@ -440,9 +349,8 @@ class DSIG(DistillHead):
                 self.node_adapter(mine.features),
                 theirs.features,
                 torch.ones_like(mine.labels, dtype=torch.bool),
-                mine.image_index,
-                len(student.image_sizes),
-                image_reduction=self.image_reduction,
+                Ragged.of(mine.boxes),
+                image_reduction=self.options.image_reduction,
             )
         return terms
 
@@ -454,100 +362,65 @@ class DSIG(DistillHead):
         )
 
 
-def _build_node_adapter(
-    weights: dict[str, float], student: DetectorSpec, teacher: DetectorSpec
-) -> nn.Module:
-    """Student -> teacher channels, for the terms that compare nodes one by one."""
-    if not weights.keys() & {"foreground", "background", "mask_node"}:
-        return nn.Identity()
-    return build_roi_adapter(student, teacher, pair_levels(student, teacher)[0])
+def _are_pooled(student: DetectorSpec, teacher: DetectorSpec) -> bool:
+    """Whether both bundles have the student's RoIs pooled. A dense student has none, and a teacher
+    may lack a level that the student's box head pools from."""
+    return "roi.features" in student.fields & teacher.fields
 
 
-def _check_values(node: CfgNode, student: DetectorSpec) -> None:
-    """Refuse values of ``DISTILL.DSIG`` that make no sense, or none for this student."""
-    if student.two_stage and node.STAGE >= student.num_stages:
+def _chooses_nodes(student: DetectorSpec) -> tuple[str, ...]:
+    """What tells which boxes are nodes."""
+    return () if student.two_stage else ("dense.logits", "dense.deltas", "dense.anchors")
+
+
+def _check_options(options: DSIGOptions, student: DetectorSpec) -> None:
+    """Refuse values that make no sense together, or none for this student."""
+    if student.two_stage and options.stage >= student.num_stages:
         raise ConfigError(
-            f"DISTILL.DSIG.STAGE is {node.STAGE}; "
+            f"DISTILL.DSIG.STAGE is {options.stage}; "
             f"the student's box head has the stages {list(range(student.num_stages))}"
         )
-
-
-def _weights(node: CfgNode, student: DetectorSpec) -> dict[str, float]:
-    """Weight of each term that is switched on and that a student of this kind has."""
-    if node.MASK_NODES and not node.FOREGROUND_WEIGHT:
+    if options.mask_nodes and not options.foreground_weight:
         raise ConfigError("DISTILL.DSIG.MASK_NODES weighs as FOREGROUND_WEIGHT, which is 0")
-    weights = {term: node[key] for term, key in WEIGHT_KEYS.items()}
-    weights["mask_node"] = node.FOREGROUND_WEIGHT if node.MASK_NODES else 0.0
-    if not student.two_stage:
-        weights["background"] = 0.0  # all top predictions are foreground
-    return {term: weight for term, weight in weights.items() if weight}
 
 
-def _check_pair(
-    weights: dict[str, float],
-    mining_threshold: float | None,
-    student: DetectorSpec,
-    teacher: DetectorSpec,
-) -> None:
-    """Refuse terms that this pair cannot serve, with the key that switches them off.
-
-    Outputs can only be compared where both detectors have them, for the same things and in the
-    same code.
-    """
-    outputs = "roi" if student.two_stage else "dense"
-    alike = () if student.two_stage else ("anchors_per_location",)
-    # Deltas of RoIs may come one box a class; those of anchors never do.
-    boxes_alike = ("num_classes", "box_coding") if student.two_stage else (*alike, "box_coding")
-    needs: dict[str, tuple[str, str, tuple[str, ...]]] = {
-        "class": (f"{outputs}.logits", "CLASS_WEIGHT 0", ("num_classes", *alike)),
-        "box": (f"{outputs}.deltas", "BOX_WEIGHT 0", boxes_alike),
-        "mask": ("mask.logits", "MASK_WEIGHT 0", ("num_classes",)),
-        "mask_node": ("mask.features", "MASK_NODES False", ()),
-    }
-    for term, (field, remedy, names) in needs.items():
-        if term not in weights:
-            continue
-        for spec in (student, teacher):
-            if field not in spec.fields:
-                raise ConfigError(
-                    f"the term '{term}' reads {field} of the {spec.role}, and a {spec.meta_arch} "
-                    f"has none here; without the term: DISTILL.DSIG.{remedy}"
-                )
-        for name in names:
-            mine, theirs = getattr(student, name), getattr(teacher, name)
-            if mine != theirs:
-                raise ConfigError(
-                    f"the term '{term}' needs detectors of the same {name}; the student has "
-                    f"{mine}, the teacher {theirs}; without the term: DISTILL.DSIG.{remedy}"
-                )
-    if not student.two_stage and {"class", "box"} & weights.keys():
-        check_anchors(student, teacher)
-    mines = student.two_stage and "edge" in weights and mining_threshold is not None
-    if mines and "roi.logits" not in teacher.fields:
-        raise ConfigError(
-            f"mining background RoIs needs a teacher with a box head, and a {teacher.meta_arch} "
-            "has none; without mining: DISTILL.DSIG.MINE_BACKGROUND False"
-        )
-    _check_softmax("class" in weights and student.two_stage, mines, student, teacher)
+def _mask_needs() -> list[Need]:
+    return [
+        Need("pyramid", both=("pyramid",)),
+        Need("mask", both=("mask.logits",), same=("num_classes",)),
+        Need("mask_node", both=("mask.features",), without="DISTILL.DSIG.MASK_NODES False"),
+    ]
 
 
-def _check_softmax(
-    compares: bool, mines: bool, student: DetectorSpec, teacher: DetectorSpec
-) -> None:
-    """Refuse to read box heads that are trained with sigmoids as softmax: their background logit
-    is not trained at all.
-
-    Args:
-        compares: whether the "class" term reads both box heads.
-        mines: whether the teacher's tells which background RoIs have edges.
-    """
-    for wanted, spec, remedy in (
-        (compares, student, "CLASS_WEIGHT 0 (the head Logits has a term for sigmoids)"),
-        (compares, teacher, "CLASS_WEIGHT 0"),
-        (mines, teacher, "MINE_BACKGROUND False"),
-    ):
-        if wanted and spec.sigmoid_classes:
-            raise ConfigError(
-                f"DSIG reads class logits of RoIs as softmax, but the {spec.role}'s box head is "
-                f"trained with sigmoids (USE_SIGMOID_CE): set DISTILL.DSIG.{remedy}"
+def _roi_needs(options: DSIGOptions) -> list[Need]:
+    """Needs of the terms of a two-stage student; deltas of RoIs may come one box a class."""
+    needs = [
+        Need(
+            "class",
+            both=("roi.logits",),
+            same=("num_classes",),
+            softmax=("student", "teacher"),
+        ),
+        Need("box", both=("roi.deltas",), same=("num_classes", "box_coding")),
+    ]
+    if options.mine_background:
+        needs.append(
+            Need(
+                "edge",
+                teacher=("roi.logits",),
+                softmax=("teacher",),
+                without="DISTILL.DSIG.MINE_BACKGROUND False",
             )
+        )
+    return needs + _mask_needs()
+
+
+def _dense_needs() -> list[Need]:
+    """Needs of the terms of a dense student; deltas of anchors know no class."""
+    anchors = ("anchors_per_location", "anchors")
+    labels = ("dense.labels",)
+    return [
+        Need("class", both=("dense.logits",), student=labels, same=("num_classes", *anchors)),
+        Need("box", both=("dense.deltas",), student=labels, same=(*anchors, "box_coding")),
+        *_mask_needs(),
+    ]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle
 from ..detectors.spec import DetectorSpec
-from ..errors import ConfigError
 from ..keys import NOT_NEGATIVE, POSITIVE, key
 from ..losses.logits import mask_loss
 from ..losses.mimic import mimic_loss
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_roi_adapter
 from .base import DistillHead
-
-# Terms: the key of the weight, and the field that the term reads of both detectors.
-TERMS = {
-    "logits": ("LOGITS_WEIGHT", "mask.logits"),
-    "features": ("FEATURES_WEIGHT", "mask.features"),
-}
+from .needs import Need
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class MaskMimicOptions(HeadOptions):
         1.0,
         NOT_NEGATIVE,
         "Mask logits of the labelled class: the term that LOGITS.MASK_WEIGHT and "
-        "DSIG.MASK_WEIGHT weigh too; 0 switches a term off.",
+        "DSIG.MASK_WEIGHT weigh too. 0 switches a term off.",
     )
     temperature: float = key(
         1.0,
@@ -43,8 +39,8 @@ class MaskMimicOptions(HeadOptions):
     features_weight: float = key(
         1.0,
         NOT_NEGATIVE,
-        "Mean squared error of the features that are pooled for the mask head (14x14 "
-        "cells), through a 1x1 convolution where channels differ.",
+        "Mean squared error of the features that are pooled for the mask head (14 x 14 cells), "
+        "through a 1x1 convolution where channels differ.",
     )
 
 
@@ -54,30 +50,45 @@ class MaskMimic(DistillHead):
     follow the teacher's. Without foreground both terms are zero.
 
     Args:
+        options: the values of ``DISTILL.MASK_MIMIC``.
         weights: term -> weight, of "logits" and "features"; what is absent is not computed.
         adapter: student's to teacher's channels of pooled features (F, C, P, P).
-        temperature: T of the mask logits.
     """
 
     Options = MaskMimicOptions
+    term_options = {"logits": "logits_weight", "features": "features_weight"}
 
     @configurable
-    def __init__(self, *, weights: dict[str, float], adapter: nn.Module, temperature: float = 1.0):
+    def __init__(
+        self, *, options: MaskMimicOptions, weights: Mapping[str, float], adapter: nn.Module
+    ):
         super().__init__()
         self.weights = weights
         self.adapter = adapter
-        self.temperature = temperature
-        self.reads = tuple(TERMS[term][1] for term in weights)
+        self.temperature = options.temperature
 
     @classmethod
-    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
-        node = cfg.DISTILL.MASK_MIMIC
-        weights = {term: node[key] for term, (key, _) in TERMS.items() if node[key]}
-        _check_pair(weights, student_spec, teacher_spec)
-        adapter = nn.Identity()
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        options = cls.read_options(cfg)
+        weights = cls.term_weights(options)
+        adapter: nn.Module = nn.Identity()
         if "features" in weights:
             adapter = build_roi_adapter(student_spec, teacher_spec, student_spec.mask_strides[0])
-        return {"weights": weights, "adapter": adapter, "temperature": node.TEMPERATURE}
+        return {"options": options, "weights": weights, "adapter": adapter}
+
+    @classmethod
+    def needs(
+        cls, options: MaskMimicOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> Sequence[Need]:
+        # One mask for all classes answers for whichever class the student's label is.
+        classes = () if teacher.class_agnostic_mask else ("num_classes",)
+        terms = {
+            "logits": Need("logits", both=("mask.logits",), same=classes),
+            "features": Need("features", both=("mask.features",)),
+        }
+        return [Need("", student=("mask",)), *(terms[t] for t in cls.term_weights(options))]
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
@@ -88,36 +99,4 @@ class MaskMimic(DistillHead):
             terms["logits"] = mask_loss(mine.logits, theirs.logits, mine.labels, self.temperature)
         if "features" in self.weights:
             terms["features"] = mimic_loss(self.adapter(mine.features), theirs.features)
-        return {term: self.weights[term] * loss for term, loss in terms.items()}
-
-
-def _check_pair(weights: dict[str, float], student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse a pair that has no masks to compare, or whose masks do not mean the same.
-
-    Raises:
-        ConfigError: says what is missing, and which key makes do without it.
-    """
-    if not weights:
-        raise ConfigError(
-            "DISTILL.MASK_MIMIC: LOGITS_WEIGHT and FEATURES_WEIGHT are both 0: nothing to distil"
-        )
-    if not student.mask_strides:
-        raise ConfigError(
-            f"MaskMimic: the student, a {student.meta_arch}, has no mask branch: set MODEL.MASK_ON "
-            "True, or take MaskMimic out of DISTILL.HEADS"
-        )
-    for term in weights:
-        key, field = TERMS[term]
-        for spec in (student, teacher):
-            if field not in spec.fields:
-                raise ConfigError(
-                    f"MaskMimic reads {field} of the {spec.role}, a {spec.meta_arch} that has none "
-                    f"for the student's RoIs: set DISTILL.MASK_MIMIC.{key} 0"
-                )
-    # One mask for all classes answers for whichever class the student's label is.
-    same_classes = teacher.class_agnostic_mask or student.num_classes == teacher.num_classes
-    if "logits" in weights and not same_classes:
-        raise ConfigError(
-            f"MaskMimic: the student has {student.num_classes} classes, the teacher a mask for "
-            f"each of its {teacher.num_classes}: set DISTILL.MASK_MIMIC.LOGITS_WEIGHT 0"
-        )
+        return self.weigh(terms)

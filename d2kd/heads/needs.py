@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
 
-# Attributes of DetectorSpec that both detectors may have to share, in words.
+
+class Shared(NamedTuple):
+    """Words for an attribute of :class:`DetectorSpec` that both detectors must share.
+
+    Attributes:
+        wanted: what a term needs.
+        value: from the attribute's value to its name in a message.
+        advice: what works for pairs that differ; "" where only the term must go.
+    """
+
+    wanted: str
+    value: Callable[[Any], str] = str
+    advice: str = ""
+
+
+# What a Need may name as ``same``.
 SHARED = {
-    "two_stage": "both two-stage or both one-stage",
-    "num_classes": "the same number of classes",
-    "box_coding": "boxes coded alike",
-    "anchors_per_location": "the same number of anchors per location",
-    "head_strides": "outputs at the same strides",
-    "anchors": "the same anchors (MODEL.ANCHOR_GENERATOR)",
-    "sigmoid_classes": "box heads both trained with softmax or both with sigmoids (USE_SIGMOID_CE)",
+    "two_stage": Shared(
+        "two detectors of one kind",
+        lambda two_stage: "two-stage" if two_stage else "one-stage",
+        "heads on the pyramid (SSIM, FeatureMimic, DRKD) take any pair",
+    ),
+    "num_classes": Shared("the same number of classes"),
+    "box_coding": Shared("boxes in the same code"),
+    "anchors_per_location": Shared("the same number of anchors a location"),
+    "head_strides": Shared("outputs at the same strides"),
+    "anchors": Shared("the same anchors (MODEL.ANCHOR_GENERATOR)"),
+    "sigmoid_classes": Shared(
+        "box heads trained with the same loss (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE)",
+        lambda sigmoids: "sigmoids" if sigmoids else "softmax",
+    ),
 }
 
 
@@ -30,7 +52,7 @@ class Need:
         both, student, teacher: fields that it reads of both bundles, or of one.
         same: attributes of :class:`DetectorSpec` that must agree, keys of :data:`SHARED`.
         softmax: roles ("student", "teacher") whose box head must be trained with softmax.
-        without: the KEY VALUE that switches the term off, for the message.
+        without: the KEY VALUE that switches it off, for the message.
     """
 
     term: str
@@ -48,7 +70,7 @@ def check_needs(
     """Refuse a pair that cannot serve a head.
 
     Raises:
-        ConfigError: names the head, the term, what is missing and what works without it.
+        ConfigError: names the head, the term, what is missing and the key that switches it off.
     """
     for need in needs:
         problem = (
@@ -58,7 +80,7 @@ def check_needs(
         )
         if problem:
             term = f"{head}'s term '{need.term}'" if need.term else f"the head {head}"
-            remedy = f"; without the term: {need.without}" if need.without else ""
+            remedy = f"; {need.without} switches it off" if need.without else ""
             raise ConfigError(f"{term} {problem}{remedy}")
 
 
@@ -66,30 +88,43 @@ def _missing(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:
     for spec, own in ((student, need.student), (teacher, need.teacher)):
         missing = sorted({*need.both, *own} - spec.fields)
         if missing:
+            part = missing[0].split(".")[0]
+            # A switch of the student's config; a teacher is what it is.
+            hint = " without MODEL.MASK_ON" if part == "mask" and spec is student else ""
             return (
-                f"reads {', '.join(missing)} of the {spec.role}, a {spec.meta_arch}, which can "
-                f"serve only {', '.join(sorted(spec.fields))}"
+                f"reads {', '.join(missing)} of the {spec.role}, a {spec.meta_arch}{hint}, which "
+                f"serves {', '.join(_served(spec, part))}"
             )
     return ""
 
 
+def _served(spec: DetectorSpec, part: str) -> list[str]:
+    """The fields that a detector has of a part, or the parts that it has instead."""
+    of_part = sorted(field for field in spec.fields if field.split(".")[0] == part)
+    return of_part or sorted({field.split(".")[0] for field in spec.fields}) or ["nothing"]
+
+
 def _different(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:
     for name in need.same:
-        mine, theirs = getattr(student, name), getattr(teacher, name)
+        shared, mine, theirs = SHARED[name], getattr(student, name), getattr(teacher, name)
         if name == "anchors":
-            stride = _other_anchors(mine or {}, theirs or {})
-            if stride:
-                return f"needs {SHARED[name]} in both detectors; they differ at stride {stride}"
-        elif mine != theirs:
-            return f"needs {SHARED[name]}; the student has {mine}, the teacher {theirs}"
+            gap = _other_anchors(student, teacher)
+        else:
+            values = f"student: {shared.value(mine)}, teacher: {shared.value(theirs)}"
+            gap = values if mine != theirs else ""
+        if gap:
+            return f"needs {shared.wanted} ({gap})" + (f"; {shared.advice}" * bool(shared.advice))
     return ""
 
 
-def _other_anchors(
-    mine: dict[int, tuple[Any, ...]], theirs: dict[int, tuple[Any, ...]]
-) -> int | None:
-    """The first common stride at which the anchors differ."""
-    return next((s for s in mine if mine[s] != theirs.get(s, mine[s])), None)
+def _other_anchors(student: DetectorSpec, teacher: DetectorSpec) -> str:
+    """Where the anchors of two dense detectors differ, as far as their numbers are known."""
+    levels = student.head_strides, teacher.head_strides
+    if all(levels) and not set.intersection(*map(set, levels)):
+        return f"student: at strides {list(levels[0])}, teacher: at {list(levels[1])}"
+    mine, theirs = student.anchors or {}, teacher.anchors or {}
+    differ = (stride for stride in mine if mine[stride] != theirs.get(stride, mine[stride]))
+    return next((f"different at stride {stride}" for stride in differ), "")
 
 
 def _sigmoids(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:

@@ -1,7 +1,7 @@
 """Losses of DRKD, "Dual Relation Knowledge Distillation for Object Detection" (IJCAI 2023).
 
 They measure *gaps*: adapted student tensor minus teacher tensor. How the compared tensors arise
-(graph units, relation units, RoIAlign) is the business of ``d2kd.heads.drkd_units``.
+(graph units, relation units, RoIAlign) is the business of ``d2kd.heads.drkd``.
 
 Shapes: B images, C channels of the teacher, H x W pixels of one pyramid level, R instances of the
 batch (all images concatenated), n_b instances of image b, n = max n_b.
@@ -16,9 +16,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import connected_zero, full_precision
+from ..numerics import full_precision
 
 PROFILES = ("code", "paper")
 REFERENCE_BATCH_SIZE = 2  # images per GPU for which the published weights were chosen
@@ -26,7 +27,7 @@ REFERENCE_BATCH_SIZE = 2  # images per GPU for which the published weights were 
 
 @full_precision
 def pixel_relation_loss(
-    squared_gaps: Sequence[Tensor], sizes: Sequence[int], profile: str = "code"
+    squared_gaps: Tensor, sizes: Sequence[int], profile: str = "code"
 ) -> Tensor:
     """Pixel-wise relation distillation, L_PR.
 
@@ -34,8 +35,8 @@ def pixel_relation_loss(
     ``paper``: sum over levels of the mean of gap^2.
 
     Args:
-        squared_gaps: per level the scalar ||gap||_2^2, where gap is the adapted output of the
-            student's graph unit minus the output of the teacher-side graph unit.
+        squared_gaps: (L,) ||gap||_2^2, where gap is the adapted output of the student's graph unit
+            minus the output of the teacher-side graph unit.
         sizes: per level the number of elements of the gap.
         profile: one of ``PROFILES``.
 
@@ -44,10 +45,9 @@ def pixel_relation_loss(
     """
     _check_profile(profile)
     if profile == "paper":
-        means = [gap / size for gap, size in zip(squared_gaps, sizes, strict=True)]
-        return torch.stack(means).sum()
-    squared = torch.stack(list(squared_gaps))
-    return _sqrt_with_zero_gradient_at_zero(squared).sum()
+        inverse = torch.tensor([1 / size for size in sizes], dtype=squared_gaps.dtype)
+        return squared_gaps @ inverse.to(squared_gaps.device, non_blocking=True)
+    return _sqrt_with_zero_gradient_at_zero(squared_gaps).sum()
 
 
 @full_precision
@@ -70,33 +70,35 @@ def instance_loss(
         that is connected to ``gaps``.
     """
     _check_profile(profile)
-    if image_index.numel() == 0:
-        return connected_zero(*gaps)
     # (L, R): squared length of each instance's gap.
     squared = torch.stack([gap.flatten(1).square().sum(1) for gap in gaps])
     if profile == "paper":
-        return squared.sum() / image_index.numel()
+        return squared.sum() / max(len(image_index), 1)
     per_image = squared.new_zeros(len(gaps), num_images).index_add(1, image_index, squared)
     return _sqrt_with_zero_gradient_at_zero(per_image).sum()
 
 
 @full_precision
-def relation_matrix_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+def relation_matrix_loss(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], counts: Tensor
+) -> Tensor:
     """Instance-wise relation distillation on the relation matrices themselves (profile ``paper``).
 
-    Mean over the images that have instances of (1/n_b^2) sum_ij (student_ij - teacher_ij)^2; the
-    paper's sum is divided by n_b^2 so that its size does not depend on the number of instances.
+    Sum over levels of the mean over the images that have instances of
+    (1/n_b^2) sum_ij (student_ij - teacher_ij)^2; the paper's sum is divided by n_b^2 so that its
+    size does not depend on the number of instances.
 
     Args:
-        student, teacher: (B, n, n) relation matrices psi, zero in padded rows and columns.
+        students, teachers: per level (B, n, n) relation matrices psi, zero in padded rows and
+            columns.
         counts: (B,) the number of instances n_b of each image.
 
     Returns:
         Scalar >= 0, a connected zero where no image has an instance.
     """
-    counts = counts.to(student.dtype)
-    squared = (student - teacher).square().flatten(1).sum(1)
-    per_image = squared / counts.square().clamp(min=1)
+    gaps = torch.stack(list(students)) - torch.stack(list(teachers))
+    counts = counts.to(gaps.dtype)
+    per_image = gaps.square().sum((0, 2, 3)) / counts.square().clamp(min=1)
     return per_image.sum() / (counts > 0).sum().clamp(min=1)
 
 
@@ -119,5 +121,7 @@ def _check_profile(profile: str) -> None:
 
 
 def _sqrt_with_zero_gradient_at_zero(squared: Tensor) -> Tensor:
-    zero = squared <= 0  # not "> 0" inverted: what is no number stays none
-    return torch.where(zero, 0.0, squared.masked_fill(zero, 1.0).sqrt())
+    # The root of the smallest number is subtracted again, so that nothing is exactly nothing; it
+    # changes no other root, and what is not a number stays so.
+    tiny = torch.finfo(squared.dtype).tiny
+    return F.threshold(squared, tiny, tiny).sqrt() - math.sqrt(tiny)

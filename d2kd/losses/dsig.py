@@ -5,38 +5,40 @@ are pooled RoI features, edges their cosine similarities. Here are the node and 
 authors' class loss; their box and pyramid losses are those of :mod:`d2kd.losses.logits` and
 :mod:`d2kd.losses.mimic`.
 
-Shapes: B images, R nodes (RoIs of all images, in any order), D node dimension (channels x pooled
-cells), M nodes of the largest graph, N predictions, C logits of each, K classes.
+Shapes: B images, R nodes (RoIs of all images, image after image), D node dimension (channels x
+pooled cells), M nodes of the largest graph, N predictions, C logits of each, K classes.
 
 "reduction" is over images: the authors sum, "mean" makes the loss independent of the batch size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..numerics import full_precision
+from ..numerics import Ragged, full_precision, inverse_lengths, softened_kl
 
 IMAGE_REDUCTIONS = ("mean", "sum")
 
 
-def _reduce_images(total: Tensor, num_images: int, reduction: str) -> Tensor:
-    """Turn a sum over images into the asked reduction."""
+def _image_share(num_images: int, reduction: str) -> float:
+    """What turns a sum over images into the asked reduction."""
     if reduction not in IMAGE_REDUCTIONS:
         valid = ", ".join(IMAGE_REDUCTIONS)
         raise ValueError(f"image reduction {reduction!r} is not one of {valid}")
-    return total / max(num_images, 1) if reduction == "mean" else total
+    return 1 / max(num_images, 1) if reduction == "mean" else 1.0
 
 
-def _count_per_image(mask: Tensor, image_index: Tensor, num_images: int, dtype: torch.dtype):
-    """Number of set entries of ``mask`` (R,) in each image: (B,)."""
-    counts = torch.zeros(num_images, dtype=dtype, device=mask.device)
-    return counts.index_add(0, image_index, mask.to(dtype))
+# --- nodes ----------------------------------------------------------------------------------------
 
 
-def adaptive_background_weight(num_foreground: Tensor, num_background: Tensor, alpha: float):
+def adaptive_background_weight(
+    num_foreground: Tensor, num_background: Tensor, alpha: float
+) -> Tensor:
     """omega = alpha * N_fg / N_bg of each image (the paper's adaptive background weight).
 
     Without background it is a finite number that multiplies nothing.
@@ -49,8 +51,7 @@ def node_losses(
     student: Tensor,
     teacher: Tensor,
     foreground: Tensor,
-    image_index: Tensor,
-    num_images: int,
+    layout: Ragged,
     *,
     alpha: float = 7.5,
     image_reduction: str = "mean",
@@ -64,8 +65,7 @@ def node_losses(
     Args:
         student, teacher: (R, D) or (R, C, P, P) pooled features of the same boxes.
         foreground: (R,) bool; what is not foreground is background.
-        image_index: (R,) long, the image of each node.
-        num_images: B, counting images without nodes.
+        layout: the images of the nodes.
         alpha: strength of the background; the authors' configs use 7.5.
         image_reduction: "mean" or "sum" (the authors' code) over images.
 
@@ -74,18 +74,29 @@ def node_losses(
     """
     difference = (student - teacher.detach()).flatten(1)
     # One fused reduction per direction: no squared copy of the (R, D) difference is made.
-    error = torch.linalg.vector_norm(difference, dim=1).square() / difference.shape[1]
+    error = torch.linalg.vector_norm(difference, dim=1).square()
+    share = _image_share(len(layout.counts), image_reduction) / difference.shape[1]
+    weights = _node_weights(foreground, layout, alpha, share, error.dtype)
+    # Not a product of matrices: those sum a thousand numbers one after the other.
+    foreground_loss, background_loss = (error[:, None] * weights).sum(0).unbind()
+    return foreground_loss, background_loss
 
-    background = ~foreground
-    num_fg = _count_per_image(foreground, image_index, num_images, error.dtype)
-    num_bg = _count_per_image(background, image_index, num_images, error.dtype)
-    omega = adaptive_background_weight(num_fg, num_bg, alpha)
-    fg_weight = foreground / num_fg.clamp(min=1)[image_index]
-    bg_weight = background * (omega / num_bg.clamp(min=1))[image_index]
-    return (
-        _reduce_images((error * fg_weight).sum(), num_images, image_reduction),
-        _reduce_images((error * bg_weight).sum(), num_images, image_reduction),
-    )
+
+@torch.no_grad()
+def _node_weights(
+    foreground: Tensor, layout: Ragged, alpha: float, share: float, dtype: torch.dtype
+) -> Tensor:
+    """(R, 2) weight of each node's squared error in the foreground and in the background loss."""
+    foreground = layout.pad(foreground)
+    background = ~foreground if layout.is_full else ~foreground & layout.valid
+    kinds = torch.stack([foreground, background], dim=-1).to(dtype)  # (B, n, 2)
+    counts = kinds.sum(1, keepdim=True)
+    weights = kinds * (share / counts.clamp(min=1))
+    weights[..., 1] *= adaptive_background_weight(counts[..., 0], counts[..., 1], alpha)
+    return layout.unpad(weights)
+
+
+# --- edges ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -94,8 +105,8 @@ def background_hardness(teacher_logits: Tensor) -> Tensor:
     return -F.log_softmax(teacher_logits.float(), dim=1)[:, -1]
 
 
-def mine_background(teacher_logits: Tensor, foreground: Tensor, threshold: float) -> Tensor:
-    """Background samples mining: background RoIs that the teacher finds hard to call background.
+def nodes_with_edges(teacher_logits: Tensor, foreground: Tensor, threshold: float) -> Tensor:
+    """Background samples mining: foreground, and background that the teacher finds hard to call so.
 
     Args:
         teacher_logits: (R, K + 1), background last.
@@ -104,67 +115,53 @@ def mine_background(teacher_logits: Tensor, foreground: Tensor, threshold: float
             configs: the teacher's background probability is at most 0.55).
 
     Returns:
-        (R,) bool, True on the kept background RoIs.
+        (R,) bool.
     """
-    return (background_hardness(teacher_logits) >= threshold) & ~foreground
+    return foreground | (background_hardness(teacher_logits) >= threshold)
 
 
-def pack_nodes(
-    selected: Tensor, image_index: Tensor, num_images: int, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """Give each selected node a slot of its image, so that graphs are batched matrix products.
-
-    Args:
-        selected: (R,) bool.
-        image_index: (R,) long.
-        num_images: B.
-        capacity: M, slots an image; selected nodes beyond it are dropped, so the caller passes at
-            least the largest count of an image.
-
-    Returns:
-        index: (B, M) long, the node in each slot; 0 in empty slots.
-        valid: (B, M) bool, True where a slot holds a node.
-    """
-    images = torch.arange(num_images, device=selected.device)
-    in_image = (image_index[:, None] == images) & selected[:, None]
-    rank = in_image.long().cumsum(0).gather(1, image_index[:, None]).squeeze(1) - 1
-    spare = num_images * capacity  # where everything without a slot is written, cut off below
-    placed = selected & (rank < capacity)
-    slot = torch.where(placed, image_index * capacity + rank, spare)
-    index = slot.new_zeros(spare + 1).scatter(0, slot, torch.arange(len(slot), device=slot.device))
-    valid = placed.new_zeros(spare + 1).scatter(0, slot, placed)
-    return index[:-1].view(num_images, capacity), valid[:-1].view(num_images, capacity)
-
-
-class _Gram(torch.autograd.Function):
-    """X X^T for a batch of (M, D) matrices.
-
-    Autograd would spend two products of this size on the gradient, one for each factor; by
-    symmetry (G + G^T) X is the same with one, which is most of the cost of a large graph.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x @ x.transpose(-2, -1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (grad + grad.transpose(-2, -1)) @ x
-
-
-def cosine_graph(nodes: Tensor, eps: float = 1e-12) -> Tensor:
+def cosine_graph(nodes: Tensor, scale: Tensor | None = None) -> Tensor:
     """Edges of complete graphs: cosine similarity of each pair of nodes, (B, M, D) -> (B, M, M).
 
-    A node whose norm is at most ``eps`` has no direction: its edges, and its gradient, are zero.
+    A node has no edge with itself, and none with a node that has no direction (see
+    :data:`~d2kd.numerics.MIN_LENGTH`), whose gradient is zero: there the matrix is 0.
+
+    Args:
+        scale: (B, M), constants; the edge of p and q is multiplied by both of theirs.
     """
-    # Scaling the Gram matrix by the norms on its diagonal saves normalised copies of the nodes.
-    gram = _Gram.apply(nodes)
-    squared_norm = gram.diagonal(dim1=-2, dim2=-1)
-    defined = squared_norm > eps**2
-    inverse_norm = torch.where(defined, squared_norm, 1.0).rsqrt() * defined
-    return gram * inverse_norm[:, :, None] * inverse_norm[:, None, :]
+    edges: Tensor = _CosineGraph.apply(nodes, scale)
+    return edges
+
+
+class _CosineGraph(torch.autograd.Function):
+    """E = N X X^T N without its diagonal, N being the scaled inverse lengths of the rows of X.
+
+    The lengths are on the diagonal of X X^T, so no normalised copy of the nodes is made. Autograd
+    would spend two products of this size on the gradient, one for each factor of X X^T; as the
+    matrix is symmetric, one does. What that saves is in docs/performance.md.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, nodes: Tensor, scale: Tensor | None) -> Tensor:
+        edges = nodes @ nodes.mT
+        inverse = inverse_lengths(edges.diagonal(dim1=-2, dim2=-1))
+        scaled = inverse if scale is None else inverse * scale
+        edges.mul_(scaled[:, :, None]).mul_(scaled[:, None, :])
+        edges.diagonal(dim1=-2, dim2=-1).zero_()
+        ctx.save_for_backward(nodes, edges, inverse, scaled)
+        return edges
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """With the symmetric S = G + G^T, without diagonal: dX = (N S N - diag(n)) X, where n_p =
+        sum_q S_pq E_pq / |x_p|^2 is what the length of x_p takes away."""
+        nodes, edges, inverse, scaled = ctx.saved_tensors
+        both = grad + grad.mT
+        along = (both * edges).sum(-1) * inverse.square()
+        both.mul_(scaled[:, :, None]).mul_(scaled[:, None, :])
+        both.diagonal(dim1=-2, dim2=-1).copy_(-along)
+        return both @ nodes, None
 
 
 @full_precision
@@ -177,24 +174,30 @@ def edge_loss(
     in the mean, as in the authors' code, and is an error of zero by definition.
 
     Args:
-        student: (B, M, D) packed nodes.
-        teacher: (B, M, D') packed nodes of the same boxes; D' may differ from D.
-        valid: (B, M) bool, False on empty slots.
+        student: (B, M, D) nodes.
+        teacher: (B, M, D') nodes of the same boxes; D' may differ from D.
+        valid: (B, M) bool, False where there is no node.
         image_reduction: "mean" or "sum" (the authors' code) over images.
     """
     with torch.no_grad():
-        teacher_edges = cosine_graph(teacher)
-        pairs = valid[:, :, None] & valid[:, None, :]
-        pairs = pairs & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-        num_entries = valid.sum(1).clamp(min=1).square()
-        weight = 0.5 * pairs.to(student.dtype) / num_entries[:, None, None]
-    error = (cosine_graph(student) - teacher_edges).square()
-    return _reduce_images((error * weight).sum(), len(valid), image_reduction)
+        # Edges over M_b: the sum of their squares is then the mean.
+        scale = valid * valid.sum(1, keepdim=True).clamp(min=1).to(student.dtype).rsqrt()
+        teacher_edges = cosine_graph(teacher, scale)
+    total = F.mse_loss(cosine_graph(student, scale), teacher_edges, reduction="sum")
+    return total * (0.5 * _image_share(len(valid), image_reduction))
+
+
+# --- class outputs --------------------------------------------------------------------------------
 
 
 @full_precision
 def class_logit_loss(
-    student: Tensor, teacher: Tensor, valid: Tensor | None = None, *, temperature: float = 1.0
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    dim: int = 1,
 ) -> Tensor:
     """KL(teacher || student) of softmax class probabilities, averaged over every logit.
 
@@ -202,35 +205,14 @@ def class_logit_loss(
     element-wise mean, in which the weight 3 for 80 classes and background is 3 / 81 a prediction.
 
     Args:
-        student, teacher: (N, C) logits.
-        valid: (N,) bool, the predictions to compare; all if None.
+        student, teacher: (N, C) logits, or more dimensions of which ``dim`` is C.
+        valid: the shape of the logits without C, bool: the predictions to compare; all if None.
         temperature: T.
     """
+    num_logits = student.shape[dim]
     if valid is None:
-        valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
-    if temperature != 1:
-        student, teacher = student / temperature, teacher / temperature
-    num_logits = valid.sum().clamp(min=1) * student.shape[1]
-    divergence = _SoftmaxDivergence.apply(student, teacher.detach(), valid.to(student.dtype))
-    return temperature**2 * divergence / num_logits
-
-
-class _SoftmaxDivergence(torch.autograd.Function):
-    """sum over predictions of ``counted`` x KL(softmax(teacher) || softmax(student)).
-
-    A dense detector has millions of these logits: value and gradient in one go save passes.
-    """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-        """(N, C), (N, C), (N,) -> scalar."""
-        log_q, log_p = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
-        p = log_p.exp()
-        divergence = log_p.sub_(log_q).mul_(p).sum(dim=1)
-        ctx.save_for_backward(log_q.exp_().sub_(p).mul_(counted[:, None]))
-        return divergence @ counted
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None
+        count = max(student.numel() // num_logits, 1)
+        return softened_kl(student, teacher, temperature, dim=dim) / (count * num_logits)
+    counted = valid.to(student.dtype)
+    total = softened_kl(student, teacher, temperature, counted, dim)
+    return total / (counted.sum() * num_logits).clamp(min=1)

@@ -14,18 +14,22 @@ step; Detectron2's dense detectors divide by a moving average of that number ins
 
 Shape legend, used throughout this file:
     R: sampled RoIs of the batch    F: foreground RoIs    K: classes, K also labels background
-    B: images    N: anchors of an image over all levels    M: side of a mask
+    B: images    A: anchors a location    L: locations of an image, all levels    M: side of a mask
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..numerics import connected_zero, full_precision
+from ..numerics import connected_zero, full_precision, softened_kl
+
+_NO_UNITS = (1.0, 1.0, 1.0, 1.0)
 
 
 def binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -34,8 +38,15 @@ def binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     KL(p || q) = p (t - s) + softplus(s) - softplus(t), with p = sigmoid(t), q = sigmoid(s) and both
     logits divided by the temperature; exact for saturated logits too. Not multiplied by T^2.
     """
-    s, t = student / temperature, teacher.detach() / temperature
-    return t.sigmoid() * (t - s) + F.softplus(s) - F.softplus(t)
+    s, t = _softened(student, teacher.detach(), temperature)
+    return torch.addcmul(F.softplus(s) - F.softplus(t), t.sigmoid(), t - s)
+
+
+def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both logits divided by the temperature."""
+    if temperature == 1:
+        return student, teacher
+    return student / temperature, teacher / temperature
 
 
 # ------------------------------------------------------------------------------------------------
@@ -58,15 +69,11 @@ def roi_class_loss(
     Returns:
         Scalar; zero without RoIs.
     """
-    if len(student) == 0:
-        return connected_zero(student)
+    count = max(len(student), 1)
     if sigmoid:
         total = binary_kl(student[:, :-1], teacher[:, :-1], temperature).sum()
-    else:
-        log_q = F.log_softmax(student / temperature, dim=1)
-        log_p = F.log_softmax(teacher.detach() / temperature, dim=1)
-        total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return temperature**2 * total / len(student)
+        return total * (temperature**2 / count)
+    return softened_kl(student, teacher, temperature) / count
 
 
 @full_precision
@@ -75,8 +82,8 @@ def roi_box_loss(
     teacher: Tensor,
     labels: Tensor,
     num_classes: int,
-    student_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    teacher_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    student_weights: Sequence[float] = _NO_UNITS,
+    teacher_weights: Sequence[float] = _NO_UNITS,
     beta: float = 0.0,
 ) -> Tensor:
     """Smooth L1 between the box deltas of the labelled class, summed over foreground RoIs, over R.
@@ -96,11 +103,11 @@ def roi_box_loss(
     Returns:
         Scalar; zero without foreground.
     """
-    s = _labelled(student.unflatten(1, (-1, 4)), labels)
-    t = _labelled(teacher.detach().unflatten(1, (-1, 4)), labels)
-    foreground = labels < num_classes
-    total = _foreground_distance(s, t, foreground, student_weights, teacher_weights, beta)
-    return total / max(len(labels), 1)
+    column = labels.clamp(max=num_classes - 1)  # background takes any column: it does not count
+    s, t = (_labelled(x.unflatten(1, (-1, 4)), column) for x in (student, teacher.detach()))
+    t = _in_units(t, teacher_weights, student_weights, dim=1)
+    background = (labels >= num_classes).unsqueeze(1)
+    return _box_distance(s, t, background, beta) / max(len(labels), 1)
 
 
 @full_precision
@@ -120,8 +127,9 @@ def mask_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
         return connected_zero(student)
     s, t = _labelled(student, labels), _labelled(teacher.detach(), labels)
     if s.shape != t.shape:
-        t = F.interpolate(t[:, None], s.shape[1:], mode="bilinear", align_corners=False)[:, 0]
-    return temperature**2 * binary_kl(s, t, temperature).mean()
+        size = s.shape[-2], s.shape[-1]
+        t = F.interpolate(t[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return binary_kl(s, t, temperature).sum() * (temperature**2 / s.numel())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,45 +137,12 @@ def mask_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 # ------------------------------------------------------------------------------------------------
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), of float32's absolute precision, without gradient. PyTorch's own computes
-    log1p element by element on a CPU, which took several times as long as all the rest."""
-    return x.abs().neg_().exp_().add_(1).log_().add_(x.relu())
-
-
-class _FocusedDivergence(torch.autograd.Function):
-    """sum over anchors of ``counted`` x sum over classes of |q - p|^focus BCE(q, p).
-
-    There are millions of these logits: value and gradient in one pass over them take half the time
-    of autograd's.
-    """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, counted: Tensor, focus: float) -> Tensor:
-        p, q = teacher.sigmoid(), student.sigmoid()
-        divergence = _softplus(student).sub_(p * student)
-        gap = q - p
-        size = gap.abs()
-        weight = size if focus == 1 else size**focus
-        total = torch.einsum("bnk,bnk,bn->", weight, divergence, counted)
-        if ctx.needs_input_grad[0]:
-            slope = gap.sign() if focus == 1 else focus * gap.sign() * size ** (focus - 1)
-            gradient = slope.mul_(divergence).mul_(q).mul_(1 - q).addcmul_(weight, gap)
-            ctx.save_for_backward(gradient.mul_(counted[..., None]))
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad, None, None, None
-
-
 @full_precision
 def dense_class_loss(
     student: Tensor,
     teacher: Tensor,
-    labels: Tensor,
-    num_classes: int,
+    valid: Tensor,
+    num_foreground: Tensor,
     temperature: float = 1.0,
     focus: float = 1.0,
 ) -> Tensor:
@@ -182,9 +157,9 @@ def dense_class_loss(
     leaves the plain KL divergence.
 
     Args:
-        student, teacher: (B, N, K) logits before the sigmoid.
-        labels: (B, N) long; K for background, -1 for ignored anchors.
-        num_classes: K.
+        student, teacher: (B, A, K, L) logits before the sigmoid.
+        valid: (B, A, L) bool, False for ignored anchors.
+        num_foreground: scalar, anchors of the batch that are matched with an object.
         temperature: T.
         focus: 0, or at least 1 (between them the weight's gradient is infinite at p = q).
 
@@ -193,41 +168,74 @@ def dense_class_loss(
     """
     if not (focus == 0 or focus >= 1):
         raise ValueError(f"focus must be 0 or at least 1, got {focus}")
-    counted = (labels >= 0).to(student.dtype)
     if focus:
-        if temperature != 1:
-            student, teacher = student / temperature, teacher / temperature
-        total = _FocusedDivergence.apply(student, teacher.detach(), counted, focus)
+        softened = _softened(student, teacher.detach(), temperature)
+        total = _FocusedDivergence.apply(*softened, valid.unsqueeze(2), focus)
     else:
-        total = (binary_kl(student, teacher, temperature).sum(-1) * counted).sum()
-    return temperature**2 * total / _foreground(labels, num_classes).sum().clamp(min=1)
+        total = (binary_kl(student, teacher, temperature) * valid.unsqueeze(2)).sum()
+    if temperature != 1:
+        total = total * temperature**2
+    loss: Tensor = total / num_foreground.clamp(min=1)
+    return loss
+
+
+class _FocusedDivergence(torch.autograd.Function):
+    """sum over valid logits of |q - p|^focus BCE(q, p).
+
+    There are millions of these logits: value and gradient in one pass over them; what that saves is
+    in docs/performance.md.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, student: Tensor, teacher: Tensor, valid: Tensor, focus: float
+    ) -> Tensor:
+        """(B, A, K, L), (B, A, K, L), (B, A, 1, L) -> scalar."""
+        p, q = teacher.sigmoid(), student.sigmoid()
+        # Where there is no gap there is no loss and no gradient.
+        gap = (q - p).mul_(valid)
+        divergence = F.softplus(student).addcmul_(p, student, value=-1)
+        size = gap.abs()
+        weight = size if focus == 1 else size**focus
+        # d/ds of |gap|^f BCE = f |gap|^(f - 1) sign(gap) q (1 - q) BCE + |gap|^f gap
+        slope = gap.sign().mul_(divergence)
+        if focus != 1:
+            slope.mul_(size ** (focus - 1)).mul_(focus)
+        gradient = torch.ops.aten.sigmoid_backward(slope, q).addcmul_(weight, gap)
+        ctx.save_for_backward(gradient)
+        return divergence.mul_(weight).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None
 
 
 @full_precision
 def dense_box_loss(
     student: Tensor,
     teacher: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    student_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
-    teacher_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    foreground: Tensor,
+    num_foreground: Tensor,
+    student_weights: Sequence[float] = _NO_UNITS,
+    teacher_weights: Sequence[float] = _NO_UNITS,
     beta: float = 0.0,
 ) -> Tensor:
     """Smooth L1 between the box deltas of foreground anchors, mean over those.
 
     Args:
-        student, teacher: (B, N, 4) deltas with respect to the same anchors.
-        labels: (B, N) long; K for background, -1 for ignored anchors.
-        num_classes, student_weights, teacher_weights, beta: as in :func:`roi_box_loss`.
+        student, teacher: (B, A, 4, L) deltas with respect to the same anchors.
+        foreground: (B, A, L) bool, anchors that are matched with an object.
+        num_foreground: scalar, their number.
+        student_weights, teacher_weights, beta: as in :func:`roi_box_loss`.
 
     Returns:
         Scalar; zero without foreground.
     """
-    foreground = _foreground(labels, num_classes)
-    total = _foreground_distance(
-        student, teacher.detach(), foreground, student_weights, teacher_weights, beta
-    )
-    return total / foreground.sum().clamp(min=1)
+    teacher = _in_units(teacher.detach(), teacher_weights, student_weights, dim=2)
+    total = _box_distance(student, teacher, ~foreground.unsqueeze(2), beta)
+    return total / num_foreground.clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,26 +244,23 @@ def dense_box_loss(
 
 
 def _labelled(x: Tensor, labels: Tensor) -> Tensor:
-    """(R, K or 1, ...) -> (R, ...): each row's entry of its label; background takes any entry."""
-    index = labels.clamp(0, x.shape[1] - 1).view(-1, *[1] * (x.dim() - 1))
-    return x.take_along_dim(index, dim=1).squeeze(1)
+    """(R, K or 1, ...) -> (R, ...): each row's entry of its label."""
+    if x.shape[1] == 1:
+        return x.squeeze(1)
+    index = labels.view(-1, *[1] * (x.dim() - 1)).expand(-1, 1, *x.shape[2:])
+    return x.gather(1, index).squeeze(1)
 
 
-def _foreground(labels: Tensor, num_classes: int) -> Tensor:
-    return (labels >= 0) & (labels < num_classes)
+def _in_units(deltas: Tensor, own: Sequence[float], wanted: Sequence[float], dim: int) -> Tensor:
+    """Deltas, along ``dim``, multiplied by the weights ``own``, as if it had been by ``wanted``."""
+    factors = [new / old for new, old in zip(wanted, own, strict=True)]
+    if factors == [1.0] * 4:
+        return deltas
+    row = torch.tensor(factors, dtype=deltas.dtype).to(deltas.device, non_blocking=True)
+    return deltas * row.view(-1, *[1] * (deltas.dim() - dim - 1))
 
 
-def _foreground_distance(
-    student: Tensor,
-    teacher: Tensor,
-    foreground: Tensor,
-    student_weights: Sequence[float],
-    teacher_weights: Sequence[float],
-    beta: float,
-) -> Tensor:
-    """Sum of smooth L1 between deltas (..., 4) where ``foreground`` (...); student's units."""
-    # Numbers, not a tensor of them: its copy to the device would wait for the device.
-    parts = zip(teacher.unbind(-1), student_weights, teacher_weights, strict=True)
-    teacher = torch.stack([delta * (own / other) for delta, own, other in parts], dim=-1)
-    distance = F.smooth_l1_loss(student, teacher, reduction="none", beta=beta).sum(-1)
-    return torch.where(foreground, distance, 0.0).sum()
+def _box_distance(student: Tensor, teacher: Tensor, left_out: Tensor, beta: float) -> Tensor:
+    """Sum of smooth L1 between deltas, all but those ``left_out``."""
+    distance = F.smooth_l1_loss(student, teacher, reduction="none", beta=beta)
+    return distance.masked_fill(left_out, 0).sum()

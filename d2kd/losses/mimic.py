@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,4 +62,4 @@ def pyramid_mimic_loss(
         distance, rescale: see :func:`mimic_loss`.
     """
     pairs = zip(students, teachers, strict=True)
-    return sum(mimic_loss(s, t, distance, rescale) for s, t in pairs)
+    return torch.stack([mimic_loss(s, t, distance, rescale) for s, t in pairs]).sum()

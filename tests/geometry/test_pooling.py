@@ -1,11 +1,11 @@
-"""RoIAlign with a threaded backward pass is Detectron2's RoIAlign."""
+"""Boxes on the levels that their sizes ask for: Detectron2's pooler, with a threaded backward."""
 
 import pytest
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
-from d2kd.geometry.pooling import build_pooler
+from d2kd.geometry.pooling import PoolOptions, place_boxes, pool_boxes
 
 STRIDES = (8, 16, 32)
 
@@ -25,11 +25,22 @@ def pyramid(dtype, channels=5):
     return [m.requires_grad_() for m in maps]
 
 
-def pooled(pooler, maps, boxes):
-    """Values and gradients of a weighted sum of what ``pooler`` makes of ``boxes``."""
-    out = pooler(maps, [Boxes(b) for b in boxes])
+def pool(maps, boxes, strides=STRIDES, **options):
+    return pool_boxes(maps, place_boxes(boxes, strides), PoolOptions(**options))
+
+
+def gradients(out, maps):
+    """Of a weighted sum of what was pooled."""
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
-    return out, torch.autograd.grad((out * weights).sum(), maps)
+    return torch.autograd.grad((out * weights).sum(), maps)
+
+
+def random_boxes(count=30):
+    """Two images of boxes between one and hundreds of pixels, on all levels."""
+    torch.manual_seed(1)
+    corners = torch.rand(2, count, 2) * 130
+    extents = torch.rand(2, count, 2) ** 2 * 900
+    return list(torch.cat([corners, corners + extents], dim=2))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -37,24 +48,44 @@ def pooled(pooler, maps, boxes):
 @pytest.mark.parametrize("channels", [1, 5])
 def test_equal_to_detectron2(two_threads, aligned, sampling_ratio, channels):
     """Values and gradients are those of Detectron2's pooler, fewer channels than threads too."""
-    corners = torch.rand(2, 30, 2, dtype=torch.float64) * 130
-    extents = torch.rand(2, 30, 2, dtype=torch.float64) ** 2 * 500
-    boxes = list(torch.cat([corners, corners + extents], dim=2))
-    maps = pyramid(torch.float64, channels)
+    boxes, maps = random_boxes(), pyramid(torch.float64, channels)
     scales = [1 / s for s in STRIDES]
     theirs = ROIPooler(7, scales, sampling_ratio, "ROIAlignV2" if aligned else "ROIAlign")
-    ours = build_pooler(7, STRIDES, sampling_ratio, aligned)
-    for a, b in zip(*(pooled(p, maps, boxes) for p in (ours, theirs)), strict=True):
-        torch.testing.assert_close(a, b)
-    assert "ROIAlignOnCPU" in str(ours(maps, [Boxes(b) for b in boxes]).grad_fn.next_functions)
+    expected = theirs(maps, [Boxes(b) for b in boxes])
+    found = pool(maps, boxes, sampling_ratio=sampling_ratio, aligned=aligned)
+    assert all(len(rois) for rois in place_boxes(boxes, STRIDES).rois)
+    torch.testing.assert_close(found, expected)
+    for ours, other in zip(gradients(found, maps), gradients(expected, maps), strict=True):
+        torch.testing.assert_close(ours, other)
+    parts = found.grad_fn.next_functions[0][0].next_functions
+    assert all("ROIAlignOnCPU" in str(fn) for fn, _ in parts)
+
+
+def test_one_level():
+    """A single level takes all boxes, in order."""
+    boxes, maps = random_boxes(), pyramid(torch.float64)[1:2]
+    expected = ROIPooler(3, [1 / 16], 0, "ROIAlignV2")(maps, [Boxes(b) for b in boxes])
+    torch.testing.assert_close(pool(maps, boxes, (16,), output_size=3), expected)
+
+
+def test_placed_once_for_two_pyramids():
+    """Where boxes lie does not depend on the pyramid; images without boxes and levels without."""
+    boxes = [torch.tensor([[0.0, 0.0, 20.0, 30.0]]), torch.zeros(0, 4)]
+    placed = place_boxes(boxes, STRIDES)
+    assert [len(rois) for rois in placed.rois] == [1, 0, 0]
+    for maps in (pyramid(torch.float32), pyramid(torch.float32, channels=2)):
+        expected = ROIPooler(7, [1 / s for s in STRIDES], 0, "ROIAlignV2")(
+            maps, [Boxes(b) for b in boxes]
+        )
+        torch.testing.assert_close(pool_boxes(maps, placed, PoolOptions()), expected)
 
 
 def test_no_boxes(two_threads):
     """Without boxes there is nothing to pool, and all gradients are zero, not None."""
-    boxes = [torch.zeros(0, 4), torch.zeros(0, 4)]
-    out, gradients = pooled(build_pooler(7, STRIDES, 0, True), pyramid(torch.float32), boxes)
+    maps = pyramid(torch.float32)
+    out = pool(maps, [torch.zeros(0, 4), torch.zeros(0, 4)])
     assert out.shape == (0, 5, 7, 7)
-    assert all((g == 0).all() for g in gradients)
+    assert all((g == 0).all() for g in gradients(out, maps))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -62,12 +93,12 @@ def test_no_boxes(two_threads):
 def test_bf16(two_threads, autocast, differentiable):
     """Maps in bf16 are pooled in fp32 and keep their type: boxes are not rounded to 8 bits."""
     boxes = [torch.tensor([[3.3, 5.7, 131.3, 133.4]]), torch.zeros(0, 4)]
-    pooler = build_pooler(7, STRIDES, 0, True)
     maps = [m.detach().bfloat16().requires_grad_(differentiable) for m in pyramid(torch.float32)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = pooler(maps, [Boxes(b) for b in boxes])
-    expected = pooler([m.float() for m in maps], [Boxes(b) for b in boxes])
+        out = pool(maps, boxes)
+    expected = pool([m.float() for m in maps], boxes)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected.bfloat16())
     if differentiable:
-        assert torch.autograd.grad(out.sum(), maps)[0].dtype == torch.bfloat16
+        level = next(i for i, rois in enumerate(place_boxes(boxes, STRIDES).rois) if len(rois))
+        assert torch.autograd.grad(out.sum(), maps[level])[0].dtype == torch.bfloat16

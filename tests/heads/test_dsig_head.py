@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,12 +12,15 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.poolers import ROIPooler
 
 from d2kd.detectors.bundle import FeatureBundle, RoIView
+from d2kd.detectors.dense import flatten_maps
 from d2kd.detectors.spec import DetectorSpec, describe_detector
 from d2kd.detectors.teacher import Teacher
 from d2kd.errors import ConfigError
-from d2kd.heads.dsig import DSIG, TopPredictions
+from d2kd.heads import DSIG, build_head
+from d2kd.heads.dsig_nodes import Graph, TopPredictions
 from d2kd.losses import dsig as losses
 from d2kd.meta_arch import Distiller
+from d2kd.numerics import Ragged
 from d2kd.schedules import Schedule
 
 from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
@@ -60,7 +62,7 @@ def assert_healthy(model, terms: dict[str, torch.Tensor]) -> None:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         gradients = [g for g in gradients if g is not None]
         assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients)
-        assert any(g.abs().max() > 0 for g in gradients) == bool(loss > 0)
+        assert any(g.abs().max() > 0 for g in gradients) == bool(loss > 1e-12)
     sum(terms.values()).backward()
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
@@ -122,7 +124,9 @@ def make_head(**opts) -> DSIG:
     cfg = detector_config()
     for key, value in opts.items():
         cfg.DISTILL.DSIG[key] = value
-    return DSIG(cfg, two_stage_spec("student"), two_stage_spec("teacher"))
+    head = build_head("DSIG", cfg, two_stage_spec("student"), two_stage_spec("teacher"))
+    assert isinstance(head, DSIG)
+    return head
 
 
 def run_head(head: DSIG, bundles) -> dict[str, torch.Tensor]:
@@ -207,35 +211,39 @@ def test_mining_decides_who_has_edges():
     bundles = make_bundles([[0, 1, 3, 3, 3], [2, 1, 3, 3]], seed=2)
     everyone = run_head(make_head(MINING_THRESHOLD=0.0), bundles)
     foreground = run_head(make_head(MINE_BACKGROUND=False), bundles)
-    nobody_mined = run_head(make_head(MINING_THRESHOLD=math.inf), bundles)
+    nobody_mined = run_head(make_head(MINING_THRESHOLD=1e6), bundles)
     assert not torch.isclose(everyone["edge"], foreground["edge"])
     torch.testing.assert_close(nobody_mined["edge"], foreground["edge"])
     for name in TWO_STAGE_TERMS - {"edge"}:
         torch.testing.assert_close(everyone[name], foreground[name])
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize(
-    ("labels", "threshold", "packs"),
+    ("labels", "threshold", "counts"),
     [
-        ([[0, 3, 3], [1, 2, 3]], 0.0, False),
-        ([[0, 3, 3], [1, 2]], 0.0, True),
-        ([[0, 3, 1, 3], []], math.inf, True),
+        ([[0, 3, 3], [1, 2, 3]], 0.0, (3, 3)),
+        ([[0, 3, 3], [1, 2]], 0.0, (3, 2)),
+        ([[0, 3, 1, 3], []], 1e6, (2, 0)),
     ],
     ids=["all of equal images", "all of unequal images", "half of one image"],
 )
-def test_nodes_are_moved_only_where_some_are_left_out(monkeypatch, labels, threshold, packs):
-    """Full images of one size are not packed, and that gives the same edge loss."""
-    calls = []
-    pack = losses.pack_nodes
-    monkeypatch.setattr(losses, "pack_nodes", lambda *args: calls.append(args) or pack(*args))
+def test_nodes_without_edges(monkeypatch, on_cpu, labels, threshold, counts):
+    """A CPU leaves them out of the graph, a GPU does not ask how many there are: one loss."""
     student, teacher = bundles = make_bundles(labels, seed=4)
-    edge = run_head(make_head(MINING_THRESHOLD=threshold), bundles)["edge"]
-    assert bool(calls) == packs
+    head, seen = make_head(MINING_THRESHOLD=threshold), []
+    monkeypatch.setattr(Graph, "looks_are_free", property(lambda _: on_cpu))
+    loss = losses.edge_loss
+    monkeypatch.setattr(losses, "edge_loss", lambda *a, **k: seen.append(a) or loss(*a, **k))
+    edge = run_head(head, bundles)["edge"]
+    ((_, _, valid),) = seen
+    assert tuple(valid.sum(1).tolist()) == counts
+    assert valid.shape[1] == (max(counts) if on_cpu else max(map(len, labels)))
     mine, theirs = student.roi, teacher.roi
     chosen = (mine.labels < NUM_CLASSES) | (threshold == 0.0)
-    index, valid = pack(chosen, mine.image_index, len(labels), 5)
-    expected = losses.edge_loss(
-        mine.features.flatten(1)[index], theirs.features.flatten(1)[index], valid
+    layout = Ragged.of(mine.boxes)
+    expected = loss(
+        *(layout.pad(x) for x in (mine.features.flatten(1), theirs.features.flatten(1), chosen))
     )
     torch.testing.assert_close(edge, 4.0 * expected)
 
@@ -332,10 +340,10 @@ def test_reading_predictions_leaves_gradients_to_other_heads(teacher_files, head
 def test_predictions_that_overflow_are_boxes():
     """An infinite delta is the trainer's to report: boxes stay in the image."""
     anchors = {8: torch.tensor([[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0]])}
-    deltas = torch.tensor([[[float("inf"), 0.0, 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0]]])
+    deltas = torch.tensor([[float("inf"), 0.0, 0.0, 0.0], [0.0, float("nan"), 0.0, 0.0]])
     view = SimpleNamespace(
-        logits={8: torch.ones(1, 2, 3)},
-        deltas={8: deltas},
+        logit_maps={8: torch.ones(1, 3, 1, 2)},
+        delta_maps={8: deltas.T.view(1, 4, 1, 2)},
         anchors=anchors,
         decode=lambda deltas, anchors: anchors + deltas,
     )
@@ -346,7 +354,7 @@ def test_predictions_that_overflow_are_boxes():
 def test_dense_boxes_of_other_classes(teacher_files):
     """Box deltas of dense detectors have no class: detectors of other classes can compare them."""
     teacher = teacher_files("retinanet", num_classes=4)
-    with pytest.raises(ConfigError, match="'class' needs detectors of the same num_classes"):
+    with pytest.raises(ConfigError, match="'class' needs the same number of classes"):
         make_distiller(teacher, "retinanet")
     model = make_distiller(teacher, "retinanet", ("CLASS_WEIGHT", 0.0))
     assert "box" in kd_terms(run_step(model, make_batch()))
@@ -398,6 +406,13 @@ def count_calls(model, monkeypatch) -> Counter:
         return forward(self, maps, boxes)
 
     monkeypatch.setattr(ROIPooler, "forward", counted)
+    pool = FeatureBundle.pool
+
+    def pooled(bundle, boxes, size, **options):
+        calls[f"pool {size}"] += 1
+        return pool(bundle, boxes, size, **options)
+
+    monkeypatch.setattr(FeatureBundle, "pool", pooled)
     for role, detector in (("student", model.student), ("teacher", model.teacher.model)):
         for part in ("backbone", "head", "proposal_generator", "roi_heads.box_head"):
             try:
@@ -499,12 +514,10 @@ def retinanet():
 
 def dense_view(model, anchors, outputs):
     """A stand-in for the student's DenseView."""
-    from d2kd.detectors.dense import flatten_maps
-
     strides = [8, 16, 32, 64, 128]
     return SimpleNamespace(
-        logits=flatten_maps(strides, outputs[0], NUM_CLASSES),
-        deltas=flatten_maps(strides, outputs[1], 4),
+        logit_maps=dict(zip(strides, outputs[0], strict=True)),
+        delta_maps=dict(zip(strides, outputs[1], strict=True)),
         anchors={s: a.tensor for s, a in zip(strides, anchors, strict=True)},
         decode=model.box2box_transform.apply_deltas,
     )
@@ -521,8 +534,8 @@ def test_top_predictions_equal_detectron2s_inference(retinanet, per_level):
     for image, boxes in enumerate(found):
         expected = model.inference_single_image(
             anchors,
-            [logits[image].detach().sigmoid() for logits in dense.logits.values()],
-            [deltas[image].detach() for deltas in dense.deltas.values()],
+            [x[image].detach().sigmoid() for x in flatten_maps(dense.logit_maps, 3).values()],
+            [x[image].detach() for x in flatten_maps(dense.delta_maps, 4).values()],
             (64, 64),
         ).pred_boxes
         expected.clip((64, 64))
@@ -533,11 +546,11 @@ def test_top_predictions_leave_the_logits_alone(retinanet):
     """Decoding changes no logit in place, and its boxes are constants."""
     model, anchors, outputs = retinanet
     dense = dense_view(model, anchors, outputs)
-    before = {s: x.detach().clone() for s, x in dense.logits.items()}
-    versions = {s: x._version for s, x in dense.logits.items()}
+    before = {s: x.detach().clone() for s, x in dense.logit_maps.items()}
+    versions = {s: x._version for s, x in dense.logit_maps.items()}
     boxes = TopPredictions()(dense, [(64, 64), (64, 64)])
     assert not any(b.requires_grad for b in boxes)
-    for stride, logits in dense.logits.items():
+    for stride, logits in dense.logit_maps.items():
         assert torch.equal(logits, before[stride]) and logits._version == versions[stride]
 
 
@@ -559,7 +572,7 @@ def test_dense_student_of_a_two_stage_teacher(teacher_files):
     model = make_distiller(
         teacher_files("faster"), "retinanet", ("CLASS_WEIGHT", 0.0, "BOX_WEIGHT", 0.0)
     )
-    assert model.distill_heads["DSIG"].node_strides == (8, 16, 32, 64)
+    assert model.distill_heads["DSIG"].pooling.strides == (8, 16, 32, 64)
     terms = kd_terms(run_step(model, make_batch()))
     assert terms.keys() == {"foreground", "edge", "pyramid"}
     assert_healthy(model, terms)
@@ -593,7 +606,7 @@ def test_anchor_free_students():
     torch.manual_seed(0)
     student, teacher = fcos().train(), Teacher(fcos())
     student_spec = describe_detector(student, "student")
-    head = DSIG(detector_config(), student_spec, teacher.describe(student_spec))
+    head = build_head("DSIG", detector_config(), student_spec, teacher.describe(student_spec))
     schedule = {"DSIG": Schedule(weight=1.0, start=0, stop=10)}
     model = Distiller(student=student, teacher=teacher, heads={"DSIG": head}, schedules=schedule)
     terms = kd_terms(run_step(model, make_batch()))
@@ -608,8 +621,8 @@ def test_anchor_free_students():
         ("faster", "faster", {}, ("EDGE_WEIGHT", -1.0), "EDGE_WEIGHT is -1.0"),
         ("faster", "faster", {}, ("CLASS_TEMPERATURE", 0.0), "must be positive"),
         ("cascade", "cascade", {}, ("STAGE", 3), r"stages \[0, 1, 2\]"),
-        ("faster", "faster", {"num_classes": 4}, (), "same num_classes; the student has 3"),
-        ("retinanet", "faster", {}, (), "without the term: DISTILL.DSIG.CLASS_WEIGHT 0"),
+        ("faster", "faster", {"num_classes": 4}, (), r"classes \(student: 3, teacher: 4\)"),
+        ("retinanet", "faster", {}, (), "DISTILL.DSIG.CLASS_WEIGHT 0 switches it off"),
         ("faster", "mask", {}, ("MASK_WEIGHT", 1.0), "mask.logits of the student"),
         ("mask", "faster", {}, ("MASK_WEIGHT", 1.0), "DISTILL.DSIG.MASK_WEIGHT 0"),
         (

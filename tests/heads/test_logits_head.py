@@ -9,8 +9,9 @@ import torch
 
 from d2kd import ConfigError
 from d2kd.detectors.bundle import Batch, DenseView, FeatureBundle, MaskView, RoIView
+from d2kd.detectors.dense import flatten_maps
 from d2kd.detectors.spec import DetectorSpec
-from d2kd.heads.logits import Logits
+from d2kd.heads import Logits, build_head
 from d2kd.losses import logits as losses
 
 from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
@@ -46,7 +47,9 @@ def make_head(student: DetectorSpec, teacher: DetectorSpec, **opts) -> Logits:
     cfg = detector_config()
     for key, value in opts.items():
         cfg.DISTILL.LOGITS[key] = value
-    return Logits(cfg, student, teacher)
+    head = build_head("Logits", cfg, student, teacher)
+    assert isinstance(head, Logits)
+    return head
 
 
 def two_stage_bundles() -> list[FeatureBundle]:
@@ -75,26 +78,38 @@ def two_stage_bundles() -> list[FeatureBundle]:
 
 
 def dense_bundles(teacher_strides=(8, 16, 32)) -> list[FeatureBundle]:
-    """Two images, three levels of 4, 2 and 1 anchors."""
+    """Two images, three levels of 2 x 2, 1 x 2 and 1 x 1 locations with two anchors each."""
     generator = torch.Generator().manual_seed(0)
-    counts = {8: 4, 16: 2, 32: 1}
-    anchors = {s: torch.arange(4.0 * n).view(n, 4) for s, n in counts.items()}
-    labels = torch.tensor([[0, K, K, -1, 2, K, 1], [K, K, K, K, K, -1, K]])
+    sizes = {8: (2, 2), 16: (1, 2), 32: (1, 1)}
+    labels = torch.tensor([K, 0, K, 1, -1, 2]).repeat(5)[:28].view(2, 14)
     bundles = []
-    for role, strides in (("student", counts), ("teacher", teacher_strides)):
+    for role, strides in (("student", sizes), ("teacher", teacher_strides)):
         maps = {
-            name: {s: torch.randn(2, counts[s], width, generator=generator) for s in strides}
-            for name, width in (("logits", K), ("deltas", 4))
+            f"{name}_maps": {
+                s: torch.randn(2, 2 * width, *sizes[s], generator=generator) for s in strides
+            }
+            for name, width in (("logit", K), ("delta", 4))
         }
-        view = DenseView(
-            role,
-            anchors={s: anchors[s].clone() for s in strides},
-            labels=labels,
-            delta_weights=(1.0,) * 4,
-            **maps,
-        )
+        view = DenseView(role, labels=labels, delta_weights=(1.0,) * 4, **maps)
         bundles.append(FeatureBundle(dense_spec(role), dense=view))
     return bundles
+
+
+def dense_losses(student, teacher, labels) -> dict[str, torch.Tensor]:
+    """Both terms of flattened maps, (B, N, K) and (B, N, 4), one anchor a location."""
+    foreground, count = (labels >= 0) & (labels < K), ((labels >= 0) & (labels < K)).sum()
+    logits, deltas = (
+        [flatten_maps(getattr(x, name), width) for x in (student.dense, teacher.dense)]
+        for name, width in (("logit_maps", K), ("delta_maps", 4))
+    )
+    logits, deltas = (
+        [torch.cat([x[s] for s in both[1]], dim=1).mT[:, None] for x in both]
+        for both in (logits, deltas)
+    )
+    return {
+        "cls": losses.dense_class_loss(*logits, (labels >= 0)[:, None], count),
+        "box": losses.dense_box_loss(*deltas, foreground[:, None], count),
+    }
 
 
 def run(head: Logits, bundles: list[FeatureBundle]) -> dict[str, torch.Tensor]:
@@ -128,29 +143,21 @@ def test_two_stage_terms():
 
 
 def test_dense_terms():
-    """Levels are joined fine to coarse, as labels are; normalised by the foreground anchors."""
+    """Levels are joined fine to coarse, each anchor with its own label."""
     student, teacher = bundles = dense_bundles()
     terms = run(make_head(student.spec, teacher.spec), bundles)
-    labels = student.dense.labels
-
-    def join(maps):
-        return torch.cat([maps[s] for s in (8, 16, 32)], dim=1)
-
-    mine, theirs = student.dense, teacher.dense
-    expected_cls = losses.dense_class_loss(join(mine.logits), join(theirs.logits), labels, K)
-    expected_box = losses.dense_box_loss(join(mine.deltas), join(theirs.deltas), labels, K)
-    torch.testing.assert_close(terms["cls"], expected_cls)
-    torch.testing.assert_close(terms["box"], expected_box)
+    expected = dense_losses(student, teacher, student.dense.labels)
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
 
 
 def test_dense_levels_that_only_one_has_are_left_out():
     """Labels stay with their level when the teacher lacks the first one."""
     student, teacher = bundles = dense_bundles(teacher_strides=(16, 32))
     terms = run(make_head(student.spec, teacher.spec), bundles)
-    labels = student.dense.labels[:, 4:]
-    mine = torch.cat([student.dense.logits[s] for s in (16, 32)], dim=1)
-    theirs = torch.cat([teacher.dense.logits[s] for s in (16, 32)], dim=1)
-    torch.testing.assert_close(terms["cls"], losses.dense_class_loss(mine, theirs, labels, K))
+    expected = dense_losses(student, teacher, student.dense.labels[:, 8:])
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value)
 
 
 def test_different_anchors_are_refused():
@@ -159,7 +166,9 @@ def test_different_anchors_are_refused():
         dataclasses.replace(dense_spec(role), anchors={8: (0.0, -8.0, 8.0), 16: (0.0, -size, size)})
         for role, size in (("student", 16.0), ("teacher", 24.0))
     )
-    with pytest.raises(ConfigError, match="different anchors at stride 16"):
+    with pytest.raises(
+        ConfigError, match=r"same anchors \(MODEL.ANCHOR_GENERATOR\) \(different at stride 16\)"
+    ):
         make_head(mine, theirs)
 
 
@@ -205,8 +214,21 @@ def test_bad_values_are_refused(opts, message):
 @pytest.mark.parametrize(
     "student, teacher, message",
     [
-        (two_stage_spec("student"), dense_spec("teacher"), "both must be two-stage or both dense"),
-        (dense_spec("student"), dense_spec("teacher", num_classes=80), "has 3 classes, .* 80"),
+        (
+            two_stage_spec("student"),
+            dense_spec("teacher"),
+            r"one kind \(student: two-stage, teacher: one-stage\); .*FeatureMimic",
+        ),
+        (
+            dense_spec("student"),
+            dense_spec("teacher", num_classes=80),
+            r"number of classes \(student: 3, teacher: 80\)",
+        ),
+        (
+            dense_spec("student", head_strides=(8, 16)),
+            dense_spec("teacher", head_strides=(32, 64)),
+            r"same anchors .*student: at strides \[8, 16\], teacher: at \[32, 64\]",
+        ),
         (
             two_stage_spec("student"),
             two_stage_spec("teacher", fields=frozenset(ROI_FIELDS)),
@@ -220,12 +242,12 @@ def test_bad_values_are_refused(opts, message):
         (
             two_stage_spec("student", sigmoid_classes=True),
             two_stage_spec("teacher"),
-            "trained with a sigmoid a class, the teacher's with softmax .*CLASS_WEIGHT 0",
+            r"student: sigmoids, teacher: softmax\); DISTILL.LOGITS.CLASS_WEIGHT 0",
         ),
         (
             dense_spec("student"),
             dense_spec("teacher", anchors_per_location=9),
-            "1 anchors a location, the teacher 9",
+            r"anchors a location \(student: 1, teacher: 9\)",
         ),
     ],
 )
@@ -267,5 +289,5 @@ def test_retinanet_with_other_anchors(tmp_path):
         [2 * size for size in level] for level in teacher.MODEL.ANCHOR_GENERATOR.SIZES
     ]
     file = write_config(teacher, tmp_path / "teacher.yaml")
-    with pytest.raises(ConfigError, match="different anchors at stride 8"):
+    with pytest.raises(ConfigError, match="different at stride 8"):
         build(distiller_config(detector_config("retinanet"), ["Logits"], file))

@@ -10,7 +10,7 @@ import torch
 from d2kd import ConfigError
 from d2kd.detectors.bundle import Batch, FeatureBundle, MaskView
 from d2kd.detectors.spec import DetectorSpec
-from d2kd.heads.mask_mimic import MaskMimic
+from d2kd.heads import MaskMimic, build_head
 
 from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
 
@@ -30,7 +30,9 @@ def make_head(student: DetectorSpec, teacher: DetectorSpec, **opts) -> MaskMimic
     for key, value in opts.items():
         cfg.DISTILL.MASK_MIMIC[key] = value
     torch.manual_seed(0)
-    return MaskMimic(cfg, student, teacher)
+    head = build_head("MaskMimic", cfg, student, teacher)
+    assert isinstance(head, MaskMimic)
+    return head
 
 
 def bundles(rois: int, student: DetectorSpec, teacher: DetectorSpec, masks=(K, K), sides=(6, 6)):
@@ -188,10 +190,20 @@ def test_a_teacher_without_masks_serves_features(teacher_files):
 @pytest.mark.parametrize(
     ("student", "teacher", "opts", "message"),
     [
-        ({"mask_strides": (), "fields": frozenset({"pyramid"})}, {}, {}, "no mask branch.*MASK_ON"),
-        ({}, {"num_classes": 5}, {}, "3 classes.* 5: .*LOGITS_WEIGHT 0"),
+        (
+            {"mask_strides": (), "fields": frozenset({"pyramid"})},
+            {},
+            {},
+            "reads mask of the student, .*MASK_ON",
+        ),
+        ({}, {"num_classes": 5}, {}, r"\(student: 3, teacher: 5\); .*LOGITS_WEIGHT 0"),
         ({}, {"fields": FIELDS - {"mask.features"}}, {}, "mask.features of the teacher.*FEATURES_"),
-        ({}, {}, {"LOGITS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0}, "both 0"),
+        (
+            {},
+            {},
+            {"LOGITS_WEIGHT": 0.0, "FEATURES_WEIGHT": 0.0},
+            "nothing to distil, as LOGITS_WEIGHT, FEATURES_WEIGHT are all 0",
+        ),
         ({}, {}, {"TEMPERATURE": 0.0}, "TEMPERATURE is 0.0; it must be positive"),
         ({}, {}, {"LOGITS_WEIGHT": -1.0}, "LOGITS_WEIGHT is -1.0"),
     ],
@@ -206,7 +218,7 @@ def test_refused_pairs(student, teacher, opts, message):
 def test_the_mask_of_a_single_class_is_not_for_all(tmp_path):
     """A teacher of one class has one mask too, but of that class only."""
     teacher = write_config(detector_config("mask", num_classes=1), tmp_path / "teacher.yaml")
-    with pytest.raises(ConfigError, match="3 classes.* 1: .*LOGITS_WEIGHT 0"):
+    with pytest.raises(ConfigError, match=r"\(student: 3, teacher: 1\); .*LOGITS_WEIGHT 0"):
         distiller(teacher, "MaskMimic")
 
 

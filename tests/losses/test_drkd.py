@@ -43,7 +43,7 @@ def brute_force_instances(gaps, image_index, num_images, profile):
 
 def pixel_loss(gaps, profile="code"):
     """L_PR of gaps themselves."""
-    squared = [gap.square().sum() for gap in gaps]
+    squared = torch.stack([gap.square().sum() for gap in gaps])
     return pixel_relation_loss(squared, [gap.numel() for gap in gaps], profile)
 
 
@@ -70,7 +70,8 @@ def test_instances_equal_brute_force(profile):
 
 
 def test_relation_matrix_equals_brute_force():
-    """Per image mean over its n_b^2 pairs, then mean over the images that have instances."""
+    """Per image mean over its n_b^2 pairs, then mean over the images that have instances, then
+    sum over levels."""
     counts = torch.tensor([3, 0, 1])
     student, teacher = torch.rand(2, 3, 3, 3, dtype=torch.float64)
     total = 0.0
@@ -81,7 +82,9 @@ def test_relation_matrix_equals_brute_force():
             for j in range(n):
                 total += (student[image, i, j] - teacher[image, i, j]).item() ** 2 / n**2
     student[1], teacher[1] = 0, 0
-    loss = relation_matrix_loss(student, teacher, counts)
+    loss = relation_matrix_loss([student], [teacher], counts)
+    assert loss.item() == pytest.approx(total / 2, rel=1e-12)
+    loss = relation_matrix_loss([student, teacher], [teacher, teacher], counts)
     assert loss.item() == pytest.approx(total / 2, rel=1e-12)
 
 
@@ -99,14 +102,16 @@ def test_gradcheck():
         )
     relation = torch.rand(2, 3, 3, dtype=torch.float64, requires_grad=True)
     teacher, counts = torch.rand(2, 3, 3, dtype=torch.float64), torch.tensor([3, 2])
-    assert torch.autograd.gradcheck(lambda r: relation_matrix_loss(r, teacher, counts), relation)
+    assert torch.autograd.gradcheck(
+        lambda r: relation_matrix_loss([r], [teacher], counts), relation
+    )
 
 
 def test_oracle_6_relation_matrices():
     """Oracle 6: the squared differences of the two relation matrices sum to 0.266954."""
     student = torch.tensor([[[0.622459, 0.377541], [0.377541, 0.622459]]], dtype=torch.float64)
     teacher = torch.tensor([[[0.880797, 0.119203], [0.119203, 0.880797]]], dtype=torch.float64)
-    loss = relation_matrix_loss(student, teacher, torch.tensor([2]))
+    loss = relation_matrix_loss([student], [teacher], torch.tensor([2]))
     assert loss.item() * 2**2 == pytest.approx(0.266954, abs=2e-6)
 
 
@@ -148,7 +153,7 @@ def test_oracle_8_no_instances(profile):
     assert loss.item() == 0
     assert all(gap.grad is not None for gap in gaps)
     relation = torch.zeros(2, 1, 1, requires_grad=True)
-    loss = relation_matrix_loss(relation, relation.detach(), torch.zeros(2, dtype=torch.long))
+    loss = relation_matrix_loss([relation], [relation.detach()], torch.zeros(2, dtype=torch.long))
     loss.backward()
     assert loss.item() == 0 and relation.grad.abs().sum() == 0
 

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from d2kd.losses import dsig
 from d2kd.losses.logits import roi_box_loss
 from d2kd.losses.mimic import pyramid_mimic_loss
+from d2kd.numerics import Ragged
 
 ALPHA = 7.5
 T_MINE = 0.6
@@ -78,11 +79,21 @@ def reference_class_logit_loss(student, teacher, valid, temperature):
 # ------------------------------------------------------------------------------------- helpers
 
 
+def layout_of(image_index, num_images) -> Ragged:
+    """The images of nodes that lie image after image."""
+    return Ragged(image_index.bincount(minlength=num_images).tolist())
+
+
 def graph_edge_loss(student, teacher, selected, image_index, num_images, **kwargs):
-    """Edge loss of the selected nodes, packed the way the head packs them."""
-    capacity = int(selected.sum())
-    index, valid = dsig.pack_nodes(selected, image_index, num_images, capacity)
-    return dsig.edge_loss(student[index], teacher[index], valid, **kwargs)
+    """Edge loss of the selected nodes of each image."""
+    layout = layout_of(image_index, num_images)
+    return dsig.edge_loss(*map(layout.pad, (student, teacher, selected)), **kwargs)
+
+
+def node_losses(student, teacher, foreground, image_index, num_images, **kwargs):
+    """Node losses of nodes that lie image after image."""
+    layout = layout_of(image_index, num_images)
+    return dsig.node_losses(student, teacher, foreground, layout, **kwargs)
 
 
 def one_image_edge_loss(student, teacher, **kwargs):
@@ -91,17 +102,16 @@ def one_image_edge_loss(student, teacher, **kwargs):
     return dsig.edge_loss(student[None], teacher[None], valid, **kwargs)
 
 
-def random_batch(counts, dim=6, seed=0, shuffle=True):
-    """Nodes of images with ``counts`` = [(foreground, background), ...], in random order."""
+def random_batch(counts, dim=6, seed=0):
+    """Nodes of images with ``counts`` = [(foreground, background), ...], image after image."""
     generator = torch.Generator().manual_seed(seed)
     image_index, foreground = [], []
     for image, (num_fg, num_bg) in enumerate(counts):
         image_index += [image] * (num_fg + num_bg)
-        foreground += [True] * num_fg + [False] * num_bg
-    order = torch.randperm(len(foreground), generator=generator) if shuffle else slice(None)
-    student, teacher = torch.randn(2, len(foreground), dim, generator=generator).double()
-    foreground = torch.tensor(foreground, dtype=torch.bool)[order]
-    return student, teacher, foreground, torch.tensor(image_index, dtype=torch.long)[order]
+        order = torch.randperm(num_fg + num_bg, generator=generator)
+        foreground.append((torch.arange(num_fg + num_bg) < num_fg)[order])
+    student, teacher = torch.randn(2, len(image_index), dim, generator=generator).double()
+    return student, teacher, torch.cat(foreground), torch.tensor(image_index, dtype=torch.long)
 
 
 COUNTS = [
@@ -124,7 +134,7 @@ def test_node_losses_equal_the_loops(counts):
     num_images = len(counts)
     expected = reference_node_losses(student, teacher, foreground, image_index, num_images, ALPHA)
     for reduction, scale in (("sum", 1.0), ("mean", 1.0 / num_images)):
-        losses = dsig.node_losses(
+        losses = node_losses(
             student,
             teacher,
             foreground,
@@ -141,7 +151,7 @@ def test_node_values():
     """Oracle 4: MSE 1 of zeros against ones; two images add 1 + 3 whatever their node counts."""
     zeros, index = torch.zeros(5, 2, 3, 3), torch.zeros(5, dtype=torch.long)
     everything = torch.ones(5, dtype=torch.bool)
-    loss, _ = dsig.node_losses(zeros, zeros + 1, everything, index, 1, image_reduction="sum")
+    loss, _ = node_losses(zeros, zeros + 1, everything, index, 1, image_reduction="sum")
     assert 0.5 * loss.item() == pytest.approx(0.5)
 
     gaps = torch.tensor([1.0] + [math.sqrt(3.0)] * 10)
@@ -149,7 +159,7 @@ def test_node_values():
     index = torch.tensor([0] + [1] * 10)
     everything = torch.ones(11, dtype=torch.bool)
     student = torch.zeros(11, 4)
-    loss, _ = dsig.node_losses(student, teacher, everything, index, 2, image_reduction="sum")
+    loss, _ = node_losses(student, teacher, everything, index, 2, image_reduction="sum")
     assert 0.5 * loss.item() == pytest.approx(2.0)
 
 
@@ -164,10 +174,10 @@ def test_adaptive_background_weight():
     student = torch.zeros(512, 8)
     teacher = student + math.sqrt(2.0)
     index = torch.zeros(512, dtype=torch.long)
-    _, loss = dsig.node_losses(student, teacher, foreground, index, 1, image_reduction="sum")
+    _, loss = node_losses(student, teacher, foreground, index, 1, image_reduction="sum")
     assert 0.5 * loss.item() == pytest.approx(0.5)
     no_fg = torch.zeros_like(foreground)
-    _, loss = dsig.node_losses(student, teacher, no_fg, index, 1, image_reduction="sum")
+    _, loss = node_losses(student, teacher, no_fg, index, 1, image_reduction="sum")
     assert loss.item() == 0.0
 
 
@@ -189,7 +199,7 @@ def test_mining():
     expected = torch.tensor([1.098612, 0.239545, 0.751381, 1.861995])
     torch.testing.assert_close(hardness, expected, atol=1e-6, rtol=0)
     background = torch.zeros(4, dtype=torch.bool)
-    kept = dsig.mine_background(logits, background, T_MINE)
+    kept = dsig.nodes_with_edges(logits, background, T_MINE)
     assert kept.tolist() == [True, False, True, True]
 
 
@@ -198,11 +208,11 @@ def test_mining_limits():
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     foreground = torch.tensor([True, False, False, True, False, False])
     exact = dsig.background_hardness(logits)[1].item()
-    assert dsig.mine_background(logits, foreground, exact)[1]
-    assert torch.equal(dsig.mine_background(logits, foreground, 0.0), ~foreground)
+    assert dsig.nodes_with_edges(logits, foreground, exact)[1]
+    assert dsig.nodes_with_edges(logits, foreground, 0.0).all()
     sure = torch.tensor([[-60.0, -80.0, -70.0, 60.0]]).expand(6, -1)
-    assert torch.equal(dsig.mine_background(sure, foreground, 0.0), ~foreground)
-    assert not dsig.mine_background(logits, foreground, math.inf).any()
+    assert dsig.nodes_with_edges(sure, foreground, 0.0).all()
+    assert torch.equal(dsig.nodes_with_edges(logits, foreground, math.inf), foreground)
 
 
 # ----------------------------------------------------------------------------------------- edges
@@ -245,7 +255,7 @@ def test_edge_loss_equals_the_loops(counts):
     student, teacher, foreground, image_index = random_batch(counts, seed=3)
     num_images = len(counts)
     logits = torch.randn(len(student), 4, generator=torch.Generator().manual_seed(4))
-    selected = foreground | dsig.mine_background(logits, foreground, 1.2)
+    selected = dsig.nodes_with_edges(logits, foreground, 1.2)
     expected = reference_edge_loss(student, teacher, selected, image_index, num_images)
     for reduction, scale in (("sum", 1.0), ("mean", 1.0 / num_images)):
         loss = graph_edge_loss(
@@ -254,17 +264,15 @@ def test_edge_loss_equals_the_loops(counts):
         torch.testing.assert_close(loss.item(), expected * scale, rtol=1e-10, atol=1e-12)
 
 
-def test_pack_nodes():
-    """Slots hold the selected nodes of their image in order; the rest of an image is empty."""
-    selected = torch.tensor([True, False, True, True, True, False])
-    image_index = torch.tensor([2, 0, 0, 2, 2, 1])
-    index, valid = dsig.pack_nodes(selected, image_index, 3, 3)
-    assert valid.tolist() == [[True, False, False], [False] * 3, [True] * 3]
-    assert index[valid].tolist() == [2, 0, 3, 4]
-    index, valid = dsig.pack_nodes(selected, image_index, 3, 2)
-    assert index[2].tolist() == [0, 3] and valid.sum() == 3
-    index, valid = dsig.pack_nodes(selected, image_index, 3, 0)
-    assert index.shape == valid.shape == (3, 0)
+def test_nodes_without_edges_change_nothing():
+    """Left out of the graph, or in it without edges: the same loss and gradient."""
+    student, teacher, selected, index = random_batch([(3, 5), (0, 4), (2, 0)], seed=3)
+    student.requires_grad_()
+    results = []
+    for rows in (slice(None), selected):
+        loss = graph_edge_loss(student[rows], teacher[rows], selected[rows], index[rows], 3)
+        results.append((loss, torch.autograd.grad(loss, student)[0]))
+    torch.testing.assert_close(*results)
 
 
 def test_edge_invariances():
@@ -295,13 +303,14 @@ def test_edge_gradient_is_tangential():
 
 
 def test_node_losses_know_only_the_order_invariance():
-    """Oracle 3: node terms are unchanged by a joint permutation, but see scale and rotation."""
+    """Oracle 3: a permutation in an image changes no node term; scale and rotation do."""
     student, teacher, foreground, index = random_batch([(3, 4), (2, 2)], seed=7)
-    losses = dsig.node_losses(student, teacher, foreground, index, 2)
+    losses = node_losses(student, teacher, foreground, index, 2)
     order = torch.randperm(len(student), generator=torch.Generator().manual_seed(8))
-    permuted = dsig.node_losses(student[order], teacher[order], foreground[order], index[order], 2)
-    scaled = dsig.node_losses(2 * student, teacher, foreground, index, 2)
-    rolled = dsig.node_losses(student.roll(1, 1), teacher, foreground, index, 2)
+    order = order[index[order].argsort(stable=True)]
+    permuted = node_losses(student[order], teacher[order], foreground[order], index[order], 2)
+    scaled = node_losses(2 * student, teacher, foreground, index, 2)
+    rolled = node_losses(student.roll(1, 1), teacher, foreground, index, 2)
     for k in range(2):
         torch.testing.assert_close(permuted[k], losses[k])
         assert not torch.isclose(scaled[k], losses[k])
@@ -312,10 +321,9 @@ def test_mining_threshold_moves_only_edges():
     """Oracle 6: T_mine changes the edge term; node terms do not depend on it."""
     student, teacher, foreground, index = random_batch([(3, 9)], seed=9)
     logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(9))
-    mined = {t: dsig.mine_background(logits, foreground, t) for t in (0.0, 1.2, math.inf)}
+    chosen = {t: dsig.nodes_with_edges(logits, foreground, t) for t in (0.0, 1.2, math.inf)}
     edges = {
-        t: graph_edge_loss(student, teacher, foreground | m, index, 1).item()
-        for t, m in mined.items()
+        t: graph_edge_loss(student, teacher, nodes, index, 1).item() for t, nodes in chosen.items()
     }
     assert len(set(edges.values())) == 3
     only_fg = graph_edge_loss(student, teacher, foreground, index, 1).item()
@@ -370,7 +378,7 @@ def test_identity():
     twin = nodes.detach().clone()
     logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(12)).requires_grad_()
     exact = [
-        *dsig.node_losses(nodes, twin, foreground, index, 2),
+        *node_losses(nodes, twin, foreground, index, 2),
         dsig.class_logit_loss(logits, logits.detach()),
         roi_box_loss(nodes[:, :4], twin[:, :4], (~foreground).long(), 1),
         pyramid_mimic_loss([nodes], [twin]),
@@ -390,7 +398,7 @@ def test_degenerate_graphs(counts, scale):
     student, teacher, foreground, index = random_batch(counts, seed=13)
     student = (scale * student).float().requires_grad_()
     losses = [
-        *dsig.node_losses(student, teacher.float(), foreground, index, len(counts)),
+        *node_losses(student, teacher.float(), foreground, index, len(counts)),
         graph_edge_loss(student, teacher.float(), foreground, index, len(counts)),
         dsig.class_logit_loss(student, teacher.float()),
     ]
@@ -434,10 +442,10 @@ def test_only_the_student_gets_gradients():
     student.requires_grad_()
     teacher.requires_grad_()
     logits = torch.randn(10, 4, dtype=torch.float64, requires_grad=True)
-    mined = dsig.mine_background(logits, foreground, T_MINE)
+    selected = dsig.nodes_with_edges(logits, foreground, T_MINE)
     total = (
-        sum(dsig.node_losses(student, teacher, foreground, index, 2))
-        + graph_edge_loss(student, teacher, foreground | mined, index, 2)
+        sum(node_losses(student, teacher, foreground, index, 2))
+        + graph_edge_loss(student, teacher, selected, index, 2)
         + dsig.class_logit_loss(student, teacher)
     )
     total.backward()
@@ -452,7 +460,7 @@ def test_batch_splitting(reduction):
     def terms(rows, num_images):
         args = student[rows], teacher[rows], foreground[rows], index[rows] - index[rows].min()
         kwargs = {"image_reduction": reduction}
-        fg, bg = dsig.node_losses(*args, num_images, **kwargs)
+        fg, bg = node_losses(*args, num_images, **kwargs)
         edge = graph_edge_loss(args[0], args[1], args[2] | True, args[3], num_images, **kwargs)
         return torch.stack([fg, bg, edge])
 
@@ -465,7 +473,7 @@ def test_unknown_reduction():
     """A reduction that does not exist is named together with the valid ones."""
     nodes, index = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="'max' is not one of mean, sum"):
-        dsig.node_losses(nodes, nodes, index.bool(), index, 1, image_reduction="max")
+        node_losses(nodes, nodes, index.bool(), index, 1, image_reduction="max")
 
 
 def test_gradients_numerically():
@@ -478,7 +486,7 @@ def test_gradients_numerically():
     def every_term(x):
         return torch.stack(
             [
-                *dsig.node_losses(x, teacher, foreground, index, 3),
+                *node_losses(x, teacher, foreground, index, 3),
                 graph_edge_loss(x, teacher, selected, index, 3),
                 dsig.class_logit_loss(x, teacher, valid, temperature=2.0),
             ]
@@ -493,7 +501,7 @@ def test_half_precision_features_give_full_precision_losses():
     student = student.bfloat16().requires_grad_()
     teacher = teacher.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fg, bg = dsig.node_losses(student, teacher, foreground, index, 1)
+        fg, bg = node_losses(student, teacher, foreground, index, 1)
         edge = graph_edge_loss(student, teacher, foreground, index, 1)
     expected = graph_edge_loss(student.detach().float(), teacher.float(), foreground, index, 1)
     assert {fg.dtype, bg.dtype, edge.dtype} == {torch.float32}

@@ -8,16 +8,31 @@ import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
-from d2kd.losses.logits import (
-    binary_kl,
-    dense_box_loss,
-    dense_class_loss,
-    mask_loss,
-    roi_box_loss,
-    roi_class_loss,
-)
+from d2kd.losses import logits as losses
+from d2kd.losses.logits import binary_kl, mask_loss, roi_box_loss, roi_class_loss
 
 K = 3
+
+
+def by_anchor(x: torch.Tensor) -> torch.Tensor:
+    """(B, N, ...) -> (B, A, ..., L): anchors in the order of maps; two a location where it fits."""
+    anchors = 2 if x.shape[1] % 2 == 0 else 1
+    return x.unflatten(1, (x.shape[1] // anchors, anchors)).movedim(1, -1)
+
+
+def dense_class_loss(student, teacher, labels, num_classes, temperature=1.0, focus=1.0):
+    """Of logits (B, N, K) and labels (B, N)."""
+    count = ((labels >= 0) & (labels < num_classes)).sum()
+    valid = by_anchor(labels >= 0)
+    student, teacher = by_anchor(student), by_anchor(teacher)
+    return losses.dense_class_loss(student, teacher, valid, count, temperature, focus)
+
+
+def dense_box_loss(student, teacher, labels, num_classes, *units):
+    """Of deltas (B, N, 4) and labels (B, N)."""
+    foreground = by_anchor((labels >= 0) & (labels < num_classes))
+    student, teacher = by_anchor(student), by_anchor(teacher)
+    return losses.dense_box_loss(student, teacher, foreground, foreground.sum(), *units)
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:

@@ -12,8 +12,10 @@ from torchvision.ops import roi_align
 from d2kd import ConfigError
 from d2kd.detectors.bundle import Batch, FeatureBundle
 from d2kd.detectors.spec import DetectorSpec
-from d2kd.heads.drkd import DRKD, choose_boxes, describe_parameters
-from d2kd.heads.drkd_units import InstanceLayout
+from d2kd.heads.drkd import DRKD, DRKDOptions
+from d2kd.heads.drkd.head import choose_boxes, describe_parameters
+from d2kd.heads.drkd.instances import refine_instances, relation_matrices
+from d2kd.numerics import Ragged
 from tests.detectors import (
     ARCHS,
     build,
@@ -23,6 +25,8 @@ from tests.detectors import (
     run_step,
     write_config,
 )
+
+from .test_pixels import brute_force_graph_unit
 
 STRIDES = (4, 8, 16, 32, 64)
 TERMS = {"pixel", "relation", "instance"}
@@ -50,22 +54,18 @@ def make_spec(role: str, channels: int, strides=STRIDES) -> DetectorSpec:
     return DetectorSpec(role, "GeneralizedRCNN", dict.fromkeys(strides, channels), frozenset())
 
 
-def make_head(student: int = 4, teacher: int = 6, **kwargs) -> DRKD:
+def make_head(student: int = 4, teacher: int = 6, **options) -> DRKD:
     """A head for pyramids of so many channels, with the weights of a two-stage student."""
-    options = {
-        "strides": STRIDES,
-        "instance_strides": STRIDES[:2],
-        "num_nodes": [4, 4, 8],
-        "pixel_weight": 1e-3,
-        "relation_weight": 4e-3,
-        "instance_weight": 2.4e-3,
-        **kwargs,
-    }
-    specs = {
-        "student_spec": make_spec("student", student, options["strides"]),
-        "teacher_spec": make_spec("teacher", teacher, options["strides"]),
-    }
-    return DRKD(**specs, **options)
+    weights = {"pixel_weight": 1e-3, "relation_weight": 4e-3, "instance_weight": 2.4e-3}
+    values = DRKDOptions(**{"nodes": (4, 4, 8), **weights, **options})
+    return DRKD(
+        options=values,
+        student_spec=make_spec("student", student),
+        teacher_spec=make_spec("teacher", teacher),
+        weights=DRKD.term_weights(values),
+        strides=STRIDES,
+        instance_strides=STRIDES[:2],
+    )
 
 
 def make_bundles(student: int = 4, teacher: int = 6, batch: int = 2, size=(64, 64), dtype=None):
@@ -138,7 +138,8 @@ def test_sizes_of_the_released_code(distiller):
     nodes = [graph.projection.out_features for graph in head.student_graphs.values()]
     assert nodes == [64, 64, 256, 256, 256]
     assert head.instance_strides == (4, 8)
-    assert head.pooling == {"output_size": 3, "sampling_ratio": 0, "aligned": False}
+    options = head.options
+    assert (options.pool_resolution, options.sampling_ratio, options.aligned) == (3, 0, False)
 
 
 @pytest.mark.parametrize("term", sorted(TERMS))
@@ -196,7 +197,7 @@ def test_all_weights_zero_is_refused(distiller):
     """A head without a term is a mistake."""
     weights = ("PIXEL_WEIGHT", "RELATION_WEIGHT", "INSTANCE_WEIGHT")
     opts = tuple(part for w in weights for part in (f"DISTILL.DRKD.{w}", 0.0))
-    with pytest.raises(ConfigError, match="weights"):
+    with pytest.raises(ConfigError, match="RELATION_WEIGHT, INSTANCE_WEIGHT are all 0"):
         distiller(opts=opts)
 
 
@@ -204,11 +205,14 @@ def test_all_weights_zero_is_refused(distiller):
 
 
 def terms_by_loops(head: DRKD, student: dict, teacher: dict, boxes: list, profile: str) -> dict:
-    """The three terms without weights, one level and one image at a time."""
+    """The three terms without weights, one level and one image at a time: graph units on maps, as
+    the formulas stand, and RoIAlign image by image."""
     code, terms = profile == "code", dict.fromkeys(TERMS, 0.0)
     for s in STRIDES:
-        gap = head.pixel_adapters(s, head.student_graphs[str(s)](student[s]))
-        gap = gap - head.teacher_graphs[str(s)](teacher[s])
+        gap = head.pixel_adapters(
+            s, brute_force_graph_unit(head.student_graphs[str(s)], student[s])
+        )
+        gap = gap - brute_force_graph_unit(head.teacher_graphs[str(s)], teacher[s])
         terms["pixel"] += gap.norm() if code else gap.square().mean()
     for s in STRIDES[:2]:
         for image, own in enumerate(boxes):
@@ -219,11 +223,13 @@ def terms_by_loops(head: DRKD, student: dict, teacher: dict, boxes: list, profil
                 roi_align(x[s][image : image + 1], [own.to(x[s])], 3, 1 / s, -1, aligned=False)
                 for x in (student, teacher)
             )
-            gap, layout = head.instance_adapters(s, mine) - theirs, InstanceLayout([n])
+            gap, rows = head.instance_adapters(s, mine) - theirs, Ragged([n])
             total = sum(map(len, boxes))
             terms["instance"] += gap.norm() if code else gap.square().sum() / total
-            related = head.student_relations[str(s)](mine.flatten(1), layout)
-            target = head.teacher_relations[str(s)](theirs.flatten(1), layout)
+            evaluate = refine_instances if code else relation_matrices
+            units = head.student_relations[str(s)], head.teacher_relations[str(s)]
+            instances = [x.flatten(1) for x in (mine, theirs)]
+            related, target = evaluate(units, instances, rows)
             if code:
                 gap = head.relation_adapters(s, related.view_as(mine)) - target.view_as(theirs)
                 terms["relation"] += gap.norm()
@@ -282,10 +288,8 @@ def test_paper_profile_freezes_and_copies_the_teachers_relation():
     head = make_head(4, 4, profile="paper")
     assert not any(p.requires_grad for p in head.teacher_relations.parameters())
     pooled = torch.randn(3, 36)
-    layout = InstanceLayout([3])
-    student, teacher = (
-        side["4"](pooled, layout) for side in (head.student_relations, head.teacher_relations)
-    )
+    units = head.student_relations["4"], head.teacher_relations["4"]
+    student, teacher = relation_matrices(units, [pooled, pooled], Ragged([3]))
     assert torch.equal(student, teacher)
 
 

@@ -1,0 +1,156 @@
+"""The nodes of DSIG's graphs: the boxes on which student and teacher are compared.
+
+A two-stage student brings its sampled RoIs; a dense one the best boxes that it currently predicts.
+
+Shapes: B images, R nodes of all images, C channels, P pooled size, K classes, A anchors a location;
+n candidates of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from ..detectors.bundle import DenseView
+from ..numerics import Ragged
+from .dense import join_levels
+
+# Coordinates beyond this are an overflow, which is for the trainer to report.
+_FARTHEST = 1e5
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The boxes of a batch on which student and teacher are compared.
+
+    Attributes:
+        student, teacher: (R, C, P, P) pooled features.
+        foreground, has_edges: (R,) bool.
+        layout: the images of the nodes.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    foreground: Tensor
+    has_edges: Tensor
+    layout: Ragged
+
+    @property
+    def looks_are_free(self) -> bool:
+        """Whether numbers are read without waiting for the device."""
+        return self.student.device.type == "cpu"
+
+    def with_edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The nodes by image: student's (B, M, C P P), teacher's, and which have edges (B, M).
+
+        On a CPU nodes without edges are left out, as the work grows with the square of M. On a GPU
+        it would take a wait for the device to know how many those are.
+        """
+        nodes, layout = [self.student.flatten(1), self.teacher.flatten(1)], self.layout
+        has_edges = layout.pad(self.has_edges)
+        if self.looks_are_free:
+            rows = self.has_edges.nonzero().squeeze(1)
+            if len(rows) < len(self.has_edges):
+                layout = Ragged(has_edges.sum(1).tolist())
+                nodes, has_edges = [x.index_select(0, rows) for x in nodes], layout.valid
+        student, teacher = map(layout.pad, nodes)
+        return student, teacher, has_edges
+
+
+class _Candidates(NamedTuple):
+    """Predictions of a dense detector, best first: each (B, n)."""
+
+    scores: Tensor
+    classes: Tensor
+    anchors: Tensor  # their number among the anchors of all levels, ordered y, x, anchor
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """The best boxes that a dense detector currently predicts: the nodes of its graph.
+
+    There is no score threshold, so a graph has its nodes from the first iteration on.
+
+    Attributes:
+        per_level: (location, class) pairs that a pyramid level may propose for an image.
+        nms_threshold: IoU of the class-wise non-maximum suppression.
+        per_image: boxes that are kept over all levels.
+    """
+
+    per_level: int = 1000
+    nms_threshold: float = 0.5
+    per_image: int = 100
+
+    @torch.no_grad()
+    def __call__(self, dense: DenseView, image_sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Per image (n_i, 4) xyxy boxes, best first, clipped to the image; constants.
+
+        Waits for the device: how many boxes are left of an image decides shapes.
+        """
+        found = self._candidates(dense)
+        count = found.scores.shape[1]
+        if found.scores.device.type == "cpu":
+            # What is left of the first does not depend on the rest. A suppression takes time with
+            # the square of its boxes there; on a GPU, a second one would take a second wait.
+            first = min(count, 10 * self.per_image)
+            kept = self._suppress(dense, _Candidates(*(x[:, :first] for x in found)), image_sizes)
+            if first == count or all(len(boxes) == self.per_image for boxes in kept):
+                return kept
+        return self._suppress(dense, found, image_sizes)
+
+    def _candidates(self, dense: DenseView) -> _Candidates:
+        """The best (location, class) pairs of each level."""
+        scores, places, areas, starts = [], [], [], []
+        locations = 0
+        for logits in dense.logit_maps.values():
+            area, pairs = logits.shape[2] * logits.shape[3], logits.flatten(1)
+            best, place = pairs.topk(min(self.per_level, pairs.shape[1]), dim=1)
+            scores.append(best)
+            places.append(place)
+            areas += [area] * best.shape[1]
+            starts += [locations] * best.shape[1]
+            locations += area
+        # Where it lies in its map (A, K, H W), from where it lies in memory.
+        area, start = torch.tensor([areas, starts]).to(scores[0].device, non_blocking=True)
+        place = torch.cat(places, dim=1)
+        channel, location = place // area, place % area + start
+        stride, logits = next(iter(dense.logit_maps.items()))
+        num_anchors = dense.delta_maps[stride].shape[1] // 4
+        num_classes = logits.shape[1] // num_anchors
+        anchors = location * num_anchors + channel // num_classes
+        best, order = torch.cat(scores, dim=1).float().sort(dim=1, descending=True)
+        return _Candidates(best, (channel % num_classes).gather(1, order), anchors.gather(1, order))
+
+    def _suppress(
+        self, dense: DenseView, found: _Candidates, image_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Decode candidates and keep the best that no better one of their class overlaps."""
+        boxes = self._decode(dense, found.anchors)
+        # Classes lie side by side, in float64, where moving a box costs no digit: so one call
+        # serves all classes.
+        moved = boxes.double() + (found.classes * (2 * _FARTHEST + 1))[..., None]
+        scores = found.scores.double()
+        limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
+        limits = limits.to(boxes.device, non_blocking=True)[:, None]
+        boxes = boxes.clamp(min=0).minimum(limits)
+        kept = (nms(*image, self.nms_threshold) for image in zip(moved, scores, strict=True))
+        return [b[k[: self.per_image]] for b, k in zip(boxes, kept, strict=True)]
+
+    def _decode(self, dense: DenseView, anchors: Tensor) -> Tensor:
+        """Boxes (B, n, 4) that are predicted at the anchors of these numbers (B, n)."""
+        deltas = join_levels(dense.delta_maps, list(dense.delta_maps), 4)  # (B, A, 4, L)
+        _, num_anchors, _, num_locations = deltas.shape
+        location, anchor = anchors // num_anchors, anchors % num_anchors
+        first = anchor * (4 * num_locations) + location
+        places = first[..., None] + torch.arange(
+            0, 4 * num_locations, num_locations, device=first.device
+        )
+        chosen = deltas.flatten(1).gather(1, places.flatten(1)).float()
+        origins = torch.cat(list(dense.anchors.values()))[anchors]
+        boxes = dense.decode(chosen.view(-1, 4), origins.view(-1, 4)).view_as(origins)
+        return boxes.nan_to_num().clamp(-_FARTHEST, _FARTHEST)
