@@ -13,9 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ..numerics import full_precision, on_device, stack_channels
+from ..numerics import Ragged, full_precision, on_device, stack_channels
 
 
 def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -25,10 +24,11 @@ def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         boxes: B tensors (n_i, 4).
 
     Returns:
-        boxes (B, P, 4) with P = max n_i, padded with zeros, and their validity (B, P), bool.
+        boxes (B, P, 4) with P = max n_i (at least 1), padded with zeros, and their validity
+        (B, P), bool.
     """
-    valid = pad_sequence([b.new_ones(len(b), dtype=torch.bool) for b in boxes], batch_first=True)
-    return pad_sequence(boxes, batch_first=True), valid
+    layout = Ragged.of(boxes)
+    return layout.pad(torch.cat(boxes)), layout.valid
 
 
 def assign_levels(
@@ -37,8 +37,8 @@ def assign_levels(
     """Pyramid level of each box by its size: ``floor(log2(sqrt((w + m)(h + m)) / base_size))``.
 
     A box of ``base_size`` to twice that (side, in input pixels) belongs to the finest level, each
-    further octave to the next one (Global Knowledge, released code, with m = 1; with m = 0 and
-    four levels from stride 4 it is FPN's rule).
+    further octave to the next one. With m = 1 it is the rule of Global Knowledge's released code,
+    with m = 0 and 14 strides of the finest level as ``base_size`` FPN's (224 px to stride 16).
 
     Args:
         boxes: (..., 4) xyxy in input pixels.
@@ -50,8 +50,9 @@ def assign_levels(
         (...,) long, 0 = finest level.
     """
     width, height = (boxes[..., 2:] - boxes[..., :2]).float().clamp(min=0).unbind(-1)
-    size = ((width + margin) * (height + margin)).sqrt()
-    octave = torch.log2(size / base_size + 1e-6)
+    if margin:
+        width, height = width + margin, height + margin
+    octave = torch.log2((width * height).sqrt() / base_size + 1e-6)
     return octave.floor().clamp(0, num_levels - 1).long()
 
 

@@ -26,6 +26,23 @@ def join_levels(maps: Mapping[int, Tensor], strides: Sequence[int], width: int) 
     return torch.cat([maps[s].unflatten(1, (-1, width)).flatten(3) for s in strides], dim=3)
 
 
+def at_anchors(joined: Tensor, anchors: Tensor) -> Tensor:
+    """Predictions at a few anchors.
+
+    Args:
+        joined: (B, A, width, L) of :func:`join_levels`.
+        anchors: (B, P) long, numbers of anchors over those levels, ordered y, x, anchor.
+
+    Returns:
+        (B, P, width).
+    """
+    _, num_anchors, width, num_locations = joined.shape
+    first = anchors % num_anchors * (width * num_locations) + anchors // num_anchors
+    steps = torch.arange(0, width * num_locations, num_locations, device=anchors.device)
+    places = first[..., None] + steps
+    return joined.flatten(1).gather(1, places.flatten(1)).view_as(places)
+
+
 @dataclass(frozen=True)
 class DensePair:
     """Two dense detectors on the anchors of the levels that both have, fine to coarse.

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from ..detectors.bundle import DenseView
-from ..numerics import Ragged
-from .dense import join_levels
+from ..numerics import Ragged, on_device
+from .dense import at_anchors, join_levels
 
 # Coordinates beyond this are an overflow, which is for the trainer to report.
 _FARTHEST = 1e5
@@ -116,7 +116,7 @@ class TopPredictions:
             starts += [locations] * best.shape[1]
             locations += area
         # Where it lies in its map (A, K, H W), from where it lies in memory.
-        area, start = torch.tensor([areas, starts]).to(scores[0].device, non_blocking=True)
+        area, start = on_device([areas, starts], scores[0].device)
         place = torch.cat(places, dim=1)
         channel, location = place // area, place % area + start
         stride, logits = next(iter(dense.logit_maps.items()))
@@ -135,22 +135,15 @@ class TopPredictions:
         # serves all classes.
         moved = boxes.double() + (found.classes * (2 * _FARTHEST + 1))[..., None]
         scores = found.scores.double()
-        limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
-        limits = limits.to(boxes.device, non_blocking=True)[:, None]
-        boxes = boxes.clamp(min=0).minimum(limits)
+        limits = on_device([(w, h, w, h) for h, w in image_sizes], boxes.device, boxes.dtype)
+        boxes = boxes.clamp(min=0).minimum(limits[:, None])
         kept = (nms(*image, self.nms_threshold) for image in zip(moved, scores, strict=True))
         return [b[k[: self.per_image]] for b, k in zip(boxes, kept, strict=True)]
 
     def _decode(self, dense: DenseView, anchors: Tensor) -> Tensor:
         """Boxes (B, n, 4) that are predicted at the anchors of these numbers (B, n)."""
-        deltas = join_levels(dense.delta_maps, list(dense.delta_maps), 4)  # (B, A, 4, L)
-        _, num_anchors, _, num_locations = deltas.shape
-        location, anchor = anchors // num_anchors, anchors % num_anchors
-        first = anchor * (4 * num_locations) + location
-        places = first[..., None] + torch.arange(
-            0, 4 * num_locations, num_locations, device=first.device
-        )
-        chosen = deltas.flatten(1).gather(1, places.flatten(1)).float()
+        deltas = join_levels(dense.delta_maps, list(dense.delta_maps), 4)
+        chosen = at_anchors(deltas, anchors).float()
         origins = torch.cat(list(dense.anchors.values()))[anchors]
-        boxes = dense.decode(chosen.view(-1, 4), origins.view(-1, 4)).view_as(origins)
+        boxes = dense.decode(chosen.flatten(0, 1), origins.flatten(0, 1)).view_as(origins)
         return boxes.nan_to_num().clamp(-_FARTHEST, _FARTHEST)

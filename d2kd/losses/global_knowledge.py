@@ -24,18 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..numerics import full_precision, on_device
-
-# A feature shorter than this has no direction worth comparing, and the gradient of its cosine,
-# which grows as 1 / length, would outweigh the rest.
-_SHORTEST = 1e-6
-
-
-def unit_vectors(vectors: Tensor) -> Tensor:
-    """(..., C) scaled to length one. A zero vector becomes zero, and so does its gradient."""
-    square = vectors.square().sum(dim=-1, keepdim=True)
-    nonzero = square > _SHORTEST**2
-    return vectors * (torch.where(nonzero, square, 1.0).rsqrt() * nonzero)
+from ..numerics import full_precision, on_device, softened_kl, unit_vectors
 
 
 @full_precision
@@ -243,11 +232,8 @@ def soft_label_loss(
     Returns:
         scalar; zero without boxes.
     """
-    target = F.log_softmax(teacher.detach() / temperature, dim=1)
-    prediction = F.log_softmax(student / temperature, dim=1)
-    divergence = F.kl_div(prediction, target, reduction="none", log_target=True).mean(dim=1)
-    weight = (reliability * valid).detach() * temperature**2
-    return (weight * divergence).sum() / valid.sum().clamp(min=1)
+    weight = (reliability * valid).detach() / student.shape[1]
+    return softened_kl(student, teacher, temperature, weight) / valid.sum().clamp(min=1)
 
 
 def attenuation(iteration: int, max_iter: int) -> float:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..numerics import connected_zero, full_precision, softened_kl
+from ..numerics import connected_zero, full_precision, on_device, softened_kl
 
 _NO_UNITS = (1.0, 1.0, 1.0, 1.0)
 
@@ -256,7 +256,7 @@ def _in_units(deltas: Tensor, own: Sequence[float], wanted: Sequence[float], dim
     factors = [new / old for new, old in zip(wanted, own, strict=True)]
     if factors == [1.0] * 4:
         return deltas
-    row = torch.tensor(factors, dtype=deltas.dtype).to(deltas.device, non_blocking=True)
+    row = on_device(factors, deltas.device, deltas.dtype)
     return deltas * row.view(-1, *[1] * (deltas.dim() - dim - 1))
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..losses.global_knowledge import unit_vectors
-from ..numerics import full_precision
+from ..numerics import full_precision, unit_vectors
 
 # Share of the initial energy below which a gain, or a difference of gains, is rounding.
 _NEGLIGIBLE = 1e-6

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..numerics import stack_channels
+from ..numerics import stack_channels, unit_vectors
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class LevelPrototypes:
         others = ~torch.eye(len(classes), dtype=torch.bool)
         cosines = {}
         for name, features in (("student", self.student), ("teacher", self.teacher)):
-            unit = F.normalize(features.float(), dim=1)
+            unit = unit_vectors(features.float())
             product = unit @ unit.T
             cosines[name] = (product[same & others].mean().item(), product[~same].mean().item())
         return cosines

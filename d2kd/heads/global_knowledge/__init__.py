@@ -1,7 +1,7 @@
 """Global Knowledge: equal responses to prototypes, and local losses weighted by reliability."""
 
-from .boxes import gather_levels, pick_foreground
+from .boxes import pick_foreground
 from .head import GlobalKnowledge
 from .options import GlobalKnowledgeOptions
 
-__all__ = ["GlobalKnowledge", "GlobalKnowledgeOptions", "gather_levels", "pick_foreground"]
+__all__ = ["GlobalKnowledge", "GlobalKnowledgeOptions", "pick_foreground"]

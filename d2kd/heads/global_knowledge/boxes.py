@@ -6,13 +6,13 @@ Shape legend: B images, P boxes per image (padded), N anchors or RoIs of an imag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ...detectors.bundle import FeatureBundle
+from ...numerics import Ragged
 
 
 @dataclass(frozen=True)
@@ -53,37 +53,31 @@ def pick_foreground(labels: Tensor, num_classes: int, count: int) -> tuple[Tenso
     return index, wanted <= total
 
 
-def gather_levels(levels: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Rows ``index`` (B, P) of the concatenation of ``levels`` (B, N_l, K), without making it."""
-    start, found = 0, []
-    for level in levels:
-        local = index - start
-        inside = (local >= 0) & (local < level.shape[1])
-        local = local.clamp(0, level.shape[1] - 1)[..., None].expand(-1, -1, level.shape[2])
-        found.append(level.gather(1, local) * inside[..., None])
-        start += level.shape[1]
-    return torch.stack(found).sum(dim=0)
-
-
-def pick(
+def pick_objects(
     boxes: Sequence[Tensor], labels: Sequence[Tensor], num_classes: int, count: int
 ) -> PickedBoxes:
-    """Foreground of per-image lists, (n_i, 4) and (n_i,)."""
-    padded = pad_sequence(list(labels), batch_first=True, padding_value=num_classes)
-    index, valid = pick_foreground(padded, num_classes, count)
-    picked = pad_sequence(list(boxes), batch_first=True)
-    picked = picked.gather(1, index[..., None].expand(-1, -1, 4))
-    return PickedBoxes(picked, padded.gather(1, index) * valid, valid, index)
+    """Of per-image lists, (n_i, 4) and (n_i,)."""
+    return _pick(Ragged.of(boxes), boxes, torch.cat(list(labels)), num_classes, count)
 
 
 def pick_rois(student: FeatureBundle, num_classes: int, count: int) -> PickedBoxes:
     """Positive RoIs of the student; ``index`` are positions among all RoIs of the batch."""
     roi = student.roi
-    counts = [len(boxes) for boxes in roi.boxes]
-    picked = pick(roi.boxes, roi.labels.split(counts), num_classes, count)
-    rows = torch.arange(len(roi.labels), device=roi.labels.device).split(counts)
-    index = pad_sequence(list(rows), batch_first=True).gather(1, picked.index)
-    return PickedBoxes(picked.boxes, picked.labels, picked.valid, index)
+    layout = Ragged.of(roi.boxes)
+    picked = _pick(layout, roi.boxes, roi.labels, num_classes, count)
+    rows = layout.pad(torch.arange(len(roi.labels), device=roi.labels.device))
+    return replace(picked, index=rows.gather(1, picked.index))
+
+
+def _pick(
+    layout: Ragged, boxes: Sequence[Tensor], labels: Tensor, num_classes: int, count: int
+) -> PickedBoxes:
+    """Foreground of boxes that lie image after image."""
+    padded = layout.pad(labels, fill=num_classes)
+    index, valid = pick_foreground(padded, num_classes, count)
+    corners = layout.pad(torch.cat(list(boxes)))
+    picked = corners.gather(1, index[..., None].expand(-1, -1, 4))
+    return PickedBoxes(picked, padded.gather(1, index) * valid, valid, index)
 
 
 def pick_anchors(

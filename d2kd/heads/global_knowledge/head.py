@@ -21,8 +21,9 @@ from ...prototypes.store import PrototypeBank, Prototypes
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import Adapters, build_adapters, pair_levels
 from ..base import DistillHead
+from ..dense import at_anchors, join_levels
 from ..needs import Need
-from .boxes import PickedBoxes, gather_levels, pick, pick_anchors, pick_rois
+from .boxes import PickedBoxes, pick_anchors, pick_objects, pick_rois
 from .options import GlobalKnowledgeOptions
 from .responses import CosineResponses, ProjectionResponses, Responses
 
@@ -147,7 +148,7 @@ class GlobalKnowledge(DistillHead):
     def pick_boxes(self, student: FeatureBundle, batch: Batch) -> PickedBoxes:
         """The boxes that the global and local losses are about."""
         if self.options.boxes == "gt":
-            return pick(batch.gt_boxes, batch.gt_classes, self.num_classes, self.max_boxes)
+            return pick_objects(batch.gt_boxes, batch.gt_classes, self.num_classes, self.max_boxes)
         return self._pick_positives(student)
 
     def _pick_positives(self, student: FeatureBundle) -> PickedBoxes:
@@ -271,12 +272,11 @@ class GlobalKnowledge(DistillHead):
             picked = self._pick_positives(student)
             reliability, _ = self._compare(student, teacher, picked, with_global=False)
         weights = reliability.gather(0, self._levels_of(picked.boxes)[None]).flatten()
-        logits = [
-            gather_levels(list(bundle.dense.logits.values()), picked.index).flatten(0, 1)
-            for bundle in (student, teacher)
-        ]
+        maps = (bundle.dense.logit_maps for bundle in (student, teacher))
+        joined = (join_levels(m, list(m), self.num_classes) for m in maps)
+        mine, theirs = (at_anchors(x, picked.index).flatten(0, 1) for x in joined)
         temperature = self.options.soft_labels.temperature
-        return losses.soft_label_loss(*logits, weights, picked.valid.flatten(), temperature)
+        return losses.soft_label_loss(mine, theirs, weights, picked.valid.flatten(), temperature)
 
 
 def _soft_label_need(
