@@ -7,13 +7,16 @@ unnoticed is fatal; what is repaired, dropped or clipped is said. M annotations,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import first_line
 from .coco import Table, hashable, numbers, types_of
 from .image_files import (
+    UNREADABLE,
+    Header,
     image_path,
     leaves_folder,
     missing_files,
@@ -29,8 +32,6 @@ _ROUNDING = 1.0
 _SHARE = 0.01
 # A box read as x, y, width, height that reaches this share of the image beyond its border.
 _FAR_OUT = 0.1
-# Image files whose headers are read before training; `d2kd check` opens all.
-_SAMPLED_HEADERS = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Use:
             trained on.
         keep_empty: images without objects are trained on.
         strict_paths: DATASETS.STRICT_PATHS.
-        files: its images are looked for.
+        files: its images are looked for, and some opened (``headers``).
     """
 
     train: bool = True
@@ -57,6 +58,7 @@ class Use:
     keep_empty: bool = False
     strict_paths: bool = False
     files: bool = True
+    headers: int = 32
 
 
 def _findings(
@@ -581,9 +583,10 @@ def check_files(table: Table, root: str, use: Use) -> Iterator[Finding]:
         example,
         fatal=False,
     )
-    present = np.flatnonzero(~missing)
-    step = max(1, len(present) // _SAMPLED_HEADERS)
-    yield from check_headers(table, root, present[::step][:_SAMPLED_HEADERS])
+    if use.headers:  # evenly spread: whole folders may be of another kind
+        present = np.flatnonzero(~missing)
+        step = max(1, len(present) // use.headers)
+        yield from check_headers(table, root, present[::step][: use.headers])
 
 
 def check_headers(table: Table, root: str, places: np.ndarray) -> Iterator[Finding]:
@@ -592,36 +595,43 @@ def check_headers(table: Table, root: str, places: np.ndarray) -> Iterator[Findi
     Args:
         places: (n,) positions in ``table.images``.
     """
-    unreadable, deep, other_size = [], [], []
-    for place in places:
-        name = table.names[place]
+    headers: dict[int, Header | str] = {}
+    for place in places.tolist():
         try:
-            header = read_header(image_path(root, name))
-        except (OSError, SyntaxError, ValueError) as error:
-            unreadable.append(f"{shown(name)} ({type(error).__name__})")
+            headers[place] = read_header(image_path(root, table.names[place]))
+        except UNREADABLE as error:
+            headers[place] = first_line(error)
+    yield from judge_headers(table, headers)
+
+
+def judge_headers(table: Table, headers: Mapping[int, Header | str]) -> Iterator[Finding]:
+    """Images that cannot be read, are too deep, or are of another size than the JSON says.
+
+    Args:
+        headers: position in ``table.images`` -> its header, or why it cannot be read.
+    """
+    unreadable, deep, other_size = [], [], []
+    for place, header in headers.items():
+        name = shown(table.names[place])
+        if isinstance(header, str):
+            unreadable.append(f"{name} ({header})")
             continue
         if header.deep:
-            deep.append(f"{shown(name)} (mode {header.mode})")
-        stated = table.sizes[place]
-        if not np.isnan(stated).any() and tuple(stated) != header.seen_size:
-            seen = f"{header.seen_size[0]} x {header.seen_size[1]}"
+            deep.append(f"{name} (mode {header.mode})")
+        stated, seen = table.sizes[place], header.seen_size
+        if not np.isnan(stated).any() and tuple(stated) != seen:
             turned = ", turned by its EXIF orientation" if header.turned else ""
-            other_size.append(
-                f"{shown(name)} is {seen}{turned}, not {stated[0]:.0f} x {stated[1]:.0f}"
-            )
-    looked = "image" if len(places) == 1 else f"{len(places):,} images that were opened"
+            stated = f"{stated[0]:.0f} x {stated[1]:.0f}"
+            other_size.append(f"{name} is {seen[0]} x {seen[1]}{turned}, not {stated}")
     for bad, text, remedy in (
-        (unreadable, "are no readable images", "repair or remove them"),
+        (unreadable, "cannot be read", "repair or remove them"),
         (
             deep,
             "have more than 8 bits a channel, of which Detectron2 would make white images",
             "convert them to 8 bits",
         ),
-        (
-            other_size,
-            "have another size than the JSON says",
-            "mend 'width' and 'height' in the JSON",
-        ),
+        (other_size, "have another size than the JSON says", "mend 'width' and 'height' there"),
     ):
         if bad:
-            yield Finding(f"{len(bad)} of {looked} {text}", remedy, some(bad), fatal=True)
+            head = f"{len(bad):,} of {len(headers):,} images that were opened {text}"
+            yield Finding(head, remedy, some(bad), fatal=True)

@@ -74,9 +74,9 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> list[DatasetReport]:
     """
     register_coco_format_datasets(cfg)
     check_input(cfg)
-    uses = _uses(cfg, train)
+    uses = dataset_uses(cfg, train)
     for name in uses:
-        _check_files(name)
+        check_present(name)
     reports = examine(cfg, uses)
     _reports[:] = reports
     if any(report.fatal for report in reports):
@@ -111,8 +111,9 @@ def check_input(cfg: CfgNode) -> None:
     if cfg.MODEL.LOAD_PROPOSALS or precomputed:
         name = "PROPOSAL_GENERATOR.NAME PrecomputedProposals" if precomputed else "LOAD_PROPOSALS"
         raise ConfigError(
-            f"MODEL.{name}: d2kd does not load pre-computed proposals, as their files are pickles, "
-            "which can run code; valid: MODEL.PROPOSAL_GENERATOR.NAME RPN, MODEL.LOAD_PROPOSALS False"
+            f"MODEL.{name}: d2kd does not load pre-computed proposals, as their files are "
+            "pickles, which can run code; valid: MODEL.PROPOSAL_GENERATOR.NAME RPN, "
+            "MODEL.LOAD_PROPOSALS False"
         )
 
 
@@ -184,7 +185,7 @@ def _keypoint_metadata(name: str, stated: Any) -> dict:
 # --- examining ----------------------------------------------------------------------------------
 
 
-def _uses(cfg: CfgNode, train: bool) -> dict[str, Use]:
+def dataset_uses(cfg: CfgNode, train: bool) -> dict[str, Use]:
     """Name -> use of each dataset of the config, training sets first.
 
     Raises:
@@ -222,7 +223,8 @@ def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
     reference = None if any(use.train for use in uses.values()) else trained_classes(cfg)
     expected = number_of_classes(cfg)
     answers: dict[str, Answer] = {}
-    reports = []
+    reports: list[DatasetReport] = []
+    keypoints: list[str] = []
     for name, use in uses.items():
         if is_readable(name) or (use.test and _is_evaluated_from_file(name)):
             answers[name] = _examine_file(name, use, reference, expected)
@@ -237,7 +239,9 @@ def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
             reference = tuple(names) if reference is None else reference
             report.findings += _check_class_count(cfg, expected, names)
         if use.keypoints and name in answers:
-            report.findings += _check_keypoint_names(cfg, name, use, answers[name])
+            stated = MetadataCatalog.get(name).get("keypoint_names")
+            keypoints = list(stated or answers[name].keypoint_names) or keypoints
+            report.findings += _check_keypoint_names(cfg, name, use, keypoints)
         reports.append(report)
     _choose_mask_format(cfg, answers, reports)
     _compare_images(uses, answers, reports)
@@ -366,10 +370,13 @@ def _check_class_count(cfg: CfgNode, expected: int | None, names: Iterable[str])
     ]
 
 
-def _check_keypoint_names(cfg: CfgNode, name: str, use: Use, answer: Answer) -> list[Finding]:
-    """Names of keypoints, which pairs swap in a mirrored image, and the sigmas of evaluation."""
+def _check_keypoint_names(cfg: CfgNode, name: str, use: Use, names: list[str]) -> list[Finding]:
+    """How many keypoints have names, which swap in a mirrored image, and the sigmas of evaluation.
+
+    Args:
+        names: of the dataset, or of the training set for one that states none.
+    """
     metadata = MetadataCatalog.get(name)
-    names = list(metadata.get("keypoint_names") or answer.keypoint_names)
     findings = []
     if len(names) != use.keypoints:
         found = f"there are {len(names)}: {list_of(names)}" if names else "there are none"
@@ -391,7 +398,8 @@ def _check_keypoint_names(cfg: CfgNode, name: str, use: Use, answer: Answer) -> 
             )
         )
     pairs = metadata.get("keypoint_flip_map")
-    if pairs is None:
+    if pairs is None or name in _pairs_by_name:
+        _pairs_by_name.add(name)
         pairs = mirrored_pairs(names)
         if use.train and cfg.INPUT.RANDOM_FLIP == "horizontal":
             said = ", ".join(f"{a} and {b}" for a, b in pairs) or "no two"
@@ -403,6 +411,10 @@ def _check_keypoint_names(cfg: CfgNode, name: str, use: Use, answer: Answer) -> 
             )
     loading.set_metadata(name, keypoint_names=names, keypoint_flip_map=pairs)
     return findings
+
+
+# Datasets whose pairs of keypoints nobody stated.
+_pairs_by_name: set[str] = set()
 
 
 def mirrored_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -456,7 +468,7 @@ def _unknown_name(name: Any) -> str:
     return f"there is no dataset '{name}'; {hint}"
 
 
-def _check_files(name: str) -> None:
+def check_present(name: str) -> None:
     """Checks that what the metadata of a COCO or VOC dataset points to exists."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("made_on_first_use"):

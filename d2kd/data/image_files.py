@@ -16,6 +16,8 @@ from ..errors import first_line
 # Modes of Pillow with more than 8 bits a channel. Detectron2 converts them with Pillow's convert(),
 # which clips at 255: nearly all of a 16-bit picture becomes white.
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# What Pillow raises for files that are no image, or a broken one.
+UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, Image.DecompressionBombError)
 _ORIENTATION = 274  # EXIF tag
 
 
@@ -59,7 +61,7 @@ def read_header(path: str) -> Header:
     """The header of an image file.
 
     Raises:
-        OSError, SyntaxError, ValueError: it is not there, or no image.
+        One of ``UNREADABLE``: it is not there, or no image.
     """
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
         return header_of(image)
@@ -148,12 +150,12 @@ def explain_unreadable(record: dict, deep_only: bool = False) -> str:
             header = header_of(image)
             if not deep_only:
                 image.load()
-    except (OSError, SyntaxError, ValueError, ArithmeticError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         return "" if deep_only else f"image {path} cannot be read ({first_line(error)})"
     if header.deep:
         return (
-            f"image {path} has more than 8 bits a channel (mode {header.mode}), of which Detectron2 "
-            "would make a white image: convert it to 8 bits"
+            f"image {path} has more than 8 bits a channel (mode {header.mode}), of which "
+            "Detectron2 would make a white image: convert it to 8 bits"
         )
     stated = record.get("width"), record.get("height")
     if not deep_only and None not in stated and stated != header.seen_size:
