@@ -14,6 +14,7 @@ scheduled, to the student's losses. In evaluation, and in checkpoints, it is the
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -26,6 +27,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .config import head_schedule, student_config, validate_distillation_config
+from .data.custom import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
 from .detectors.spec import DetectorSpec, describe_detector
@@ -162,7 +164,13 @@ class Distiller(nn.Module):
         if names or inherit:
             built["teacher"] = teacher = Teacher.from_config(cfg)
         if names:
+<<<<<<< HEAD
             built["specs"] = specs = describe_pair(student, teacher)
+=======
+            student_spec = describe_detector(student, "student")
+            student_spec = dataclasses.replace(student_spec, class_names=trained_classes(cfg))
+            teacher_spec = teacher.describe(student_spec)
+>>>>>>> 14a04ee (A term that compares classes needs the same names in the same order, where both are known)
             # The student's random numbers, now and in training, are those of plain Detectron2.
             with torch.random.fork_rng(devices=[]):
                 built["heads"] = {name: build_head(name, cfg, *specs) for name in names}

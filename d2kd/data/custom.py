@@ -310,22 +310,32 @@ def trained_classes(cfg: CfgNode) -> tuple[str, ...] | None:
     """Names of the classes that a detector of ``cfg`` was trained on, in order.
 
     Returns:
-        None where that is not known: the file of the training set is not here.
+        None where they are not known: the annotation file of the training set is not here, or they
+        are not as many as the model has.
     """
+    expected = number_of_classes(cfg)
     for name in cfg.DATASETS.TRAIN:
-        if name not in DatasetCatalog:
-            continue
-        metadata = MetadataCatalog.get(name)
-        if is_readable(name) and os.path.isfile(metadata.json_file):
-            try:
-                categories = read_categories(str(metadata.json_file))
-            except ConfigError:
-                return None
-            classes, _ = classes_of(categories, (), None, number_of_classes(cfg))
-            return classes.names if classes else None
-        if metadata.get("thing_classes"):
-            return tuple(metadata.thing_classes)
+        names = _names_of(name, cfg, expected)
+        if names is not None:
+            return names if expected in (None, len(names)) else None
     return None
+
+
+def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] | None:
+    """Class names of a dataset, from its annotation file or its metadata; None if not known."""
+    files = {entry[0]: str(entry[1]) for entry in cfg.DATASETS.get("COCO_FORMAT", ())}
+    known = name in DatasetCatalog
+    if name not in files and known and is_readable(name):
+        files[name] = str(MetadataCatalog.get(name).json_file)
+    path = os.path.expanduser(files.get(name, ""))
+    if os.path.isfile(path):
+        try:
+            classes, _ = classes_of(read_categories(path), (), None, expected=expected)
+        except ConfigError:
+            return None
+        return classes.names if classes else None
+    names = MetadataCatalog.get(name).get("thing_classes") if known and not path else None
+    return tuple(names) if names else None
 
 
 def _other_order(names: Iterable[str], reference: tuple[str, ...]) -> Finding:

@@ -82,6 +82,17 @@ def _different(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:
                 return f"needs {SHARED[name]} in both detectors; they differ at stride {stride}"
         elif mine != theirs:
             return f"needs {SHARED[name]}; the student has {mine}, the teacher {theirs}"
+        elif name == "num_classes" and _other_names(student, teacher):
+            return f"needs the same classes in the same order; {_other_names(student, teacher)}"
+    return ""
+
+
+def _other_names(student: DetectorSpec, teacher: DetectorSpec) -> str:
+    """The first class of another name, where the names of both are known."""
+    pairs = zip(student.class_names or (), teacher.class_names or (), strict=False)
+    for number, (mine, theirs) in enumerate(pairs):
+        if mine != theirs:
+            return f"class {number} of the student is '{mine}', of the teacher '{theirs}'"
     return ""
 
 
