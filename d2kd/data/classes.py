@@ -67,38 +67,35 @@ def classes_of(
     ids = [category["id"] for category in entries]
     root = _root(entries, names, used)
     if root is not None and not _is_counted(names, root, reference, expected):
-        findings.append(
-            Finding(
-                f"category {shown(names[root])} (id {ids[root]}) has no object and is the "
-                "supercategory of all others",
-                "an exporter's root, which is no class",
-            )
-        )
+        text = f"category {shown(names[root])} (id {ids[root]}) has no object and is the "
+        remedy = "an exporter's root, which is no class"
+        findings.append(Finding(text + "supercategory of all others", remedy))
         del names[root], ids[root]
     as_text = [entry["name"] for entry in entries if type(entry["name"]) is not str]
     if as_text:
-        findings.append(
-            Finding("category names are not text", "taken as text", some(map(shown, as_text)))
-        )
-    double = [name for name, count in Counter(names).items() if count > 1]
+        text = "category names are not text"
+        findings.append(Finding(text, "taken as text", some(map(shown, as_text))))
+    double = _double_names(names, ids)
     if double:
-        findings.append(
-            Finding(
-                f"{plural(len(double), 'category name')} stand for several ids",
-                "give each class its own name",
-                some(
-                    f"{shown(name)}: ids "
-                    + ", ".join(str(i) for i, n in zip(ids, names, strict=True) if n == name)
-                    for name in double
-                ),
-                fatal=True,
-            )
-        )
-        return None, findings
+        return None, [*findings, double]
     if reference is not None:
         matched, more = _match(names, ids, reference, owner)
         return matched, findings + more
     return Classes(tuple(names), tuple(ids)), findings
+
+
+def _double_names(names: list[str], ids: list[int]) -> Finding | None:
+    """Names that stand for several categories, so that nothing can be matched by name."""
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if not double:
+        return None
+    places = {name: [i for i, n in zip(ids, names, strict=True) if n == name] for name in double}
+    return Finding(
+        f"category names stand for several ids: {list_of(double)}",
+        "give each class its own name",
+        some(f"{shown(name)}: ids {', '.join(map(str, found))}" for name, found in places.items()),
+        fatal=True,
+    )
 
 
 def _broken_categories(categories: list[dict]) -> list[Finding]:
@@ -158,7 +155,9 @@ def _is_counted(
 def check_category_ids(table: Table) -> list[Finding]:
     """Annotations of a category that the file does not list."""
     known = {category.get("id") for category in table.categories if type(category.get("id")) is int}
-    counts = Counter(hashable(table.category_ids))
+    counts = Counter(
+        shown(value) if type(value) in (list, dict) else value for value in table.category_ids
+    )
     counts.pop(None, None)  # missing, which is named elsewhere
     unknown = {category: count for category, count in counts.items() if category not in known}
     if not unknown or not known:

@@ -334,7 +334,8 @@ def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] 
         except ConfigError:
             return None
         return classes.names if classes else None
-    names = MetadataCatalog.get(name).get("thing_classes") if known and not path else None
+    stated = known and name not in _registered  # else by an earlier config, of another file
+    names = MetadataCatalog.get(name).get("thing_classes") if stated else None
     return tuple(names) if names else None
 
 

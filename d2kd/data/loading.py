@@ -104,8 +104,10 @@ def _inspect_table(table: Table, question: Question, report: DatasetReport) -> A
         len(table.annotations), "annotation"
     )
     masks = Masks(table) if use.masks else None
-    report.findings += _findings(table, masks, question)
     report.findings += about_classes
+    if classes is not None:
+        report.findings += check_category_ids(table)
+    report.findings += _findings(table, masks, question)
     if use.train and classes is not None:
         report.findings += check_counts(table, classes)
     answer = Answer(report, keypoint_names=_keypoint_names(table.categories))
@@ -123,7 +125,6 @@ def _findings(table: Table, masks: Masks | None, question: Question) -> Iterator
     use = question.use
     yield from check.check_structure(table, strict_ids="minival" not in question.json_file)
     yield from check.check_links(table, use)
-    yield from check_category_ids(table)
     yield from check.check_boxes(table, masks)
     if masks is not None:
         yield from check.check_masks(table, masks, use)
