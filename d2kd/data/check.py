@@ -114,7 +114,7 @@ def _check_images(table: Table) -> Iterator[Finding]:
         yield from _findings(
             repeated,
             "image ids occurred before in the file",
-            "if two files were joined, number the images of the second, and its 'image_id', onward",
+            "if two files were joined, give the images of the second other ids, and its 'image_id'",
             lambda place: f"id {ids[place]} of {shown(table.names[place])}",
         )
     no_name = np.fromiter((type(v) is not str or not v for v in table.names), bool, count)
@@ -165,7 +165,7 @@ def _check_annotation_ids(table: Table) -> Iterator[Finding]:
         yield from _findings(
             _repeated(ids),
             "annotation ids occurred before in the file",
-            "if two files were joined, number the annotations of the second onward; else one "
+            "if two files were joined, give the annotations of the second other ids; else one "
             "object is listed twice",
             lambda place: f"id {ids[place]} of {shown(table.image_name(place))}",
         )
@@ -300,9 +300,11 @@ def check_boxes(table: Table, masks: Masks | None) -> Iterator[Finding]:
 
     def example(place: int) -> str:
         name, size = shown(table.image_name(place)), table.annotation_sizes[place]
-        return f"{shown(values[place], 44)} of annotation {_id(table, place)} in {name} " + (
-            "" if np.isnan(size).any() else f"({size[0]:.0f} x {size[1]:.0f})"
-        )
+        box = shown(values[place], 44)
+        if table.box_is_list[place]:
+            box = f"[{', '.join(f'{value:.4g}' for value in table.boxes[place])}]"
+        of = f"{box} of annotation {_id(table, place)} in {name}"
+        return of if np.isnan(size).any() else f"{of} ({size[0]:.0f} x {size[1]:.0f})"
 
     is_missing = np.fromiter((value is None for value in values), bool, len(values))
     remedy = "each must be [x, y, width, height] in pixels"

@@ -119,8 +119,8 @@ def _broken_categories(categories: list[dict]) -> list[Finding]:
     counts = Counter(value for value in ids if type(value) is int)
     double = [str(value) for value, count in counts.items() if count > 1]
     if double:
-        head = f"{plural(len(double), 'category id')} occur several times"
-        findings.append(Finding(head, "give each category its own", some(double), fatal=True))
+        head = f"category ids occur several times: {list_of(double)}"
+        findings.append(Finding(head, "give each category its own", fatal=True))
     return findings
 
 

@@ -52,7 +52,7 @@ def read_json(path: str) -> dict:
 
 def _check_lists(content: Any) -> None:
     if not isinstance(content, dict):
-        raise ConfigError(f"it is not in COCO format: it holds a {_kind(content)}, not an object")
+        raise ConfigError(f"it is not in COCO format: it holds {_kind(content)}, not an object")
     for key in ("images", "categories", "annotations"):
         if key not in content and key == "annotations":
             continue  # a test set without them
@@ -68,8 +68,8 @@ def _check_lists(content: Any) -> None:
 
 
 def _kind(value: Any) -> str:
-    names = {list: "list", dict: "object", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "number")
+    names = {list: "a list", dict: "an object", str: "text", bool: "true or false"}
+    return "null" if value is None else names.get(type(value), "a number")
 
 
 @contextlib.contextmanager

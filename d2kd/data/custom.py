@@ -224,6 +224,7 @@ def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
     expected = number_of_classes(cfg)
     answers: dict[str, Answer] = {}
     reports: list[DatasetReport] = []
+    counted: set[tuple[str, ...]] = set()
     keypoints: list[str] = []
     for name, use in uses.items():
         if is_readable(name) or (use.test and _is_evaluated_from_file(name)):
@@ -237,7 +238,9 @@ def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
                 report.findings.append(_other_order(names, reference))
         if names is not None:
             reference = tuple(names) if reference is None else reference
-            report.findings += _check_class_count(cfg, expected, names)
+            if tuple(names) not in counted:
+                report.findings += _check_class_count(cfg, expected, names)
+            counted.add(tuple(names))
         if use.keypoints and name in answers:
             stated = MetadataCatalog.get(name).get("keypoint_names")
             keypoints = list(stated or answers[name].keypoint_names) or keypoints
@@ -445,7 +448,7 @@ def _choose_mask_format(
         count = answers[report.name].rle if report.name in answers else 0
         if not count:
             continue
-        text = f"{plural(count, 'object')} have RLE masks"
+        text = f"{plural(count, 'object')} with RLE masks"
         if cfg.is_frozen():
             report.findings.append(Finding(text, "set INPUT.MASK_FORMAT bitmask", fatal=True))
         else:

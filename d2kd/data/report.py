@@ -36,7 +36,7 @@ class Finding:
         return lines
 
     def __str__(self) -> str:
-        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
 @dataclass
@@ -99,9 +99,7 @@ def error_line(reports: Sequence[DatasetReport], limit: int = 300) -> str:
     """The line that a refused dataset ends in: its first finding, and how many more there are."""
     report = next(report for report in reports if report.fatal)
     more = sum(len(other.fatal) for other in reports) - 1
-    tail = (
-        f" (and {more} more {'kind' if more == 1 else 'kinds'} of mistakes, above)" if more else ""
-    )
+    tail = f" (and {more} more, above)" if more else ""
     where = f"dataset '{_cut(report.name, 40)}'"
     if report.source:
         where += f" ({_cut_front(report.source, 60)})"

@@ -39,7 +39,9 @@ def make_split(folder: Path, name: str, images: int, seed: int, masks: bool = Tr
     content = {
         "images": [],
         "annotations": [],
-        "categories": [{"id": i + 1, "name": n, "supercategory": "x"} for i, n in enumerate(CLASSES)],
+        "categories": [
+            {"id": i + 1, "name": n, "supercategory": "x"} for i, n in enumerate(CLASSES)
+        ],
     }
     for image_id in range(1, images + 1):
         pixels = noise.integers(90, 120, (height, width, 3), dtype=np.uint8)
