@@ -17,7 +17,7 @@ from ..errors import first_line
 from .check import judge_headers
 from .coco import Table
 from .image_files import UNREADABLE, Header, header_of, image_path, missing_files
-from .report import Finding, plural, shown, some
+from .report import Finding, shown, some
 
 # Images are decoded at about this size where the format can: enough to tell that a file is whole.
 _SMALL = 64
@@ -145,7 +145,7 @@ def compare(
                 for mine, other in pairs
             )
             yield Finding(
-                f"{plural(len(pairs), 'image')} of {len(tested_looks):,} {text}",
+                f"{len(pairs):,} of {len(tested_looks):,} images {text}",
                 remedy,
                 some(examples),
             )
@@ -166,7 +166,8 @@ def _same_source(name: str, table: Table, tested: Table) -> Iterator[Finding]:
     both = sorted(mine.keys() & theirs.keys())
     if both:
         yield Finding(
-            f"{plural(len(both), 'image')} have the name of one in '{name}' up to '.rf.'",
+            f"{len(both):,} of {len(tested.names):,} images have the name of one in '{name}' up to "
+            "'.rf.'",
             "they may be made of one photograph: split by photograph",
             some(f"{shown(mine[source])} and {shown(theirs[source])}" for source in both),
         )
