@@ -131,7 +131,7 @@ def test_images_of_train_in_val(parts):
     for expected in (
         r"1 of 4 images are in 't', too: the same file.*\n.*'val_1.png' and 'train_2.png'",
         r"1 of 4 images look like one in 't'.*\n.*'val_3.jpg' and 'cat_jpg.rf.aa.png'",
-        r"1 of 4 images have the name of one in 't' up to '.rf.'.*\n.*bb.png' and 'cat_jpg.rf.aa.png'",
+        r"1 of 4 images have the name of one in 't' up to '.rf.'.*\n.*bb.png' and '.*aa.png'",
     ):
         assert re.search(expected, text), text
 
