@@ -164,13 +164,7 @@ class Distiller(nn.Module):
         if names or inherit:
             built["teacher"] = teacher = Teacher.from_config(cfg)
         if names:
-<<<<<<< HEAD
-            built["specs"] = specs = describe_pair(student, teacher)
-=======
-            student_spec = describe_detector(student, "student")
-            student_spec = dataclasses.replace(student_spec, class_names=trained_classes(cfg))
-            teacher_spec = teacher.describe(student_spec)
->>>>>>> 14a04ee (A term that compares classes needs the same names in the same order, where both are known)
+            built["specs"] = specs = describe_pair(student, teacher, trained_classes(cfg))
             # The student's random numbers, now and in training, are those of plain Detectron2.
             with torch.random.fork_rng(devices=[]):
                 built["heads"] = {name: build_head(name, cfg, *specs) for name in names}
@@ -267,9 +261,16 @@ class Distiller(nn.Module):
         return self.student.inference(*args, **kwargs)
 
 
-def describe_pair(student: nn.Module, teacher: Teacher) -> tuple[DetectorSpec, DetectorSpec]:
-    """What heads may read of both, the teacher being read on the student's boxes."""
+def describe_pair(
+    student: nn.Module, teacher: Teacher, class_names: tuple[str, ...] | None = None
+) -> tuple[DetectorSpec, DetectorSpec]:
+    """What heads may read of both, the teacher being read on the student's boxes.
+
+    Args:
+        class_names: of the student's classes, in order, where they are known.
+    """
     spec = describe_detector(student, "student")
+    spec = dataclasses.replace(spec, class_names=class_names)
     return spec, teacher.describe(spec)
 
 

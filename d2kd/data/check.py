@@ -41,7 +41,6 @@ class Use:
     Attributes:
         train, test: it is trained on, evaluated on.
         masks: instance masks are used (MODEL.MASK_ON).
-        polygons: in the format "polygon" (INPUT.MASK_FORMAT).
         keypoints: their number (0: not used), and how many must be visible in an image that is
             trained on.
         keep_empty: images without objects are trained on.
@@ -52,7 +51,6 @@ class Use:
     train: bool = True
     test: bool = False
     masks: bool = True
-    polygons: bool = True
     keypoints: int = 0
     min_keypoints: int = 0
     keep_empty: bool = False

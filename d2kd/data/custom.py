@@ -73,7 +73,7 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> list[DatasetReport]:
             a dataset that cannot be used. A report of all that is wrong with it is printed before.
     """
     register_coco_format_datasets(cfg)
-    check_input(cfg)
+    check_proposals(cfg)
     uses = dataset_uses(cfg, train)
     for name in uses:
         check_present(name)
@@ -95,18 +95,12 @@ def log_reports(logger: logging.Logger) -> None:
     _reports.clear()
 
 
-def check_input(cfg: CfgNode) -> None:
-    """Refuses keys of the input that d2kd does not honour.
+def check_proposals(cfg: CfgNode) -> None:
+    """Refuses pre-computed proposals.
 
     Raises:
         ConfigError: names the key and what is valid.
     """
-    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise ConfigError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; valid: BGR, RGB")
-    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
-        raise ConfigError(
-            f"INPUT.MASK_FORMAT is {cfg.INPUT.MASK_FORMAT!r}; valid: polygon, bitmask"
-        )
     precomputed = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
     if cfg.MODEL.LOAD_PROPOSALS or precomputed:
         name = "PROPOSAL_GENERATOR.NAME PrecomputedProposals" if precomputed else "LOAD_PROPOSALS"

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from .records import box_of
 from .report import Finding
 
 # Below it Detectron2's RPN takes an anchor for background (MODEL.RPN.IOU_THRESHOLDS, default).
@@ -24,7 +25,8 @@ def sides_in_training(records: list[dict], cfg: CfgNode) -> np.ndarray:
     short, most = float(np.median(cfg.INPUT.MIN_SIZE_TRAIN)), cfg.INPUT.MAX_SIZE_TRAIN
     sides = [np.zeros((0, 2))]
     for record in records:
-        boxes = [o["bbox"][2:] for o in record["annotations"] if not o.get("iscrowd")]
+        objects = [o for o in record.get("annotations", ()) if not o.get("iscrowd")]
+        boxes = [box[2:] for box in map(box_of, objects) if box is not None]
         size = sorted((record["width"], record["height"]))
         scale = min(short / size[0], most / size[1]) if short > 0 else 1.0
         if boxes:

@@ -75,6 +75,13 @@ def make_records(table: Table, root: str, reading: Reading) -> list[dict]:
     ]
 
 
+def box_of(entry: dict) -> list[float] | None:
+    """x, y, width, height of an object of a record; None for a rotated box."""
+    if len(entry["bbox"]) != 4:
+        return None
+    return BoxMode.convert(list(entry["bbox"]), entry["bbox_mode"], BoxMode.XYWH_ABS)
+
+
 def _mask(segmentation: list | dict) -> list | dict:
     """A mask as Detectron2's mapper takes it; [] for polygons of which none is usable."""
     if isinstance(segmentation, list):

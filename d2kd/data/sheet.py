@@ -9,6 +9,8 @@ import pycocotools.mask as mask_util
 from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
+from .records import box_of
+
 _COLOURS = ("yellow", "cyan", "magenta", "lime", "orange", "deepskyblue", "red", "white")
 
 
@@ -40,7 +42,7 @@ def choose(records: list[dict], count: int, seed: int = 0) -> list[dict]:
     """At most ``count`` random records, those with objects first."""
     order = np.random.default_rng(seed).permutation(len(records))
     shuffled = [records[index] for index in order]
-    return sorted(shuffled, key=lambda record: not record["annotations"])[:count]
+    return sorted(shuffled, key=lambda record: not record.get("annotations"))[:count]
 
 
 def draw_record(record: dict, classes: Sequence[str], tile: int) -> Image.Image:
@@ -49,20 +51,28 @@ def draw_record(record: dict, classes: Sequence[str], tile: int) -> Image.Image:
     scale = tile / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size)
-    for entry in record["annotations"]:
+    entries = record.get("annotations", ())
+    for entry in entries:
         colour = _COLOURS[entry["category_id"] % len(_COLOURS)]
         _shade(image, entry.get("segmentation"), scale, colour)
     draw = ImageDraw.Draw(image)
-    for entry in record["annotations"]:
+    for entry in entries:
         colour = _COLOURS[entry["category_id"] % len(_COLOURS)]
-        x, y, width, height = (scale * value for value in entry["bbox"])
-        draw.rectangle((x, y, x + max(width, 0), y + max(height, 0)), outline=colour)
-        label = classes[entry["category_id"]] + (" (crowd)" if entry.get("iscrowd") else "")
-        draw.text((x + 2, y + 1), label, fill=colour)
+        box = box_of(entry)
+        if box is not None:
+            x, y, width, height = (scale * value for value in box)
+            draw.rectangle((x, y, x + max(width, 0), y + max(height, 0)), outline=colour)
+            draw.text((x + 2, y + 1), _label(entry, classes), fill=colour)
         for px, py, visible in np.reshape(entry.get("keypoints", ()), (-1, 3)) * [scale, scale, 1]:
             if visible > 0:
                 draw.ellipse((px - 2, py - 2, px + 2, py + 2), fill=colour)
     return image
+
+
+def _label(entry: dict, classes: Sequence[str]) -> str:
+    number = entry["category_id"]
+    name = classes[number] if number < len(classes) else f"class {number}"
+    return f"{name} (crowd)" if entry.get("iscrowd") else name
 
 
 def _shade(image: Image.Image, mask: list | dict | None, scale: float, colour: str) -> None:

@@ -12,12 +12,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
+from ..config_rules import check_detectron2_keys
 from ..data import check_images, loading
 from ..data.check import Use
 from ..data.coco import Table, read_json
 from ..data.custom import (
-    check_input,
     check_present,
+    check_proposals,
     dataset_uses,
     examine,
     is_readable,
@@ -83,7 +84,8 @@ def check_config(cfg: CfgNode, images: bool = True, threads: int = 0) -> Dataset
         ConfigError: a dataset is not known, or its files are not there.
     """
     register_coco_format_datasets(cfg)
-    check_input(cfg)
+    check_detectron2_keys(cfg, train=True)
+    check_proposals(cfg)
     uses = dataset_uses(cfg, train=True)
     for name in uses:
         check_present(name)

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from detectron2.structures import BoxMode
 from PIL import Image, ImageFilter
 
 from d2kd.data import check_images
@@ -155,7 +156,7 @@ def test_sides_of_objects_in_training():
     """Scaled as their image is: to the shorter side, unless the longer gets too long."""
     cfg = detector_config()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (300, 500, 400), 800
-    box = {"bbox": [3, 4, 20, 10]}
+    box = {"bbox": [3, 4, 20, 10], "bbox_mode": BoxMode.XYWH_ABS}
     records = [
         {"width": 200, "height": 100, "annotations": [box, {**box, "iscrowd": 1}]},
         {"width": 100, "height": 1000, "annotations": [box]},
@@ -164,6 +165,10 @@ def test_sides_of_objects_in_training():
     assert sides_in_training(records, cfg).tolist() == [[80, 40], [16, 8]]
     cfg.INPUT.MIN_SIZE_TRAIN = (0,)
     assert sides_in_training(records, cfg).tolist() == [[20, 10], [20, 10]]
+    corners = {"bbox": np.array([3, 4, 23, 14]), "bbox_mode": BoxMode.XYXY_ABS}
+    rotated = {"bbox": [3, 4, 20, 10, 45], "bbox_mode": BoxMode.XYWHA_ABS}
+    records = [{"width": 200, "height": 100, "annotations": [corners, rotated]}]
+    assert sides_in_training(records, cfg).tolist() == [[20, 10]]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +247,8 @@ def test_the_sheet_shows_every_kind_of_annotation(parts):
     entries[2]["bbox"] = [5, 5, 0, 0]
     parts.train["annotations"] = [a for a in entries if a["image_id"] != 2]
     records = records_of(parts)
+    records[3]["annotations"][1].update(bbox=[3, 4, 20, 10, 45], bbox_mode=BoxMode.XYWHA_ABS)
+    records[5].pop("annotations")
     records[3]["annotations"][0]["keypoints"] = [30.5, 30.5, 2, 40.5, 40.5, 0]
     sheet = draw_sheet([("t", records, CLASSES), ("v", records[:2], CLASSES)], columns=6, tile=100)
     assert sheet.size == (600, 2 * 118)

@@ -193,6 +193,18 @@ def test_training_ends_in_that_line(parts):
     assert "\n" not in str(stop.value)
 
 
+def test_processes_end_in_that_line(parts, free_port):
+    """One of two processes meets the image; both end, with one line."""
+    parts.write()
+    cfg = parts.config(**{"SOLVER.MAX_ITER": 3, "SOLVER.IMS_PER_BATCH": 4})
+    file = write_config(cfg, parts.folder / "config.yaml")
+    truncate(parts.folder / "images/train_3.png")
+    args = ["--num-gpus", "2", "--dist-url", f"tcp://127.0.0.1:{free_port}"]
+    with pytest.raises(SystemExit, match="^error: image .*train_3.png cannot be read") as stop:
+        train_net.run(["--config-file", file, "--import", "tests.toy_head", *args])
+    assert "\n" not in str(stop.value)
+
+
 def test_an_error_of_another_kind_stays_what_it_is(parts):
     """Only images that cannot be used are put into one line."""
 
