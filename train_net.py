@@ -20,7 +20,8 @@ from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessRaisedException
 
 from d2kd.config import student_config
-from d2kd.data.loader import validate_loader_config
+from d2kd.data.loader import ImageError, validate_loader_config
+from d2kd.data.loading import release
 from d2kd.engine.hooks import check_teacher, read_teacher_results
 from d2kd.engine.setup import add_import_argument, model_config, read_config, start_logging
 from d2kd.engine.trainer import DistillTrainer
@@ -87,6 +88,8 @@ def run(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         read_config(args)
+        if args.num_gpus > 1:
+            release()  # each process reads its own
         launch(
             main,
             args.num_gpus,
@@ -99,7 +102,7 @@ def run(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except ProcessRaisedException as error:  # carries a traceback of the process as text
         name, _, message = str(error).strip().splitlines()[-1].partition(": ")
-        if name != f"{ConfigError.__module__}.{ConfigError.__name__}":
+        if name not in (f"{kind.__module__}.{kind.__name__}" for kind in (ConfigError, ImageError)):
             raise
         sys.exit(f"error: {message}")
 

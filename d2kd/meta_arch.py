@@ -14,6 +14,7 @@ scheduled, to the student's losses. In evaluation, and in checkpoints, it is the
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -26,6 +27,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .config import head_schedule, student_config, validate_distillation_config
+from .data.custom import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
 from .detectors.spec import DetectorSpec, describe_detector
@@ -162,7 +164,7 @@ class Distiller(nn.Module):
         if names or inherit:
             built["teacher"] = teacher = Teacher.from_config(cfg)
         if names:
-            built["specs"] = specs = describe_pair(student, teacher)
+            built["specs"] = specs = describe_pair(student, teacher, trained_classes(cfg))
             # The student's random numbers, now and in training, are those of plain Detectron2.
             with torch.random.fork_rng(devices=[]):
                 built["heads"] = {name: build_head(name, cfg, *specs) for name in names}
@@ -259,9 +261,16 @@ class Distiller(nn.Module):
         return self.student.inference(*args, **kwargs)
 
 
-def describe_pair(student: nn.Module, teacher: Teacher) -> tuple[DetectorSpec, DetectorSpec]:
-    """What heads may read of both, the teacher being read on the student's boxes."""
+def describe_pair(
+    student: nn.Module, teacher: Teacher, class_names: tuple[str, ...] | None = None
+) -> tuple[DetectorSpec, DetectorSpec]:
+    """What heads may read of both, the teacher being read on the student's boxes.
+
+    Args:
+        class_names: of the student's classes, in order, where they are known.
+    """
     spec = describe_detector(student, "student")
+    spec = dataclasses.replace(spec, class_names=class_names)
     return spec, teacher.describe(spec)
 
 

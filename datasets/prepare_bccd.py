@@ -14,7 +14,7 @@ from pathlib import Path
 
 from d2kd.data.bccd import convert_bccd
 from d2kd.data.files import dataset_root
-from d2kd.errors import ConfigError
+from d2kd.errors import ConfigError, one_line
 
 
 def main() -> None:
@@ -41,4 +41,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ConfigError, OSError) as error:
-        sys.exit(f"prepare_bccd: {error}")
+        sys.exit(f"error: {one_line(str(error))}")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..errors import ConfigError
 from .files import build_directory
+from .report import shown
 
 CLASSES = ["RBC", "WBC", "Platelets"]
 SPLITS = ("train", "val", "test")
@@ -79,7 +80,7 @@ def _check_replaceable(output: Path) -> None:
 
 def _read_split(source: Path, split: str, changes: list[str]) -> dict:
     """COCO content of one split. What is wrong with single boxes is noted in `changes`."""
-    names = _read(source / "ImageSets" / "Main" / f"{split}.txt").split()
+    names = _names(source / "ImageSets" / "Main" / f"{split}.txt")
     images, annotations = [], []
     for name in names:
         size, boxes = _read_image(source, name, changes)
@@ -104,6 +105,24 @@ def _read_split(source: Path, split: str, changes: list[str]) -> dict:
         "images": images,
         "annotations": annotations,
     }
+
+
+def _names(path: Path) -> list[str]:
+    """Names of images, one a line, without extension.
+
+    Raises:
+        ConfigError: one is no plain name: with folders in it, files outside of the clone would be
+            read, and written outside of the output.
+    """
+    names = _read(path).split()
+    if not names:
+        raise ConfigError(f"BCCD: {path} names no image")
+    for name in names:
+        if Path(name).name != name or "\\" in name or "\0" in name or name == "..":
+            raise ConfigError(
+                f"BCCD: {path} names {shown(name, 60)}, which is not the plain name of an image"
+            )
+    return names
 
 
 def _read_image(source: Path, name: str, changes: list[str]) -> tuple[tuple[int, int], list]:

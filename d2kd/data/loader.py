@@ -15,12 +15,17 @@ import numpy as np
 import torch
 import torch.utils.data as torchdata
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 
 from ..errors import ConfigError
+from .image_files import explain_unreadable
 
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
@@ -29,6 +34,51 @@ def seed_of(*numbers: int) -> int:
     """A well-mixed 63-bit seed from a few numbers (seed, iteration, rank, ...)."""
     high, low = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return (int(high) << 31) ^ int(low)
+
+
+class ImageError(ConfigError):
+    """An image that cannot be trained on or evaluated; the message names its file.
+
+    PyTorch carries an exception out of a worker process as a text with the traceback, and makes a
+    new one of it: the message is its last line.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(str(message).strip().splitlines()[-1].rpartition(f"{_WORKER_PREFIX}: ")[2])
+
+
+_WORKER_PREFIX = f"{ImageError.__module__}.{ImageError.__qualname__}"
+
+
+class NamingMapper:
+    """A mapper whose error of a broken image is one line that names the file.
+
+    Args:
+        mapper: record -> sample, e.g. Detectron2's DatasetMapper.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict]):
+        self.mapper = mapper
+
+    def __call__(self, record: dict) -> dict:
+        """The sample of ``record``.
+
+        Raises:
+            ImageError: the image cannot be read, has more than 8 bits a channel, or is of another
+                size than the record says.
+        """
+        self._refuse(record, deep_only=True)
+        try:
+            return self.mapper(record)
+        except Exception:
+            self._refuse(record)
+            raise
+
+    @staticmethod
+    def _refuse(record: dict, deep_only: bool = False) -> None:
+        problem = explain_unreadable(record, deep_only)
+        if problem:
+            raise ImageError(f"{problem}; 'd2kd check' finds all such images")
 
 
 class _SeededMap(torchdata.Dataset):
@@ -136,13 +186,15 @@ def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.Dat
     """
     validate_loader_config(cfg, comm.get_world_size())
     records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
     )
     repeats = None
     if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        repeats = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD
-        ).numpy()
+        repeats = _repeat_factors(cfg, records)
     sampler = BatchSampler(
         np.array([record["width"] > record["height"] for record in records]),
         cfg.SOLVER.IMS_PER_BATCH,
@@ -152,9 +204,26 @@ def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.Dat
         start=start,
     )
     return torchdata.DataLoader(
-        _SeededMap(DatasetFromList(records, copy=False), DatasetMapper(cfg, True)),
+        _SeededMap(DatasetFromList(records, copy=False), NamingMapper(DatasetMapper(cfg, True))),
         batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=_identity,
         persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
+    )
+
+
+def _repeat_factors(cfg: CfgNode, records: list[dict]) -> np.ndarray:
+    """(n,) how often each image comes in an epoch, by the rarest of its classes."""
+    options = {}
+    if "REPEAT_SQRT" in cfg.DATALOADER:  # of a Detectron2 after 0.6
+        options["sqrt"] = cfg.DATALOADER.REPEAT_SQRT
+    return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        records, cfg.DATALOADER.REPEAT_THRESHOLD, **options
+    ).numpy()
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> torchdata.DataLoader:
+    """Detectron2's loader for evaluation; a broken image is named in one line."""
+    return build_detection_test_loader(
+        cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, False))
     )

@@ -22,6 +22,7 @@ class DetectorSpec:
         channels: stride -> channels of the pyramid, fine to coarse.
         fields: names of the bundle's fields that it can serve, e.g. "pyramid", "roi.logits".
         num_classes: foreground classes, None where it predicts none.
+        class_names: their names in order, None where these are not known.
         roi_strides, mask_strides: strides its box head, and its mask head, pools from; () where
             there is none.
         roi_resolution, mask_resolution: pooled size P of the box and the mask branch.
@@ -44,6 +45,7 @@ class DetectorSpec:
     channels: dict[int, int]
     fields: frozenset[str]
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
     roi_strides: tuple[int, ...] = ()
     mask_strides: tuple[int, ...] = ()
     roi_resolution: int | None = None

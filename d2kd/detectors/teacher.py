@@ -7,6 +7,7 @@ it. It normalises the student's images its own way and is read on the student's 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..config import PRECISIONS
+from ..data.custom import trained_classes
 from ..errors import ConfigError
 from .bundle import FeatureBundle, Lazy
 from .part import TeacherStep, detector_parts
@@ -33,6 +35,7 @@ class Teacher:
         input_format: channel order ("BGR" or "RGB") the model expects.
         student_format: channel order of the images it is given.
         precision: "" to follow the student's autocast, or "fp32", "bf16", "fp16".
+        class_names: of the classes that it predicts, in order, where they are known.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Teacher:
         input_format: str = "BGR",
         student_format: str = "BGR",
         precision: str = "",
+        class_names: tuple[str, ...] | None = None,
     ):
         if precision not in PRECISIONS:
             raise ConfigError(
@@ -50,6 +54,7 @@ class Teacher:
         self.model: Any = model.eval().requires_grad_(False)
         self.flip_channels = input_format != student_format
         self.precision = precision
+        self.class_names = class_names
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Teacher:
@@ -68,6 +73,7 @@ class Teacher:
             input_format=teacher_cfg.INPUT.FORMAT,
             student_format=cfg.INPUT.FORMAT,
             precision=cfg.DISTILL.TEACHER.PRECISION,
+            class_names=trained_classes(teacher_cfg),
         )
 
     def train(self, mode: bool = True) -> Teacher:
@@ -91,7 +97,8 @@ class Teacher:
                 f"the teacher, a {type(self.model).__name__}, has no preprocess_image(), which "
                 "normalises the student's images for it; a GeneralizedRCNN, RetinaNet or FCOS has"
             )
-        return describe_detector(self.model, "teacher", student)
+        spec = describe_detector(self.model, "teacher", student)
+        return dataclasses.replace(spec, class_names=self.class_names)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

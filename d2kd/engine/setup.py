@@ -26,7 +26,7 @@ from ..config import (
 )
 from ..config_files import load_config, merge_overrides, resolve_config_file, similar_files
 from ..config_rules import check_detectron2_keys
-from ..data.custom import check_datasets
+from ..data.custom import check_datasets, log_reports
 from ..data.loader import validate_loader_config
 from ..errors import ConfigError
 from .trainer import find_evaluator
@@ -160,3 +160,4 @@ def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     if not torch.cuda.is_available():
         logger.warning("Running on the CPU: no CUDA GPU is available")
+    log_reports(logger)

@@ -15,14 +15,15 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import LVISEvaluator, PascalVOCDetectionEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..config import PRECISIONS
-from ..data.loader import build_train_loader, seed_of
+from ..data.evaluation import CocoEvaluator
+from ..data.loader import build_test_loader, build_train_loader, seed_of
 from ..errors import ConfigError
 from ..meta_arch import moments_of
 from .checkpoint import AtomicCheckpointer
@@ -30,7 +31,7 @@ from .cost import TrainingCost
 from .hooks import FinishHook
 
 EVALUATORS = {
-    "coco": COCOEvaluator,
+    "coco": CocoEvaluator,
     "lvis": LVISEvaluator,
     "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
 }
@@ -290,6 +291,14 @@ class DistillTrainer(DefaultTrainer):
         return build_train_loader(cfg, seed, start)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """The loader of evaluation; override it for a mapper of yours."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         kind = find_evaluator(dataset_name)
-        return EVALUATORS[kind](dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
+        options = {"output_dir": f"{cfg.OUTPUT_DIR}/inference"}
+        if kind == "coco":
+            options["kpt_oks_sigmas"] = tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        return EVALUATORS[kind](dataset_name, **options)

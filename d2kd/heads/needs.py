@@ -112,8 +112,19 @@ def _different(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:
         else:
             values = f"student: {shared.value(mine)}, teacher: {shared.value(theirs)}"
             gap = values if mine != theirs else ""
+        if name == "num_classes" and not gap:
+            gap = _other_names(student, teacher)
         if gap:
             return f"needs {shared.wanted} ({gap})" + (f"; {shared.advice}" * bool(shared.advice))
+    return ""
+
+
+def _other_names(student: DetectorSpec, teacher: DetectorSpec) -> str:
+    """The first class of another name, where the names of both are known."""
+    pairs = zip(student.class_names or (), teacher.class_names or (), strict=False)
+    for number, (mine, theirs) in enumerate(pairs):
+        if mine != theirs:
+            return f"class {number} of the student is '{mine}', of the teacher '{theirs}'"
     return ""
 
 

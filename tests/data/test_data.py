@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +32,8 @@ from d2kd.data.custom import check_datasets, register_coco_format_datasets
 from d2kd.data.digits_render import TRAIN_COLUMNS, VAL_COLUMNS, Material
 from d2kd.data.files import build_directory, dataset_root
 from d2kd.data.polygons import mask_to_polygons
+
+from .parts import forget_datasets
 
 REPOSITORY = Path(__file__).parents[2]
 SPEC = digits.DigitsSpec(size=128, train=8, val=4, seed=3)
@@ -57,6 +60,7 @@ def cfg():
     cfg = get_cfg()
     add_distillation_config(cfg)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("digits_tiny_val",)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 10
     return cfg
 
 
@@ -365,6 +369,8 @@ def test_importing_twice_does_not_fail():
 
 def test_a_users_dataset_is_registered_from_config(made, cfg):
     """Three strings make a dataset with class names, once or twice."""
+    forget = forget_datasets()
+    next(forget)
     entry = ["mine", str(digits.json_path(made, "val")), str(made / "val")]
     cfg.merge_from_list(["DATASETS.COCO_FORMAT", str([entry]), "DATASETS.TRAIN", "('mine',)"])
     check_datasets(cfg)
@@ -375,6 +381,7 @@ def test_a_users_dataset_is_registered_from_config(made, cfg):
     cfg.DATASETS.COCO_FORMAT = [["mine", entry[1], str(made)]]
     with pytest.raises(ConfigError, match="the name 'mine' is taken"):
         register_coco_format_datasets(cfg)
+    next(forget, None)
 
 
 @pytest.mark.parametrize(
@@ -382,12 +389,15 @@ def test_a_users_dataset_is_registered_from_config(made, cfg):
     [
         (lambda entry: entry[:2], "is not a list"),
         (lambda entry: "abc", "'abc' is not a list"),
-        (lambda entry: [entry[0], "no/such.json", entry[2]], "not found: no/such.json"),
-        (lambda entry: [entry[0], entry[1], "no/such/dir"], "not found: no/such/dir"),
-        (lambda entry: [entry[0], entry[1], str(Path(entry[2]).parent)], "no image '000000.jpg'"),
+        (lambda entry: [entry[0], 5, entry[2]], "is not a list"),
+        (lambda entry: [*entry, {}, {}], "is not a list"),
+        (lambda entry: ["", *entry[1:]], "is not a list"),
+        (lambda entry: [entry[0], "no/such.json", entry[2]], "no/such.json not found"),
+        (lambda entry: [entry[0], entry[1], "no/such/dir"], "no/such/dir not found"),
+        (lambda entry: [entry[0], entry[1], str(Path(entry[2]).parent)], "images are not there"),
         (lambda entry: [entry[0], entry[2] + "/000000.jpg", entry[2]], "is not in COCO format"),
         (lambda entry: [entry[0], entry[1] + ".list", entry[2]], "is not in COCO format"),
-        (lambda entry: [entry[0], entry[1] + ".empty", entry[2]], "has no images"),
+        (lambda entry: [entry[0], entry[1] + ".empty", entry[2]], "has no categories"),
         (lambda entry: ["coco_2017_train", *entry[1:]], "'coco_2017_train' is taken"),
     ],
 )
@@ -398,10 +408,26 @@ def test_a_wrong_entry_is_refused_in_one_line(made, cfg, tmp_path, change, messa
     Path(f"{json_file}.list").write_text("[1, 2]")
     Path(f"{json_file}.empty").write_text('{"images": [], "categories": []}')
     cfg.DATASETS.COCO_FORMAT = [change(["broken", str(json_file), str(made / "val")])]
-    with pytest.raises(ConfigError, match="DATASETS.COCO_FORMAT: ") as error:
-        register_coco_format_datasets(cfg)
+    cfg.DATASETS.TRAIN = ("broken",)
+    for _ in forget_datasets():
+        with pytest.raises(ConfigError) as error:
+            check_datasets(cfg)
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert "broken" not in DatasetCatalog
+
+
+def test_the_list_of_entries(cfg):
+    """A value that is no list of lists is told, too."""
+    for value in ("abc", 5, None):
+        cfg.DATASETS.COCO_FORMAT = value
+        with pytest.raises(ConfigError, match="DATASETS.COCO_FORMAT is .*; it must be a list"):
+            register_coco_format_datasets(cfg)
+
+
+def test_datasets_that_are_not_used_are_not_looked_for(made, cfg):
+    """A config may name datasets that are on another machine."""
+    cfg.DATASETS.COCO_FORMAT = [["elsewhere", "no/such.json", "no/such/dir"]]
+    for _ in forget_datasets():
+        check_datasets(cfg)
 
 
 def test_an_unknown_dataset_is_refused_with_the_closest_names(cfg):
@@ -413,6 +439,16 @@ def test_an_unknown_dataset_is_refused_with_the_closest_names(cfg):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("zzz",)
     with pytest.raises(ConfigError, match="DATASETS.TEST: .*'zzz'; register your own"):
         check_datasets(cfg)
+    for key, value, message in (
+        ("TEST", None, "DATASETS.TEST is None; it must be a list of names"),
+        ("TEST", [["a"]], r"DATASETS.TEST: there is no dataset \['a'\]; register your own"),
+        ("TRAIN", None, "DATASETS.TRAIN is None; it must be a list of names"),
+        ("TRAIN", (), "DATASETS.TRAIN is empty: name the datasets to train on"),
+    ):
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("digits_tiny_val",)
+        cfg.DATASETS[key] = value
+        with pytest.raises(ConfigError, match=message):
+            check_datasets(cfg)
 
 
 def test_missing_files_of_a_known_dataset_are_named(cfg, builtin_root, monkeypatch):
@@ -434,17 +470,19 @@ def test_missing_files_of_a_known_dataset_are_named(cfg, builtin_root, monkeypat
     assert not (builtin_root / "digits").exists()
 
 
-def test_too_few_classes_are_refused(cfg):
-    """Both detector families, also inside a Distiller; more classes than needed are accepted."""
+def test_another_number_of_classes_is_refused(cfg):
+    """Both detector families, also inside a Distiller. A class that the dataset does not have
+    would end the evaluation as soon as it is predicted."""
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 9
     with pytest.raises(ConfigError, match="ROI_HEADS.NUM_CLASSES is 9.* has 10 classes"):
         check_datasets(cfg)
     cfg.MODEL.META_ARCHITECTURE = "Distiller"
     cfg.DISTILL.STUDENT_META_ARCH = "RetinaNet"
     check_datasets(cfg)
-    cfg.MODEL.RETINANET.NUM_CLASSES = 3
-    with pytest.raises(ConfigError, match="RETINANET.NUM_CLASSES is 3"):
-        check_datasets(cfg)
+    for count in (3, 80):
+        cfg.MODEL.RETINANET.NUM_CLASSES = count
+        with pytest.raises(ConfigError, match=f"RETINANET.NUM_CLASSES is {count}"):
+            check_datasets(cfg)
 
 
 # --- BCCD ---------------------------------------------------------------------------------------
@@ -515,6 +553,15 @@ def test_bccd_conversion_again_replaces_its_own_output_only(clone, tmp_path):
     assert [path.name for path in foreign.iterdir()] == ["a.jpg"]
 
 
+def name_in_val(source: Path, name: str) -> None:
+    """Lists one image in the clone's val.txt, which is there under that name."""
+    (source / "ImageSets/Main/val.txt").write_text(f"{name}\n")
+    for folder, ending in (("JPEGImages", ".jpg"), ("Annotations", ".xml")):
+        target = source / folder / f"{name}{ending}"
+        if name.startswith("../"):
+            shutil.copy(source / folder / f"bad{ending}", target)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -523,6 +570,11 @@ def test_bccd_conversion_again_replaces_its_own_output_only(clone, tmp_path):
         (lambda source: (source / "Annotations" / "bad.xml").write_text("<a"), "no valid XML"),
         (lambda source: (source / "ImageSets/Main/val.txt").unlink(), "cannot read .*val.txt"),
         (lambda source: source.rename(source.with_name("other")), "no clone of BCCD"),
+        (lambda source: name_in_val(source, "../../outside"), "'../../outside', which is not the"),
+        (lambda source: name_in_val(source, "/etc/hosts"), "'/etc/hosts', which is not the plain"),
+        (lambda source: name_in_val(source, "a\\b"), "which is not the plain name of an image"),
+        (lambda source: name_in_val(source, ".."), "'..', which is not the plain name"),
+        (lambda source: name_in_val(source, ""), "val.txt names no image"),
     ],
 )
 def test_a_damaged_clone_is_refused(clone, tmp_path, damage, message):
@@ -532,6 +584,7 @@ def test_a_damaged_clone_is_refused(clone, tmp_path, damage, message):
         bccd.convert_bccd(clone, tmp_path / "bccd")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "bccd").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"BCCD_Dataset", ".bccd.lock"}
 
 
 def test_bccd_that_is_not_prepared_names_the_command(builtin_root):
@@ -565,5 +618,5 @@ def test_prepare_bccd_script(monkeypatch, capsys, clone, tmp_path):
     run_script(monkeypatch, "prepare_bccd.py", clone, "--output", tmp_path / "bccd")
     out = capsys.readouterr().out
     assert "dropped box 1 (RBC)" in out and "train: 1 images, 1 RBC, 1 WBC, 0 Platelets" in out
-    with pytest.raises(SystemExit, match="prepare_bccd: .* no clone of BCCD"):
+    with pytest.raises(SystemExit, match="^error: .* no clone of BCCD"):
         run_script(monkeypatch, "prepare_bccd.py", tmp_path / "nowhere")

@@ -1,0 +1,64 @@
+"""COCO's metrics on the same reading of a dataset that training has."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+from detectron2.evaluation import COCOEvaluator
+from pycocotools.coco import COCO
+
+from .classes import Classes
+from .loading import reading_of
+from .records import Reading, repair_for_evaluation
+
+
+class CocoEvaluator(COCOEvaluator):
+    """Detectron2's, on ground truth that pycocotools reads correctly.
+
+    Differs for files that lack ``area`` or ``iscrowd``, have annotation ids that are not positive,
+    boxes without area, or categories in another order than the training set. The results of others
+    are Detectron2's.
+
+    Args:
+        dataset_name: a registered dataset.
+        output_dir: where predictions go.
+        kpt_oks_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () stands for COCO's own of 17 keypoints.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        *,
+        kpt_oks_sigmas: tuple[float, ...] = (),
+        **options: Any,
+    ):
+        # A dataset that is no COCO file is converted to one, which an earlier run may have left
+        # here: it may be of other data.
+        options.setdefault("allow_cached_coco", False)
+        super().__init__(
+            dataset_name,
+            output_dir=output_dir,
+            kpt_oks_sigmas=list(kpt_oks_sigmas),
+            **options,
+        )
+        self._repair(reading_of(dataset_name), len(kpt_oks_sigmas))
+
+    def _repair(self, reading: Reading | None, keypoints: int) -> None:
+        api: COCO = self._coco_api
+        if reading is None:  # a loader of the user's own, or a dataset that was converted
+            categories = api.dataset["categories"]
+            names, ids = (tuple(entry[key] for entry in categories) for key in ("name", "id"))
+            reading = Reading(Classes(names, ids), masks=False, keypoints=keypoints)
+        repair_for_evaluation(api.dataset, reading)
+        with contextlib.redirect_stdout(io.StringIO()):
+            api.createIndex()
+
+    def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
+        """pycocotools orders classes by category id, Detectron2 takes that for the detector's."""
+        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if class_names is not None and numbers:
+            class_names = [class_names[numbers[category]] for category in sorted(numbers)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)

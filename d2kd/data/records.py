@@ -1,0 +1,159 @@
+"""From an annotation file to what trains and what is evaluated: Detectron2's records, and the
+content that pycocotools is given."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.structures import BoxMode
+
+from .check import boxes_without_area, known_area, usable_ids
+from .classes import Classes
+from .coco import Table
+from .masks import usable_polygons
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read.
+
+    Attributes:
+        classes: its classes, in the order of the detector.
+        masks: masks are used; else records have none, and no box is dropped for its mask.
+        keypoints: K, 0 where they are not used.
+    """
+
+    classes: Classes
+    masks: bool = True
+    keypoints: int = 0
+
+
+def make_records(table: Table, root: str, reading: Reading) -> list[dict]:
+    """Records in Detectron2's format, equal to those of its ``load_coco_json`` for a file that
+    needs no repair.
+
+    Args:
+        table: N images, M annotations; keypoints in it are changed, as by Detectron2.
+        root: image directory.
+    """
+    number_of = reading.classes.number_of
+    objects: list[list[dict]] = [[] for _ in table.images]
+    crowd = table.crowd.astype(int).tolist()
+    for place, (image, entry) in enumerate(
+        zip(table.image_of.tolist(), table.annotations, strict=True)
+    ):
+        if image < 0:
+            continue
+        item = {
+            "iscrowd": crowd[place],
+            "bbox": entry["bbox"],
+            "category_id": number_of[entry["category_id"]],
+            "bbox_mode": BoxMode.XYWH_ABS,
+        }
+        if reading.masks and entry.get("segmentation"):
+            mask = _mask(entry["segmentation"])
+            if not mask:
+                continue  # as in Detectron2: no polygon of three points
+            item["segmentation"] = mask
+        if reading.keypoints:
+            item["keypoints"] = _keypoints(entry.get("keypoints"), reading.keypoints)
+        objects[image].append(item)
+    order = sorted(range(len(table.images)), key=table.image_ids.__getitem__)
+    sizes = table.sizes.astype(int).tolist()
+    return [
+        {
+            "file_name": os.path.join(root, table.names[image]),
+            "height": sizes[image][1],
+            "width": sizes[image][0],
+            "image_id": table.image_ids[image],
+            "annotations": objects[image],
+        }
+        for image in order
+    ]
+
+
+def box_of(entry: dict) -> list[float] | None:
+    """x, y, width, height of an object of a record; None for a rotated box."""
+    if len(entry["bbox"]) != 4:
+        return None
+    return BoxMode.convert(list(entry["bbox"]), entry["bbox_mode"], BoxMode.XYWH_ABS)
+
+
+def _mask(segmentation: list | dict) -> list | dict:
+    """A mask as Detectron2's mapper takes it; [] for polygons of which none is usable."""
+    if isinstance(segmentation, list):
+        return usable_polygons(segmentation)
+    if isinstance(segmentation["counts"], list):
+        return mask_util.frPyObjects(segmentation, *segmentation["size"])
+    return segmentation
+
+
+def _keypoints(values: list | None, count: int) -> list:
+    """x, y, visibility of each, with pixel centres at half coordinates as in Detectron2."""
+    if not values:
+        return [0.5, 0.5, 0] * count
+    return [value if place % 3 == 2 else value + 0.5 for place, value in enumerate(values)]
+
+
+def repair_for_evaluation(content: dict, reading: Reading) -> None:
+    """Change the content of an annotation file to what pycocotools reads correctly.
+
+    Ids are positive, ``area``, ``iscrowd`` and ``num_keypoints`` are there, boxes without area in
+    their image and categories that are no class are not. A file that is right stays as it is.
+
+    Args:
+        content: as read from the file; changed in place.
+    """
+    table = Table(content)
+    content["categories"] = [c for c in table.categories if c["id"] in reading.classes.ids]
+    if not table.has_annotations:
+        return
+    for place in np.flatnonzero([entry.get("iscrowd") is None for entry in table.annotations]):
+        table.annotations[place]["iscrowd"] = 0
+    for place in np.flatnonzero(~known_area(table)):
+        width, height = table.sizes[table.image_of[place]]
+        table.annotations[place]["area"] = _area(table.annotations[place], width, height)
+    if reading.masks:
+        for entry in table.annotations:
+            mask = entry.get("segmentation")
+            if isinstance(mask, list) and len(usable := usable_polygons(mask)) < len(mask):
+                entry["segmentation"] = usable
+    if reading.keypoints:
+        _complete_keypoints(table, reading.keypoints)
+    drop = boxes_without_area(table)
+    if drop.any():
+        content["annotations"] = [
+            entry for entry, gone in zip(table.annotations, drop, strict=True) if not gone
+        ]
+    if not usable_ids(table).all():
+        for number, entry in enumerate(content["annotations"], start=1):
+            entry["id"] = number
+
+
+def _area(entry: dict, width: float, height: float) -> float:
+    """Pixels of the mask, or of the box where there is no usable mask."""
+    mask = entry.get("segmentation")
+    try:
+        if isinstance(mask, list) and mask and all(isinstance(one, list) for one in mask):
+            polygons = usable_polygons(mask)
+            if polygons:
+                parts = mask_util.frPyObjects(polygons, int(height), int(width))
+                return float(mask_util.area(mask_util.merge(parts)))
+        elif isinstance(mask, dict) and [height, width] == mask["size"]:
+            if isinstance(mask["counts"], list):
+                return float(sum(mask["counts"][1::2]))
+            return float(mask_util.area(mask))
+    except (KeyError, TypeError, ValueError):
+        pass  # a mask that is not used may be anything
+    return float(entry["bbox"][2]) * float(entry["bbox"][3])
+
+
+def _complete_keypoints(table: Table, count: int) -> None:
+    for entry in table.annotations:
+        if not entry.get("keypoints"):
+            entry["keypoints"] = [0] * (3 * count)
+        if entry.get("num_keypoints") is None:
+            entry["num_keypoints"] = sum(visible > 0 for visible in entry["keypoints"][2::3])

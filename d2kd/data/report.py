@@ -1,0 +1,139 @@
+"""What the check of a dataset found, and how it is said: a short report, then one error line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+MAX_LINES = 20  # of a report that precedes an error
+EXAMPLES = 5  # of each kind
+_MAX_WIDTH = 240
+_MAX_EXAMPLE = 72
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that was found in a dataset.
+
+    Attributes:
+        text: what and how many, e.g. "3 of 18 boxes have a negative width or height".
+        remedy: what to do about it, or what d2kd does.
+        examples: the first few, in words.
+        fatal: training or evaluation would fail or be wrong: it is refused. Else it is only said.
+    """
+
+    text: str
+    remedy: str = ""
+    examples: tuple[str, ...] = ()
+    fatal: bool = False
+
+    def lines(self) -> list[str]:
+        """Two lines: what and the remedy; the examples."""
+        lines = [_cut(f"  {self}", _MAX_WIDTH)]
+        if self.examples:
+            examples = "; ".join(_cut(example, _MAX_EXAMPLE) for example in self.examples)
+            lines.append(_cut(f"    {examples}", _MAX_WIDTH + _MAX_EXAMPLE * 2))
+        return lines
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
+
+
+@dataclass
+class DatasetReport:
+    """All findings of one dataset.
+
+    Attributes:
+        name: of the dataset.
+        source: its annotation file, "" where there is none.
+        counts: what it holds, in words.
+    """
+
+    name: str
+    source: str = ""
+    counts: str = ""
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def fatal(self) -> list[Finding]:
+        """The findings that are refused."""
+        return [finding for finding in self.findings if finding.fatal]
+
+    @property
+    def notes(self) -> list[Finding]:
+        """The findings that are only said."""
+        return [finding for finding in self.findings if not finding.fatal]
+
+    def heading(self) -> str:
+        details = ", ".join(part for part in (self.source, self.counts) if part)
+        return _cut(f"dataset '{self.name}'" + (f": {details}" if details else ""), _MAX_WIDTH)
+
+
+def report_lines(reports: Sequence[DatasetReport], limit: int | None = MAX_LINES) -> list[str]:
+    """The findings of all datasets, a block each; what is refused comes first.
+
+    Args:
+        limit: most lines; what does not fit is counted in the last one. None: all.
+    """
+    room = float("inf") if limit is None else limit - 1  # the last line counts what is left out
+    blocks: dict[int, list[str]] = {}
+    left_out = 0
+    found = [(number, f) for number, report in enumerate(reports) for f in report.fatal]
+    found += [(number, f) for number, report in enumerate(reports) for f in report.notes]
+    for number, finding in found:
+        lines = finding.lines()
+        if number not in blocks:
+            lines.insert(0, reports[number].heading())
+        if len(lines) > room:
+            left_out += 1
+            continue
+        room -= len(lines)
+        blocks.setdefault(number, []).extend(lines)
+    lines = [line for block in blocks.values() for line in block]
+    if left_out:
+        lines.append(f"  ... and {left_out} more; 'd2kd check' lists all")
+    return lines
+
+
+def error_line(reports: Sequence[DatasetReport], limit: int = 300) -> str:
+    """The line that a refused dataset ends in: its first finding, and how many more there are."""
+    report = next(report for report in reports if report.fatal)
+    more = sum(len(other.fatal) for other in reports) - 1
+    tail = f" (and {more} more, above)" if more else ""
+    where = f"dataset '{_cut(report.name, 40)}'"
+    if report.source:
+        where += f" ({_cut_front(report.source, 60)})"
+    return _cut(f"{where}: {report.fatal[0]}", limit - len(tail)) + tail
+
+
+def some(items: Iterable) -> tuple[str, ...]:
+    """The first few of many examples, as text."""
+    chosen = []
+    for item in items:
+        chosen.append(str(item))
+        if len(chosen) == EXAMPLES:
+            break
+    return tuple(chosen)
+
+
+def plural(count: int, noun: str) -> str:
+    """``count`` and ``noun``: "1 image", "1,234 images"."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith(("x", "s")):
+        return f"{count:,} {noun}es"
+    return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
+
+
+def shown(value: object, limit: int = 40) -> str:
+    """``value`` as it stands in the file, cut to ``limit`` characters, on one line."""
+    return _cut(repr(value), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    text = " ".join(text.split("\n")).replace("\r", " ")
+    return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
+
+
+def _cut_front(text: str, limit: int) -> str:
+    return text if len(text) <= limit else "..." + text[3 - limit :]
