@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 
-import train_net
 from d2kd.config import add_distillation_config
 from d2kd.config_files import load_config
+from d2kd.engine import train as train_net
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -38,7 +38,7 @@ def test_the_head_of_the_docs_trains(tmp_path, digits_root):
     student.SOLVER.MAX_ITER = 2
     config = write_config(distiller_config(student, [], teacher), tmp_path / "student.yaml")
     opts = ["DISTILL.HEADS", "['AttentionTransfer']", "DISTILL.ATTENTION_TRANSFER.WEIGHT", "10.0"]
-    train_net.run(["--config-file", config, "--import", str(head), *opts])
+    train_net.main(["--config-file", config, "--import", str(head), *opts])
     assert "loss_kd_attention_transfer" in (tmp_path / "out" / "metrics.json").read_text()
 
 
