@@ -6,7 +6,7 @@
 
 A block is what stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
 ``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of
-tools/benchmark.py --json), ``selection`` (of tools/benchmark_prototypes.py --json), ``refresh``
+tools/benchmark.py --json), ``selection`` (of tools/selection.py --json), ``refresh``
 (prototypes.json of a training with Global Knowledge), ``compare`` (results.jsonl of
 tools/compare.py), ``gains`` (several of them), ``demo`` (demo.json of make demo) or ``published``
 (a folder of configs, of which tools/published.py makes a table).
@@ -21,15 +21,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import benchmark_prototypes
-import benchmark_report
-import demo
 import published
-import report
-from runs import ROOT
 
+from d2kd.benchmark import selection
+from d2kd.benchmark import tables as benchmark
+from d2kd.commands import demo
+from d2kd.compare import tables as compare
 from d2kd.files import write_text
 
+ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- measured: (\w+) ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,7 +40,7 @@ def of_json(table: Callable[[dict], str]) -> Callable[[Path], str]:
 
 def render_benchmark(path: Path) -> str:
     """The table and the plot beside the file, for pages in docs/."""
-    text = benchmark_report.main_table(json.loads(path.read_text()))
+    text = benchmark.main_table(json.loads(path.read_text()))
     picture = path.with_suffix(".png")
     if not picture.is_file():
         return text
@@ -50,23 +50,23 @@ def render_benchmark(path: Path) -> str:
 
 def render_compare(path: Path) -> str:
     """AP and gains. Cost has a page of its own: other work on the machine disturbs long runs."""
-    lines = report.read_lines(path)
-    tables = [report.ap_table(lines, task) for task in report.tasks_of(lines)]
+    lines = compare.read_lines(path)
+    tables = [compare.ap_table(lines, task) for task in compare.tasks_of(lines)]
     return "\n\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in tables)
 
 
 def render_gains(*paths: Path) -> str:
-    return report.gains_table([report.read_lines(path) for path in paths]).markdown()
+    return compare.gains_table([compare.read_lines(path) for path in paths]).markdown()
 
 
 RENDER = {
     "benchmark": render_benchmark,
-    "growth": of_json(benchmark_report.growth_table),
-    "teacher_options": of_json(benchmark_report.teacher_table),
-    "profile": of_json(benchmark_report.profile_table),
-    "cost": of_json(benchmark_report.cost_table),
-    "selection": of_json(benchmark_prototypes.markdown),
-    "refresh": of_json(benchmark_prototypes.refresh_markdown),
+    "growth": of_json(benchmark.growth_table),
+    "teacher_options": of_json(benchmark.teacher_table),
+    "profile": of_json(benchmark.profile_table),
+    "cost": of_json(benchmark.cost_table),
+    "selection": of_json(selection.markdown),
+    "refresh": of_json(selection.refresh_markdown),
     "compare": render_compare,
     "gains": render_gains,
     "demo": of_json(demo.markdown),

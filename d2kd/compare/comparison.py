@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from report import write_markdown
-from runs import Devices, Processes, run_in_order, run_stage
-from suite import (
+from detectron2.utils.file_io import PathManager
+
+from ..config import student_config
+from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
+from ..engine.setup import merged_config, read_config
+from ..engine.trainer import DistillTrainer
+from ..errors import ConfigError
+from ..files import write_json, write_text
+from .processes import Devices, Processes, run_in_order, run_stage
+from .suite import (
     Arm,
     Suite,
     as_list,
@@ -22,13 +30,7 @@ from suite import (
     uses_teacher,
     weights_of,
 )
-
-from d2kd.config import student_config
-from d2kd.detectors.weights import load_teacher_weights
-from d2kd.engine.setup import merged_config, read_config
-from d2kd.engine.trainer import DistillTrainer
-from d2kd.errors import ConfigError
-from d2kd.files import write_json, write_text
+from .tables import write_markdown
 
 
 class Comparison:
@@ -120,7 +122,7 @@ class Comparison:
             self.check_config(arm, {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))})
 
     def check_config(self, arm: Arm, own: dict | None = None) -> None:
-        """Check what train_net.py would, and that the weights are there or will be.
+        """Check what a training would, and that the weights are there or will be.
 
         Args:
             own: overrides of one run.
@@ -132,7 +134,16 @@ class Comparison:
         made = [weights_of(prepared) for prepared in self.suite.prepared]
         if opts.get("MODEL.WEIGHTS") in made:
             opts["MODEL.WEIGHTS"] = ""
-        cfg = read_config(
+        cfg = merged_config(arm.config, as_list(opts))
+        weights = cfg.DISTILL.TEACHER.WEIGHTS
+        if os.path.abspath(weights) in made:
+            opts["DISTILL.TEACHER.WEIGHTS"] = RANDOM_WEIGHTS  # not read yet
+        elif uses_teacher(cfg) and weights.endswith(".pth") and not PathManager.exists(weights):
+            raise ConfigError(
+                f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
+                f"not what the suite's teacher writes ({made[0] if made else 'it has none'})"
+            )
+        read_config(
             SimpleNamespace(
                 config_file=arm.config,
                 opts=as_list(opts),
@@ -142,13 +153,6 @@ class Comparison:
                 num_machines=1,
             )
         )
-        weights = cfg.DISTILL.TEACHER.WEIGHTS
-        is_local = weights.endswith(".pth") and "://" not in weights
-        if uses_teacher(cfg) and is_local and weights not in made and not Path(weights).is_file():
-            raise ConfigError(
-                f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
-                f"not what the suite's teacher writes ({made[0] if made else 'it has none'})"
-            )
 
     def check_kept_runs(self) -> None:
         """Check that all runs in the output folder are of the suite's settings."""
@@ -167,7 +171,7 @@ class Comparison:
         if not folder.exists() or not any(folder.iterdir()):
             return
         if not path.is_file():
-            raise ConfigError(f"{folder} was not made by this tool; give another --output")
+            raise ConfigError(f"{folder} was not made by d2kd compare; give another --output")
         check_same(folder, settings, "remove it or give another --output")
 
     # --- running -------------------------------------------------------------------------------
@@ -180,6 +184,7 @@ class Comparison:
         """
         runs = self.runs(labels, seeds)
         self.check(runs)
+        self.output.mkdir(parents=True, exist_ok=True)
         for arm in self.suite.prepared:
             self.prepare(arm)
         self.check_kept_runs()
@@ -207,7 +212,7 @@ class Comparison:
 
     def command(self, arm: Arm, opts: dict) -> list[str]:
         """Arguments of Python for a training that goes on where it was left."""
-        train = ["train_net.py", "--resume", *self.imports, "--config-file", arm.config]
+        train = ["-m", "d2kd", "train", "--resume", *self.imports, "--config-file", arm.config]
         return [*train, *as_list(opts)]
 
     def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
@@ -230,10 +235,10 @@ class Comparison:
 
     def prepare(self, arm: Arm) -> None:
         """Train the teacher, or the student that all arms start with, if its weights are not there,
-        and evaluate it if no one has.
+        and evaluate it if that was not done before.
 
         Raises:
-            ConfigError: this tool trained it with other settings; names the first key.
+            ConfigError: it was trained here with other settings; names the first key.
         """
         weights = Path(weights_of(arm))
         opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
@@ -303,7 +308,7 @@ def _check_continuable(weights: Path, is_own: bool) -> None:
         is_own: whether this tool began it.
 
     Raises:
-        ConfigError: it is somebody else's training, or finished and its weights are gone.
+        ConfigError: it was begun otherwise, or is finished and its weights are gone.
     """
     for name in ("results.json", "last_checkpoint"):
         if (weights.parent / name).is_file() and not (is_own and name == "last_checkpoint"):

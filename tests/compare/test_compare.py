@@ -1,12 +1,12 @@
-"""tools/compare.py: suites, their runs and controls, what is kept or refused, and the report."""
+"""d2kd compare: suites, their runs and controls, what is kept or refused, and the report."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -15,24 +15,18 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from d2kd import ConfigError
+from d2kd import ConfigError, cli
+from d2kd.compare import command, plots, processes, tables
+from d2kd.compare import comparison as comparisons
+from d2kd.compare import report as reports
+from d2kd.compare import suite as suites
+from d2kd.config_files import SHIPPED
 from d2kd.engine.setup import merged_config
 
-from .detectors import detector_config, write_config
+from ..detectors import detector_config, write_config
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import compare  # noqa: E402
-import comparison as comparisons  # noqa: E402
-import report  # noqa: E402
-import report_html  # noqa: E402
-import report_plots  # noqa: E402
-import runs  # noqa: E402
-import suite as suites  # noqa: E402
-
-SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
-STUDENT = "configs/digits/retinanet_R18.yaml"
+SUITES = sorted((SHIPPED / "suites").glob("*.yaml"))
+STUDENT = "digits/retinanet_R18.yaml"
 ARMS = """
 baseline: alone
 seeds: [1, 2]
@@ -45,10 +39,10 @@ arms:
 """.replace("STUDENT", STUDENT)
 
 
-@pytest.fixture
-def in_root(monkeypatch):
-    """Configs name others relative to the repository."""
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Nothing depends on the clone being the working directory."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
 def read(tmp_path, text: str = ARMS, **kwargs) -> suites.Suite:
@@ -67,7 +61,7 @@ def comparison(tmp_path, text: str = ARMS, **kwargs) -> comparisons.Comparison:
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_suites_of_the_repository(path, in_root):
+def test_suites_of_the_repository(path):
     """Each shipped suite is read, its configs exist, and its overrides are keys that exist."""
     suite = suites.read_suite(path)
     assert suite.title and suite.seeds
@@ -77,7 +71,7 @@ def test_suites_of_the_repository(path, in_root):
         # Heads that are named run: they are those of a Distiller.
         assert suites.uses_teacher(cfg) == bool(cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT)
         if suites.uses_teacher(cfg):  # the teacher that the suite trains is the one that is read
-            assert made["teacher"] == cfg.DISTILL.TEACHER.WEIGHTS
+            assert made["teacher"] == os.path.abspath(cfg.DISTILL.TEACHER.WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,7 @@ def test_bad_suites(tmp_path, old, new, message):
     assert "\n" not in str(error.value)
 
 
-def test_bad_command_lines(tmp_path, in_root):
+def test_bad_command_lines(tmp_path):
     """Unknown arms, keys and configs end in one line before anything is written."""
     path, output = tmp_path / "suite.yaml", tmp_path / "out"
     path.write_text(ARMS)
@@ -123,7 +117,7 @@ def test_bad_command_lines(tmp_path, in_root):
         (["--report-only", str(output)], "no finished run"),
     ):
         with pytest.raises(SystemExit) as error:
-            compare.main([*arguments, "--output", str(output)])
+            cli.main(["compare", *arguments, "--output", str(output)])
         assert message in str(error.value) and "\n" not in str(error.value)
         assert not list(output.glob("*_*"))
 
@@ -161,7 +155,7 @@ def finish(work: comparisons.Comparison, label: str, seed: int, **results) -> Pa
     return folder
 
 
-def test_order_and_controls(tmp_path, in_root):
+def test_order_and_controls(tmp_path):
     """Runs come seed by seed; controls stretch the schedule, or fill the other arm's wall time."""
     work = comparison(tmp_path)
     assert [(arm.label, seed) for arm, seed in work.runs()] == [
@@ -188,7 +182,7 @@ def test_order_and_controls(tmp_path, in_root):
     assert work.config(*control)[0].SOLVER.MAX_ITER == 102
 
 
-def test_what_is_trained_before_the_arms(tmp_path, in_root, monkeypatch):
+def test_what_is_trained_before_the_arms(tmp_path, monkeypatch):
     """The teacher is trained, then the student that all arms start with, each once; their results
     are lines of their own, and a mistake in their configs is found before anything is trained."""
     made = tmp_path / "made"
@@ -200,7 +194,7 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
     with pytest.raises(ConfigError, match="start: unknown key 'seeds'; valid: config, opts"):
         read(tmp_path, text.replace("start: {", "start: {seeds: [1], "))
     broken = text.replace("start: {config: ", "start: {config: gone_")
-    with pytest.raises(ConfigError, match="gone_configs/digits/retinanet_R18.yaml"):
+    with pytest.raises(ConfigError, match="gone_digits/retinanet_R18.yaml"):
         comparison(tmp_path, broken)
 
     work = comparison(tmp_path, text)
@@ -221,7 +215,7 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
     for _ in range(2):
         work.run([])
         assert started == ["teacher", "start"]
-    lines = report.read_lines(tmp_path / "out" / "results.jsonl")
+    lines = tables.read_lines(tmp_path / "out" / "results.jsonl")
     assert [(line["role"], line["results"]["bbox"]["AP"]) for line in lines] == [
         ("teacher", 9.0),
         ("start", 9.0),
@@ -239,11 +233,11 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
     comparison(tmp_path, longer).prepare(comparison(tmp_path, longer).suite.prepared[0])
 
 
-def test_stretched_schedules(in_root):
+def test_stretched_schedules():
     """Steps and schedules of heads keep their share of the training; "to the end" stays that."""
     opts = ["SOLVER.STEPS", "(600, 900)", "SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "10"]
     opts += ["DISTILL.MAR.SCHEDULE.WARMUP_ITERS", "200"]
-    cfg = merged_config("configs/digits/retinanet_R18_mar.yaml", opts)
+    cfg = merged_config("digits/retinanet_R18_mar.yaml", opts)
     assert suites.stretched(cfg, 1500) == {
         "SOLVER.MAX_ITER": 1500,
         "SOLVER.STEPS": (900, 1350),
@@ -252,9 +246,9 @@ def test_stretched_schedules(in_root):
     }
 
 
-def test_settings(in_root):
+def test_settings():
     """Settings hold what a run uses: not the place it writes to, and no other head's keys."""
-    config = "configs/digits/retinanet_R18_ssim.yaml"
+    config = "digits/retinanet_R18_ssim.yaml"
 
     def settings(*opts: str) -> dict:
         return suites.settings_of(merged_config(config, list(opts)))
@@ -276,7 +270,7 @@ def test_settings(in_root):
     )
 
 
-def test_other_settings_are_refused(tmp_path, in_root):
+def test_other_settings_are_refused(tmp_path):
     """A finished run, a half-done one and a foreign folder of other settings are never reused."""
     work = comparison(tmp_path)
     folder = finish(work, "alone", 1)
@@ -291,11 +285,11 @@ def test_other_settings_are_refused(tmp_path, in_root):
             other.train(other.suite.arms["alone"], 1)
     (folder / "settings.json").unlink()
     (folder / "model_final.pth").touch()
-    with pytest.raises(ConfigError, match="alone_1 was not made by this tool"):
+    with pytest.raises(ConfigError, match="alone_1 was not made by d2kd compare"):
         work.check_kept_runs()
 
 
-def test_finished_runs_are_kept(tmp_path, in_root, monkeypatch):
+def test_finished_runs_are_kept(tmp_path, monkeypatch):
     """Only what is missing is started; each result is one line, in the order of the runs."""
     work = comparison(tmp_path)
     finish(work, "long", 1)
@@ -326,7 +320,7 @@ def test_finished_runs_are_kept(tmp_path, in_root, monkeypatch):
 def test_a_failure_cancels_what_waits(tmp_path):
     """A stage that fails names its log; the one that runs beside it ends, no other is started."""
     ended, slow = [], threading.Event()
-    processes = runs.Processes()
+    running = processes.Processes()
 
     def work(task: str) -> None:
         if task == "slow":
@@ -335,32 +329,32 @@ def test_a_failure_cancels_what_waits(tmp_path):
             done = tmp_path / task
             code = f"print('oh no'); raise SystemExit({task == 'bad'})"
             try:
-                runs.run_stage(task, ["-c", code], done, tmp_path, 1, processes=processes)
+                processes.run_stage(task, ["-c", code], done, tmp_path, 1, processes=running)
             finally:
                 slow.set()
         ended.append(task)
 
-    with pytest.raises(SystemExit, match=r"bad failed \(oh no\); its output is in .*bad.log"):
-        runs.run_in_order(["bad", "slow", "never"], work, jobs=2, processes=processes)
+    with pytest.raises(ConfigError, match=r"bad failed \(oh no\); its output is in .*bad.log"):
+        processes.run_in_order(["bad", "slow", "never"], work, jobs=2, processes=running)
     assert ended == ["slow"]
 
 
 def test_stopping(tmp_path):
     """Stopping ends the processes that run, and starts no other."""
-    processes = runs.Processes()
+    running = processes.Processes()
 
     def work(task: str) -> None:
         code = "import time; print('eta: 1  iter: 1  total_loss: 1'); time.sleep(60)"
-        runs.run_stage(task, ["-c", code], tmp_path / "no", tmp_path, 1, processes=processes)
+        processes.run_stage(task, ["-c", code], tmp_path / "no", tmp_path, 1, processes=running)
 
-    thread = threading.Thread(target=lambda: pytest.raises(SystemExit, work, "run"))
+    thread = threading.Thread(target=lambda: pytest.raises(ConfigError, work, "run"))
     thread.start()
-    while not processes._running and thread.is_alive():
+    while not running._running and thread.is_alive():
         thread.join(0.01)
-    processes.stop()
+    running.stop()
     thread.join(30)
     assert not thread.is_alive()
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(ConfigError, match="stopped"):
         work("next")
 
 
@@ -369,25 +363,25 @@ def test_what_another_comparison_makes_is_not_made_twice(tmp_path):
     done = tmp_path / "teacher" / "results.json"
     make = ["-c", f"open({str(done)!r}, 'w')"]
     done.parent.mkdir()
-    with runs.lock_file(done.parent / ".results.json.lock", "teacher"):
-        with pytest.raises(SystemExit, match="another process is at it"):
-            runs.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    with processes.lock_file(done.parent / ".results.json.lock", "teacher"):
+        with pytest.raises(ConfigError, match="another process works on it"):
+            processes.run_stage("teacher", make, done, tmp_path / "logs", 1)
     assert not done.exists()
-    runs.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    processes.run_stage("teacher", make, done, tmp_path / "logs", 1)
     assert done.exists()
 
 
 def test_tasks_that_wait_for_each_other():
     """What can never start is an error, not an endless wait."""
     with pytest.raises(RuntimeError, match="wait for each other"):
-        runs.run_in_order(
-            ["a", "b"], print, jobs=1, ready=lambda _: False, processes=runs.Processes()
+        processes.run_in_order(
+            ["a", "b"], print, jobs=1, ready=lambda _: False, processes=processes.Processes()
         )
 
 
 @pytest.mark.parametrize("left", ["results.json", "last_checkpoint"])
-def test_a_strangers_training_is_not_gone_on_with(tmp_path, in_root, left):
-    """A teacher's folder with a training of somebody else, and no weights, is refused."""
+def test_a_training_of_another_origin_is_refused(tmp_path, left):
+    """A teacher's folder with a training that was begun otherwise, and no weights, is refused."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     (folder / left).write_text("{}")
@@ -398,7 +392,7 @@ def test_a_strangers_training_is_not_gone_on_with(tmp_path, in_root, left):
     assert [path.name for path in folder.iterdir()] == [left]
 
 
-def test_sigterm_in_the_background(tmp_path, monkeypatch, in_root):
+def test_sigterm_in_the_background(tmp_path, monkeypatch):
     """SIGTERM ends a comparison cleanly, also where SIGINT is ignored, as behind nohup."""
     (tmp_path / "suite.yaml").write_text(ARMS)
     monkeypatch.setattr(
@@ -406,8 +400,8 @@ def test_sigterm_in_the_background(tmp_path, monkeypatch, in_root):
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
-            compare.main(
+        with pytest.raises(KeyboardInterrupt, match="stopped; the same command goes on"):
+            command.main(
                 ["--suite", str(tmp_path / "suite.yaml"), "--output", str(tmp_path / "out")]
             )
     finally:
@@ -417,10 +411,10 @@ def test_sigterm_in_the_background(tmp_path, monkeypatch, in_root):
 
 def test_one_process_a_run(tmp_path):
     """What another process works on is not started a second time."""
-    with runs.lock_file(tmp_path / "run.lock", "run"):
-        with pytest.raises(SystemExit, match="run: another process is at it"):
-            runs.lock_file(tmp_path / "run.lock", "run")
-    runs.lock_file(tmp_path / "run.lock", "run").close()
+    with processes.lock_file(tmp_path / "run.lock", "run"):
+        with pytest.raises(ConfigError, match="run: another process works on it"):
+            processes.lock_file(tmp_path / "run.lock", "run")
+    processes.lock_file(tmp_path / "run.lock", "run").close()
 
 
 # --- the report ---------------------------------------------------------------------------------
@@ -433,7 +427,7 @@ def fake_lines(task: str = "bbox") -> list[dict]:
     """Lines of three arms with three seeds, a teacher, and a student that they start with."""
 
     def results(ap: float) -> dict:
-        metrics = dict.fromkeys(report.METRICS, ap)
+        metrics = dict.fromkeys(tables.METRICS, ap)
         return {"bbox": {**metrics, "APl": math.nan}} | (
             {"segm": metrics} if task == "segm" else {}
         )
@@ -473,33 +467,33 @@ def test_paired_gains():
     Gains 2, 3.5, 1.5: mean 7/3, variance 13/12, standard error sqrt(13/36) = 0.601; t of 2 degrees
     of freedom is 4.303, so the interval is 2.585. AP 30, 31, 33: mean 31.33, error 0.882.
     """
-    arms = report.by_arm(fake_lines())
-    gains = report.paired_gains(arms["kd"], arms["alone"])
+    arms = tables.by_arm(fake_lines())
+    gains = tables.paired_gains(arms["kd"], arms["alone"])
     assert gains.tolist() == [2.0, 3.5, 1.5]
-    assert report.half_interval(gains) == pytest.approx(4.302653 * math.sqrt(13 / 36), rel=1e-6)
-    assert report.gain_text(gains) == "+2.3 ± 2.6"
-    assert report.error_text([30.0, 31.0, 33.0]) == "31.3 ± 0.9"
+    assert tables.half_interval(gains) == pytest.approx(4.302653 * math.sqrt(13 / 36), rel=1e-6)
+    assert tables.gain_text(gains) == "+2.3 ± 2.6"
+    assert tables.error_text([30.0, 31.0, 33.0]) == "31.3 ± 0.9"
     # Only seeds that both have are paired.
-    assert report.paired_gains(arms["kd"], {1: arms["alone"][1]}).tolist() == [3.5]
-    assert report.gain_text(np.array([3.5])) == "+3.5"
-    assert report.gain_text(np.array([])) == "-" == report.error_text([math.nan])
+    assert tables.paired_gains(arms["kd"], {1: arms["alone"][1]}).tolist() == [3.5]
+    assert tables.gain_text(np.array([3.5])) == "+3.5"
+    assert tables.gain_text(np.array([])) == "-" == tables.error_text([math.nan])
 
 
 def test_tables():
     """AP and cost, arm by arm; masks where they were evaluated."""
-    ap, masks, cost = report.tables(fake_lines("segm"))
+    ap, masks, cost = tables.tables(fake_lines("segm"))
     assert (ap.title, masks.title, cost.title) == ("Boxes", "Masks", "Cost")
     rows = {row[0]: row[1:] for row in ap.rows}
     assert rows["kd"] == ["3", *["33.7 ± 0.8"] * 5, "-", "+2.3 ± 2.6"]
     assert rows["alone"][-1] == "" and rows["teacher"][1] == "40.0" and rows["start"][1] == "29.0"
     assert cost.rows[1] == ["kd", "100", "300", "1.50", "1.0", "1000", "1,234"]
-    short = report.gains_table([fake_lines(), fake_lines()])
+    short = tables.gains_table([fake_lines(), fake_lines()])
     assert short.headers == ["gain in AP", "fakes", "fakes"]
     assert short.rows[:2] == [["(teacher: AP)", "40.0", "40.0"], ["(start: AP)", "29.0", "29.0"]]
     assert short.rows[-2] == ["kd", "+2.3 ± 2.6", "+2.3 ± 2.6"]
 
 
-def test_report(tmp_path, digits_root, in_root):
+def test_report(tmp_path, digits_root):
     """report.md and a self-contained report.html, with plots, curves and detections."""
     config = detector_config(num_classes=10)
     config.DATASETS.TEST = ("digits_tiny_val",)
@@ -517,7 +511,7 @@ def test_report(tmp_path, digits_root, in_root):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = tmp_path / "alone_0" / "student_final.pth"
     torch.save({"model": build_model(config).state_dict()}, weights)
-    compare.main(["--report-only", str(tmp_path)])
+    command.main(["--report-only", str(tmp_path)])
     page = (tmp_path / "report.html").read_text()
     assert "+2.3 ± 2.6" in page and page.count("data:image/svg+xml") == 3
     assert page.count("data:image/jpeg") == 1 and "http" not in re.sub(r"base64,[^']*", "", page)
@@ -525,7 +519,7 @@ def test_report(tmp_path, digits_root, in_root):
     for name in ("gains.svg", "loss.svg", "ap.svg", "detections.jpg"):
         assert f"({name})" in text and 0 < (tmp_path / name).stat().st_size < 300_000
     first = (tmp_path / "gains.svg").read_bytes()
-    report_plots.plot_gains(lines, tmp_path / "gains.svg")
+    plots.plot_gains(lines, tmp_path / "gains.svg")
     assert first == (tmp_path / "gains.svg").read_bytes()
 
 
@@ -539,13 +533,13 @@ def test_curves(tmp_path):
     ]
     path = tmp_path / "metrics.json"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    curves = report_plots.read_metrics(path)
+    curves = plots.read_metrics(path)
     assert [x.tolist() for x in curves["loss"]] == [[19, 39], [3.0, 2.0]]
     assert [x.tolist() for x in curves["AP"]] == [[40], [7.0]]
-    assert report_plots.smooth(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
+    assert plots.smooth(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
 
 
 def test_an_empty_report(tmp_path):
     """Before the first run has finished there are no tables, and no error."""
     (tmp_path / "results.jsonl").write_text(json.dumps(fake_lines()[0]) + "\n")
-    assert report_html.write_report(tmp_path) == ""
+    assert reports.write_report(tmp_path) == ""

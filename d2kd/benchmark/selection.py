@@ -1,7 +1,7 @@
 """Time and memory of choosing prototypes from given features, and what the naive form would cost.
 
-    python tools/benchmark_prototypes.py --json output/selection.json     # COCO's size
-    python tools/benchmark_prototypes.py --classes 8 --instances 500 --naive-instances 0
+    d2kd prototypes time --json output/selection.json     # COCO's size
+    d2kd prototypes time --classes 8 --instances 500 --naive-instances 0
 
 Features are random, made class by class: a whole data set of them would be larger than what the
 selection needs. The naive form, which computes all residuals for each candidate, is timed on one
@@ -19,9 +19,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from d2kd.engine.cost import peak_memory
-from d2kd.files import write_json
-from d2kd.prototypes.select import dense_candidates, matching_pursuit, select_prototypes
+from ..engine.cost import peak_memory
+from ..files import write_json
+from ..prototypes.select import dense_candidates, matching_pursuit, select_prototypes
 
 
 def draw_features(instances: int, channels: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,8 @@ def naive_pursuit(
     return chosen
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sizes of the case that is measured."""
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--instances", type=int, default=3000, help="objects a class")
     parser.add_argument("--channels", type=int, default=256)
@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> None:
         "--naive-instances", type=int, default=300, help="size of the naive form's case; 0: none"
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print the table, and write the figures if asked to."""
     result = {
         "environment": {
             "torch": torch.__version__,
@@ -169,7 +172,3 @@ def refresh_markdown(report: dict) -> str:
     headers = ["iteration", "objects", "images", "prototypes", "features s", "selection s"]
     headers += ["in all s", "s a thousand iterations"]
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-
-
-if __name__ == "__main__":
-    main()

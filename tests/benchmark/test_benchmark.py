@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from d2kd import ConfigError
+from d2kd import ConfigError, cli
+from d2kd.benchmark import command as benchmark
+from d2kd.benchmark import selection, steps
+from d2kd.benchmark import tables as report
+from d2kd.commands import prototypes
 
-from .detectors import build, detector_config, distiller_config, make_batch
+from ..detectors import build, detector_config, distiller_config, make_batch
 
-TOOLS = str(Path(__file__).parents[1] / "tools")
-sys.path.insert(0, TOOLS)
-import benchmark  # noqa: E402
-import benchmark_prototypes  # noqa: E402
-import benchmark_report as report  # noqa: E402
-import benchmark_steps as steps  # noqa: E402
-
-sys.path.remove(TOOLS)
-
-ONE_BY_ONE = "GlobalKnowledge:DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL=1"
+ONE_BY_ONE = "GlobalKnowledge DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL 1"
 
 
 def fake_row(setting: dict, *_) -> dict:
@@ -61,8 +54,8 @@ def test_variants():
     assert [report.bound({"arch": arch, **dsig}) for arch in ("mask", "retinanet")] == [1.10, 1.15]
     assert report.bound({**row, "heads": ["DSIG", "SSIM"]}) is None
     assert report.bound({**row, "size": 640}) is None
-    with pytest.raises(ConfigError, match="KEY=VALUE"):
-        benchmark.parse_variant("SSIM:DISTILL.SSIM.WEIGHT")
+    with pytest.raises(ConfigError, match="KEY VALUE"):
+        benchmark.parse_variant("SSIM DISTILL.SSIM.WEIGHT")
 
 
 def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
@@ -77,15 +70,15 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "measure", measure)
     file = tmp_path / "out" / "cost.json"
-    command = ["--json", str(file), "--archs", "faster", "--device", "cpu", "--heads"]
+    words = ["--json", str(file), "--archs", "faster", "--device", "cpu", "--heads"]
     with pytest.raises(KeyboardInterrupt):
-        benchmark.main([*command, "SSIM", ONE_BY_ONE, "MAR"])
+        benchmark.main([*words, "SSIM", ONE_BY_ONE, "MAR"])
     assert len(json.loads(file.read_text())["rows"]) == 2
     grow = ["--growth", "--sizes", "64", "--batches", "2", "--object-counts", "0"]
-    benchmark.main([*command, "SSIM", ONE_BY_ONE, "MAR", *grow])
+    benchmark.main([*words, "SSIM", ONE_BY_ONE, "MAR", *grow])
     identities = [json.dumps(benchmark.identity(row)) for row in measured]
     assert len(identities) == len(set(identities)) == 3 * 3
-    benchmark.main([*command, "SSIM", "--teacher-precision", "bf16", "--growth", "--sizes", "320"])
+    benchmark.main([*words, "SSIM", "--teacher-precision", "bf16", "--growth", "--sizes", "320"])
     printed = capsys.readouterr().out
     assert "| 64 px" in printed and "| 0 objects" in printed and "bf16" in printed
     assert "promised" in printed and "RoIAlign ms" in printed
@@ -97,8 +90,36 @@ def test_rows_of_another_machine_are_refused(tmp_path):
     """A file is of one machine, PyTorch and number of threads."""
     file = tmp_path / "cost.json"
     file.write_text(json.dumps({"environment": {"device": "abacus"}, "base": {}, "rows": []}))
-    with pytest.raises(SystemExit, match="name another file"):
-        benchmark.main(["--json", str(file), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="^error: .*measured elsewhere: name another file"):
+        cli.main(["benchmark", "--json", str(file), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pairs", "18"], "--pairs '18': two depths of 18, 34"),
+        (["--heads", "SSIN"], "unknown head 'SSIN'; valid: "),
+        (["--heads", "SSIM DISTILL.SSIM.WEIGTH 1"], "no config key 'DISTILL.SSIM.WEIGTH'; close"),
+        (["--repeats", "0"], "--repeats: '0' must be a whole number of at least 1"),
+        (["--json", "."], "--json . is a folder"),
+        (["--json", "other.json"], "other.json is no file of d2kd benchmark"),
+        (["--heads", "SSIM", "DISTILL.SSIM.WEIGHT"], "DISTILL.SSIM.WEIGHT has no value"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch):
+    """A mistake ends in one line, and leaves no file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["benchmark", "--device", "cpu", "--archs", "retinanet", *words])
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_overrides_are_for_all_rows():
+    """KEY VALUE pairs at the end join those of each row."""
+    args = benchmark.build_parser().parse_command(["--heads", "SSIM", "MAR", "SEED", "3"])
+    assert [row["opts"] for row in benchmark.settings(args)] == [["SEED", "3"]] * 4
 
 
 def test_flop_bound_and_empty_tables():
@@ -154,11 +175,11 @@ def test_selection_file(tmp_path, capsys):
     """The selection's benchmark writes what its table says; refreshes have a table, too."""
     file = tmp_path / "selection.json"
     size = ["--classes", "2", "--instances", "30", "--channels", "32", "--levels", "1"]
-    benchmark_prototypes.main([*size, "--naive-instances", "30", "--json", str(file)])
+    prototypes.main(["time", *size, "--naive-instances", "30", "--json", str(file)])
     result = json.loads(file.read_text())
     assert result["one"]["same_choice"] and result["one"]["naive_seconds"] > 0
-    assert benchmark_prototypes.markdown(result) in capsys.readouterr().out
+    assert selection.markdown(result) in capsys.readouterr().out
     made = {"iteration": 400, "seconds": 2.0, "feature_seconds": 1.5, "selection_seconds": 0.5}
     made |= {"objects": 90, "images": 30, "prototypes": 50, "features_mib": 1.0}
-    table = benchmark_prototypes.refresh_markdown({"period": 400, "refreshes": [made]})
+    table = selection.refresh_markdown({"period": 400, "refreshes": [made]})
     assert "| 5.0 " in table

@@ -15,8 +15,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 
-from d2kd.config import student_config
-from d2kd.files import write_atomically
+from ..config import student_config
+from ..files import write_atomically
 
 WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (60, 60, 255)  # BGR, as OpenCV's
 

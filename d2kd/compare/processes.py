@@ -16,7 +16,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from ..errors import ConfigError
+
+
+class StageFailed(ConfigError):
+    """A process that was started failed, or is already running elsewhere; names its log."""
 
 
 def progress_of(line: str) -> str | None:
@@ -40,7 +44,7 @@ class Processes:
     def start(self, command: list[str], **kwargs) -> subprocess.Popen:
         with self._lock:
             if self._stopped:
-                raise SystemExit("stopped")
+                raise StageFailed("stopped")
             process = subprocess.Popen(command, **kwargs)
             self._running.add(process)
         return process
@@ -72,7 +76,8 @@ def run_stage(
     environment: dict[str, str] | None = None,
     processes: Processes | None = None,
 ) -> None:
-    """Run ``python command``, showing its progress, unless the file ``done`` is there already.
+    """Run ``python command`` in the working directory, showing its progress, unless the file
+    ``done`` is there already.
 
     Args:
         logs: folder for the full output.
@@ -81,7 +86,7 @@ def run_stage(
         processes: where to enlist the process.
 
     Raises:
-        SystemExit: it failed, or another process works on it; names the log.
+        StageFailed: it failed, or another process works on it; names the log.
     """
     for folder in (logs, done.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,6 @@ def run_stage(
     environment = {
         **_KEEP_MEMORY,
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": str(threads),
@@ -104,7 +108,8 @@ def run_stage(
         print(f"{name} ...", flush=True)
         code, last = _run_logged(name, command, log, environment, lock, processes or Processes())
     if code != 0 or not done.exists():
-        raise SystemExit(f"{name} failed ({last[:200]}); its output is in {log}")
+        reason = last.removeprefix("error: ")[:200]
+        raise StageFailed(f"{name} failed ({reason}); its output is in {log}")
     print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -120,7 +125,6 @@ def _run_logged(
     with log.open("w") as file:
         process = processes.start(
             [sys.executable, *command],
-            cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -149,14 +153,14 @@ def lock_file(path: Path, name: str):
     So a training that outlived a killed parent is not started a second time beside itself.
 
     Raises:
-        SystemExit: another process has it.
+        StageFailed: another process has it.
     """
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise SystemExit(f"{name}: another process is at it ({path})") from None
+        raise StageFailed(f"{name}: another process works on it ({path})") from None
     return file
 
 

@@ -3,27 +3,29 @@
 A suite is a YAML file::
 
     title: RetinaNet on digits
-    teacher: {config: configs/digits/retinanet_R34_teacher.yaml}  # trained first if it is not there
-    start: {config: configs/digits/retinanet_R18_distill.yaml, opts: {...}}    # then this one
+    teacher: {config: digits/retinanet_R34_teacher.yaml}  # trained first if it is not there
+    start: {config: digits/retinanet_R18_distill.yaml, opts: {...}}    # then this one
     baseline: alone
     seeds: [1, 2, 3]
     opts: {SOLVER.MAX_ITER: 3000}                                 # of all arms
     arms:
-      alone: {config: configs/digits/retinanet_R18.yaml}
-      SSIM: {config: configs/digits/retinanet_R18_ssim.yaml, opts: {DISTILL.SSIM.WEIGHT: 2.0}}
-      alone x1.5: {config: configs/digits/retinanet_R18.yaml, times: 1.5}
-      alone, time of SSIM: {config: configs/digits/retinanet_R18.yaml, same_time_as: SSIM}
+      alone: {config: digits/retinanet_R18.yaml}
+      SSIM: {config: digits/retinanet_R18_ssim.yaml, opts: {DISTILL.SSIM.WEIGHT: 2.0}}
+      alone x1.5: {config: digits/retinanet_R18.yaml, times: 1.5}
+      alone, time of SSIM: {config: digits/retinanet_R18.yaml, same_time_as: SSIM}
 
 All arms start with the student that ``start`` trains, where there is one: it is their
 ``MODEL.WEIGHTS``. The last two arms are controls: they train ``times`` as many iterations, or as
 many as fit into the wall time that the named arm took with the same seed. Paths start at the
-repository.
+working directory or, where nothing is there, at the suite's own folder; a config may also be one
+that d2kd ships.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +33,10 @@ from pathlib import Path
 import yaml
 from detectron2.config import CfgNode
 
-from d2kd.engine.setup import merged_config
-from d2kd.errors import ConfigError
-from d2kd.registry import node_name
+from ..config_files import PATH_KEYS, absolute_path, find_file, resolve_config_file
+from ..engine.setup import merged_config
+from ..errors import ConfigError
+from ..registry import node_name
 
 PREPARED = ("teacher", "start")  # detectors that are trained once, before the arms
 SUITE_KEYS = ("title", *PREPARED, "baseline", "seeds", "opts", "arms")
@@ -108,7 +111,8 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     _check_keys(f"{path}: arms", data["arms"])
     common, opts = data.get("opts") or {}, opts or {}
     _check_keys(f"{path}: opts", common)
-    prepared = [_prepared(str(path), label, data[label]) for label in PREPARED if label in data]
+    common = _with_paths(common, path.parent)
+    prepared = [_prepared(path, label, data[label]) for label in PREPARED if label in data]
     for arm in prepared:
         if arm.label == "start":
             common = {"MODEL.WEIGHTS": weights_of(arm), **common}
@@ -121,9 +125,9 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
             own = tuple(dict.fromkeys((*own, *(seeds or ()))))
         arms[str(label)] = Arm(
             str(label),
-            entry["config"],
+            _find_config(where, entry["config"], path.parent),
             own,
-            {**common, **(entry.get("opts") or {}), **opts},
+            {**common, **_with_paths(entry.get("opts") or {}, path.parent), **opts},
             entry.get("times", 1.0),
             str(entry.get("same_time_as", "")),
         )
@@ -133,9 +137,32 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     return suite
 
 
-def _prepared(where: str, label: str, entry: dict) -> Arm:
-    _check_keys(f"{where}: {label}", entry, PREPARED_KEYS, required=("config",))
-    return Arm(label, entry["config"], (), entry.get("opts") or {})
+def _prepared(path: Path, label: str, entry: dict) -> Arm:
+    where = f"{path}: {label}"
+    _check_keys(where, entry, PREPARED_KEYS, required=("config",))
+    config = _find_config(where, entry["config"], path.parent)
+    return Arm(label, config, (), _with_paths(entry.get("opts") or {}, path.parent))
+
+
+def _find_config(where: str, name: str, folder: Path) -> str:
+    """A config's name as it is from the working directory; its path if it lies beside the suite.
+
+    Raises:
+        ConfigError: there is none; names the folders it was looked for in.
+    """
+    beside = None if find_file(name) else find_file(name, [folder])
+    resolve_config_file(name, f"{where}: config", [folder])
+    return os.path.abspath(beside) if beside else name
+
+
+def _with_paths(opts: dict, folder: Path) -> dict:
+    """``opts``, in which the paths of files that lie beside the suite are absolute."""
+    beside = {
+        key: absolute_path(value, [folder])
+        for key, value in opts.items()
+        if key in PATH_KEYS and isinstance(value, str) and not find_file(value)
+    }
+    return {**opts, **beside}
 
 
 def weights_of(prepared: Arm) -> str:
@@ -259,12 +286,22 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
         for key, value in flat.items()
         if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
     }
-    flat["file of MODEL.WEIGHTS"] = fingerprint(cfg.MODEL.WEIGHTS)
+    _set_file(flat, "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if uses_teacher(cfg):
-        flat["file of DISTILL.TEACHER.WEIGHTS"] = fingerprint(cfg.DISTILL.TEACHER.WEIGHTS)
-        teacher = merged_config(cfg.DISTILL.TEACHER.CONFIG_FILE, list(cfg.DISTILL.TEACHER.OPTS))
+        node = cfg.DISTILL.TEACHER
+        _set_file(flat, "DISTILL.TEACHER.WEIGHTS", node.WEIGHTS)
+        teacher = merged_config(node.CONFIG_FILE, list(node.OPTS))
         flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
+        if node.WEIGHTS:  # the file says what weights it has; the keys below, what it is
+            del flat["DISTILL.TEACHER.CONFIG_FILE"], flat["teacher's MODEL.WEIGHTS"]
     return flat
+
+
+def _set_file(flat: dict[str, str], key: str, path: str) -> None:
+    """Let a file's content stand for its path, which depends on the machine."""
+    flat[f"file of {key}"] = fingerprint(path)
+    if flat[f"file of {key}"]:
+        del flat[key]
 
 
 def _flat(node: CfgNode, prefix: str = "") -> dict[str, str]:
@@ -279,6 +316,7 @@ def _flat(node: CfgNode, prefix: str = "") -> dict[str, str]:
 
 def fingerprint(path: str) -> str:
     """The start of a file's SHA-256; "" where there is no such file."""
+    path = (path or "").partition("?")[0]
     if not path or not Path(path).is_file():
         return ""
     return _fingerprint(path, Path(path).stat().st_mtime_ns)

@@ -1,34 +1,34 @@
-#!/usr/bin/env python
 """The demo: a teacher, a student alone and a distilled student on handwritten digits, compared.
 
-    make demo
+    d2kd demo
 
 It makes the data, trains the three in a few minutes on a CPU, prints their AP with the gain, and
 saves a picture of detections side by side. Finished stages are kept: a second call, or a call after
-a kill, goes on where the last one ended.
+a kill, goes on where the last one ended. In a clone, `make demo` does the same, set-up included.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from pictures import save_picture
-from runs import ROOT, run_stage
 from tabulate import tabulate
 
-from d2kd.engine.setup import merged_config
-from d2kd.files import write_json
+from ..arguments import CommandParser, natural, positive
+from ..compare.pictures import save_picture
+from ..compare.processes import run_stage
+from ..engine.setup import merged_config
+from ..errors import ConfigError
+from ..files import write_json
 
-CONFIGS = "configs/digits"
+CONFIGS = "digits"
 STUDENT, TEACHER = "retinanet_R18", "retinanet_R34_teacher"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")
 
@@ -57,7 +57,7 @@ class Demo:
     def pretrain(self, threads: int) -> None:
         """The student's backbone, and the teacher's grown from it."""
         done = self.weights("R18")
-        command = ["tools/pretrain_digits.py", "--config-file", f"{CONFIGS}/{STUDENT}.yaml"]
+        command = ["-m", "d2kd", "pretrain", "--config-file", f"{CONFIGS}/{STUDENT}.yaml"]
         command += ["--output", str(done), "--steps", str(self.pretraining)]
         command += ["--grow", f"{CONFIGS}/{TEACHER}.yaml", str(self.weights("R34"))]
         self.stage("backbone", command, done, threads)
@@ -71,7 +71,7 @@ class Demo:
     def train(self, run: str, config: str, iterations: int, seed: int, threads: int, *opts) -> None:
         depth = re.search(r"R\d+", config)[0]
         folder = self.folder(run)
-        command = ["train_net.py", "--resume", "--config-file", f"{CONFIGS}/{config}.yaml"]
+        command = ["-m", "d2kd", "train", "--resume", "--config-file", f"{CONFIGS}/{config}.yaml"]
         command += ["SOLVER.MAX_ITER", str(iterations), "SOLVER.WARMUP_ITERS", "30"]
         command += ["SOLVER.CHECKPOINT_PERIOD", "100", "SEED", str(seed)]
         command += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(folder)]
@@ -117,7 +117,7 @@ class Demo:
         }
         path = self.output / "settings.json"
         if path.is_file() and json.loads(path.read_text()) != settings:
-            sys.exit(f"error: {self.output} holds a demo of other settings; give another --output")
+            raise ConfigError(f"{self.output} holds a demo of other settings: name another folder")
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(settings, str(path))
 
@@ -181,24 +181,22 @@ def wait(pool: ThreadPoolExecutor, *jobs) -> None:
 
 
 def picture_of(config: str, folder: Path) -> tuple[CfgNode, Path]:
-    """What :func:`~pictures.save_picture` needs of a run."""
+    """What :func:`~d2kd.compare.pictures.save_picture` needs of a run."""
     return merged_config(config, []), folder / "student_final.pth"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stages that are not done yet, and report.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--teacher-iterations", type=int, default=450)
-    parser.add_argument("--student-iterations", type=int, default=300)
-    parser.add_argument("--pretraining", type=int, default=500, help="steps of the backbones")
+    parser.add_argument("--seeds", type=natural, nargs="+", default=[1, 2])
+    parser.add_argument("--teacher-iterations", type=positive, default=450)
+    parser.add_argument("--student-iterations", type=positive, default=300)
+    parser.add_argument("--pretraining", type=positive, default=500, help="steps of the backbones")
     args = parser.parse_args(argv)
-    os.chdir(ROOT)
     iterations = (args.teacher_iterations, args.student_iterations)
     Demo(args.output.resolve(), args.seeds, iterations, args.pretraining).run()
-
-
-if __name__ == "__main__":
-    main()

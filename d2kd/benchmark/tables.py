@@ -1,4 +1,4 @@
-"""Tables and the plot of what tools/benchmark.py measured."""
+"""Tables and the plot of what the benchmark measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps that tools/benchmark.py times: models, a batch, the teacher's part, and stopwatches.
+"""The steps that the benchmark times: models, a batch, the teacher's part, and stopwatches.
 
 Weights are random and the learning rate is 0, so that every repetition does the same work.
 """
@@ -19,12 +19,14 @@ from detectron2.config import CfgNode
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2kd import Batch, Teacher
-from d2kd.detectors.bundle import FeatureBundle
-from d2kd.engine.cost import peak_memory as process_peak
-from d2kd.engine.setup import merged_config
-from d2kd.engine.trainer import unwrap, use_fused_update
-from d2kd.meta_arch import Distiller
+from ..config import validate_distillation_config
+from ..config_files import merge_overrides
+from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.teacher import Teacher
+from ..engine.cost import peak_memory as process_peak
+from ..engine.setup import merged_config
+from ..engine.trainer import unwrap, use_fused_update
+from ..meta_arch import Distiller
 
 _FOLDER = tempfile.TemporaryDirectory()  # of the teachers' configs; goes with the process
 BASES = {
@@ -59,7 +61,8 @@ def distiller_config(student: CfgNode, heads: list[str], teacher: CfgNode, opts:
     file.write_text(teacher.dump())
     cfg.DISTILL.TEACHER.CONFIG_FILE = str(file)
     cfg.DISTILL.TEACHER.WEIGHTS = "random"
-    cfg.merge_from_list(opts)
+    merge_overrides(cfg, opts)
+    validate_distillation_config(cfg)
     return cfg
 
 

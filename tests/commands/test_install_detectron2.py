@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py, run in bare virtual environments on small wheels made here."""
+"""d2kd install-detectron2, run in bare virtual environments on small wheels made here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "install_detectron2.py"
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "d2kd/commands/install_detectron2.py"
 
 # A Detectron2 that needs nothing else, with each way in which the copy names itself.
 FAKE_LABGYM = {
@@ -54,9 +55,10 @@ class Environment:
         known = wheel is not None and wheel.is_file()
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest() if known else "0" * 64
         code = (
-            "import os, signal, sys\n"
-            f"sys.path.insert(0, {str(TOOL.parent)!r})\n"
-            "import install_detectron2 as tool\n"
+            "import importlib.util, os, signal, sys\n"
+            f"spec = importlib.util.spec_from_file_location('tool', {str(TOOL)!r})\n"
+            "tool = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(tool)\n"
             f"tool.WHEEL_SHA256 = {digest!r}\n{setup}\n"
             f"sys.exit(tool.main({['--wheel', str(wheel)] if wheel else []}))\n"
         )
@@ -94,7 +96,7 @@ def assert_one_error_line(done: subprocess.CompletedProcess, *words: str) -> Non
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("install_detectron2: error: ")
+    assert line.startswith("error: ")
     for word in words:
         assert word in line
 

@@ -1,9 +1,6 @@
-"""tools/pretrain_digits.py: the grown backbone computes what the small one does."""
+"""d2kd pretrain: the grown backbone computes what the small one does."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +9,9 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 
 from d2kd import ConfigError
+from d2kd.commands import pretrain
 
-from .detectors import detector_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import pretrain_digits  # noqa: E402
+from ..detectors import detector_config
 
 
 def backbone_of(cfg, weights: dict | None = None):
@@ -32,28 +27,28 @@ def test_growing_keeps_the_function():
     small, large = detector_config(depth=18), detector_config(depth=34)
     model = backbone_of(small)
     weights = {f"backbone.bottom_up.{k}": v for k, v in model.state_dict().items()}
-    grown = backbone_of(large, pretrain_digits.grow(weights, large))
+    grown = backbone_of(large, pretrain.grow(weights, large))
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected, found = model(images), grown(images)
     for name, feature in expected.items():
         torch.testing.assert_close(found[name], feature)
     with pytest.raises(ConfigError, match="ResNet-50 cannot take"):
-        pretrain_digits.grow(weights, detector_config(depth=50))
+        pretrain.grow(weights, detector_config(depth=50))
 
 
 def test_pretraining_writes_both_files(tmp_path, digits_root, monkeypatch):
     """One step on digits_tiny writes weights by the detector's names, for both depths."""
     configs = {}
     for depth in (18, 34):
-        cfg = detector_config(depth=depth)
+        cfg = detector_config(depth=depth, num_classes=10)
         cfg.DATASETS.TRAIN = ("digits_tiny_train",)
         configs[depth] = tmp_path / f"R{depth}.yaml"
         configs[depth].write_text(cfg.dump())
     files = [tmp_path / "small.pth", tmp_path / "large.pth"]
     arguments = ["--config-file", str(configs[18]), "--output", str(files[0]), "--steps", "2"]
     arguments += ["--batch", "8", "--crop", "16", "--grow", str(configs[34]), str(files[1])]
-    pretrain_digits.main(arguments)
+    pretrain.main(arguments)
     small, large = (torch.load(file)["model"] for file in files)
     assert all(name.startswith("backbone.bottom_up.") for name in large)
     assert set(small) < set(large)
@@ -65,6 +60,6 @@ def test_light_backbones_are_pretrained_too(digits_root):
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_timm_fpn_backbone"
     cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.PRETRAINED = "mobilenetv2_100", False
     cfg.DATASETS.TRAIN = ("digits_tiny_train",)
-    weights = pretrain_digits.pretrain(cfg, steps=1, batch=8, crop=32, seed=0)
+    weights = pretrain.pretrain(cfg, steps=1, batch=8, crop=32, seed=0)
     detector = build_model(cfg).state_dict()
     assert set(weights) == {name for name in detector if name.startswith("backbone.bottom_up.")}

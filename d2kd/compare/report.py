@@ -7,13 +7,13 @@ import base64
 import html
 from pathlib import Path
 
-from pictures import pick_records, save_picture
-from report import by_arm, is_control, notes, prepared, read_lines, tables, write_markdown
-from report_plots import plot_curves, plot_gains
-from suite import as_list
-
-from d2kd.engine.setup import merged_config
-from d2kd.files import write_text
+from ..engine.setup import merged_config
+from ..errors import ConfigError
+from ..files import write_text
+from .pictures import pick_records, save_picture
+from .plots import plot_curves, plot_gains
+from .suite import as_list
+from .tables import by_arm, is_control, notes, prepared, read_lines, tables, write_markdown
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
@@ -74,7 +74,11 @@ def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
     found = {}
     teachers = [(line["role"], line) for line in prepared(lines) if line["role"] == "teacher"]
     for label, run in [*chosen.items(), *teachers]:
-        cfg = merged_config(run["config"], as_list(run["opts"]))
+        try:
+            cfg = merged_config(run["config"], as_list(run["opts"]))
+        except ConfigError as error:  # of a report that is written from another directory
+            print(f"no picture of '{label}': {error}")
+            continue
         folder = Path(cfg.OUTPUT_DIR) if label == "teacher" else output / run["folder"]
         if (folder / "student_final.pth").is_file():
             found[label] = (cfg, folder / "student_final.pth")

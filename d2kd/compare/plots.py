@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from report import by_arm, half_interval, is_control, mean_of, paired_gains, tasks_of
 
-from d2kd.files import write_atomically
+from ..files import write_atomically
+from .tables import by_arm, half_interval, is_control, mean_of, paired_gains, tasks_of
 
 TASK_NAMES = {"bbox": "box AP", "segm": "mask AP"}
 CONTROL, METHOD = "#b8bec7", "#3d6fb6"

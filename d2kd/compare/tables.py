@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from d2kd.files import write_text
+from ..files import write_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
