@@ -136,7 +136,7 @@ class Comparison:
             opts["MODEL.WEIGHTS"] = ""
         cfg = merged_config(arm.config, as_list(opts))
         weights = cfg.DISTILL.TEACHER.WEIGHTS
-        if os.path.abspath(weights) in made:
+        if os.path.abspath(weights) in map(os.path.abspath, made):
             opts["DISTILL.TEACHER.WEIGHTS"] = RANDOM_WEIGHTS  # not read yet
         elif uses_teacher(cfg) and weights.endswith(".pth") and not PathManager.exists(weights):
             raise ConfigError(

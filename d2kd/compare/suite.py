@@ -166,8 +166,11 @@ def _with_paths(opts: dict, folder: Path) -> dict:
 
 
 def weights_of(prepared: Arm) -> str:
-    """Where the weights of a detector that is trained before the arms lie in the end."""
-    return f"{merged_config(prepared.config, as_list(prepared.opts)).OUTPUT_DIR}/student_final.pth"
+    """Where the weights of a detector that is trained before the arms lie in the end, from the
+    working directory if they lie below it: results say where they are, on any machine."""
+    folder = Path(merged_config(prepared.config, as_list(prepared.opts)).OUTPUT_DIR)
+    below = folder.is_relative_to(Path.cwd())
+    return str((folder.relative_to(Path.cwd()) if below else folder) / "student_final.pth")
 
 
 def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
