@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import textwrap
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -149,7 +150,7 @@ def prose(docstring: str) -> str:
     parts = [markup(blocks[0]).strip()]
     for title, text in zip(blocks[1::2], blocks[2::2], strict=True):
         inside, *after = re.split(r"\n(?=\S)", text)
-        parts.append(f"{title}:\n\n{items(inspect.cleandoc(inside), title)}")
+        parts.append(f"{title}:\n\n{items(textwrap.dedent(inside).strip(), title)}")
         parts += [markup("\n".join(after)).strip()]
     return "\n\n".join(filter(None, parts))
 

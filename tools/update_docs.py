@@ -24,14 +24,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import published
-import reference
-
 from d2kd.benchmark import selection
 from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
 from d2kd.compare import tables as compare
 from d2kd.files import write_text
+
+if __package__:  # imported, and not run as a script
+    from . import published, reference
+else:
+    import published
+    import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- measured: (\w+) ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
