@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from d2kd.commands import install_detectron2 as tool
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "d2kd/commands/install_detectron2.py"
 
@@ -271,9 +273,6 @@ def test_pip_lists_and_uninstalls_it(environment: Environment, wheel: Path):
 def test_pip_downloads_the_wheel(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The download takes the named version from where pip is told to look, and nothing else."""
     pytest.importorskip("pip", reason="this environment was made without pip")
-    monkeypatch.syspath_prepend(TOOL.parent)
-    import install_detectron2 as tool
-
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     folder = tmp_path / "download"
