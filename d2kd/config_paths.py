@@ -1,4 +1,4 @@
-"""Where the files that configs name lie: in the working directory, beside the config, or shipped."""
+"""Where files lie that a config names: in the working directory, beside it, or shipped."""
 
 from __future__ import annotations
 

@@ -9,15 +9,9 @@ import pytest
 import yaml
 
 from d2kd import ConfigError
-from d2kd.config_files import (
-    SHIPPED,
-    absolute_path,
-    default_output_dir,
-    resolve_config_file,
-    shipped_config,
-    shipped_names,
-)
-from d2kd.detectors.teacher import teacher_config
+from d2kd.config_files import default_output_dir, resolve_config_file
+from d2kd.config_paths import SHIPPED, absolute_path, shipped_config, shipped_names
+from d2kd.detectors.weights import teacher_config
 from d2kd.engine.setup import merged_config, read_config
 from d2kd.engine.train import build_parser
 
@@ -76,11 +70,11 @@ def test_folders_are_tried_and_named(here, tmp_path):
 
 def test_shipped_configs_are_read_safely(here, tmp_path, monkeypatch):
     """They hold no Python, and a tag in one would not be run."""
-    monkeypatch.setattr("d2kd.config_files.SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr("d2kd.config_paths.SHIPPED", tmp_path / "shipped")
     (tmp_path / "shipped/x").mkdir(parents=True)
     text = "MODEL:\n  WEIGHTS: !!python/object/apply:os.getcwd []\n"
     (tmp_path / "shipped/x/evil.yaml").write_text(text)
-    with pytest.raises(ConfigError, match="could not determine a constructor"):
+    with pytest.raises(ConfigError, match="the tag .* could run code"):
         merged_config("x/evil.yaml", [])
 
 
@@ -141,7 +135,7 @@ def project(here, tmp_path) -> Path:
         folder / "student.yaml",
         MODEL={"META_ARCHITECTURE": "Distiller", "WEIGHTS": "weights/start.pth"},
         DISTILL={"HEADS": ["SSIM"], "TEACHER": teacher},
-        DATASETS={"COCO_FORMAT": [["mine", "data/train.json", "images"]]},
+        DATASETS={"COCO_FORMAT": [["mine", "data/train.json", "images"]], "TRAIN": ["mine"]},
     )
     return folder
 

@@ -11,7 +11,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from d2kd import DISTILL_HEAD_REGISTRY, ConfigError, Distiller, add_distillation_config
-from d2kd.config_files import load_config, shipped_names
+from d2kd.config_files import load_config
+from d2kd.config_paths import shipped_names
 from d2kd.engine.setup import merged_config
 from d2kd.registry import node_name
 

@@ -17,7 +17,8 @@ from detectron2.config import get_cfg
 import d2kd
 from d2kd.cli import VERBS
 from d2kd.config import add_distillation_config
-from d2kd.config_files import SHIPPED, load_config, resolve_config_file
+from d2kd.config_files import load_config, resolve_config_file
+from d2kd.config_paths import SHIPPED
 from d2kd.engine import train as train_net
 from d2kd.keys import node_at
 from tools import reference, update_docs

@@ -14,7 +14,10 @@ PACKAGE = ROOT / "d2kd"
 # From the ground up; a module imports from its own floor or from those below.
 FLOORS = (
     ("errors", "registry", "files", "keys", "arguments"),
-    ("numerics", "schedules", "config", "config_paths", "config_files", "config_rules", "checkpoint_files"),
+    (
+        *("numerics", "schedules", "config", "config_paths", "config_files", "config_rules"),
+        "checkpoint_files",
+    ),
     ("geometry", "losses"),
     ("detectors", "models", "data"),
     ("heads", "prototypes"),

@@ -30,10 +30,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from detectron2.config import CfgNode
 
-from ..config_files import PATH_KEYS, absolute_path, find_file, resolve_config_file
+from ..config_files import read_yaml, resolve_config_file
+from ..config_paths import PATH_KEYS, absolute_path, find_file
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..registry import node_name
@@ -103,10 +103,7 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     Raises:
         ConfigError: in one line that names what is valid.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    data, _ = read_yaml(str(path))
     _check_keys(str(path), data, SUITE_KEYS, required=("baseline", "seeds", "arms"))
     _check_keys(f"{path}: arms", data["arms"])
     common, opts = data.get("opts") or {}, opts or {}

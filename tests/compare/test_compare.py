@@ -19,7 +19,7 @@ from d2kd.compare import command, plots, processes, tables
 from d2kd.compare import comparison as comparisons
 from d2kd.compare import report as reports
 from d2kd.compare import suite as suites
-from d2kd.config_files import SHIPPED
+from d2kd.config_paths import SHIPPED
 from d2kd.engine.setup import merged_config
 
 from ..detectors import detector_config, write_config
@@ -90,7 +90,7 @@ def test_suites_of_the_repository(path):
             "alone: {seeds: [1]}",
             "arm 'alone': 'config' is missing",
         ),
-        ("arms:", "arms: [", "suite.yaml: while parsing"),
+        ("arms:", "arms: [", "suite.yaml:7: not valid YAML"),
     ],
 )
 def test_bad_suites(tmp_path, old, new, message):
