@@ -18,8 +18,16 @@ try:
         student_config,
         validate_distillation_config,
     )
-    from .detectors.bundle import Batch, FeatureBundle
-    from .detectors.spec import DetectorSpec, describe_detector
+    from .detectors.bundle import Batch, FeatureBundle, View, lazy
+    from .detectors.part import DetectorPart, StudentStep, TeacherStep
+    from .detectors.spec import (
+        DetectorSpec,
+        Facts,
+        describe_detector,
+        fields_on_student_boxes,
+        strides_of,
+    )
+    from .detectors.student_boxes import pool_for_own_head, pool_like_student
     from .detectors.teacher import Teacher
     from .errors import ConfigError
     from .heads import DistillHead, build_head
@@ -39,7 +47,7 @@ try:
     )
     from .meta_arch import Distiller
     from .numerics import connected_zero, full_precision
-    from .registry import DISTILL_HEAD_REGISTRY
+    from .registry import DETECTOR_PART_REGISTRY, DISTILL_HEAD_REGISTRY
     from .schedules import Schedule
 except ModuleNotFoundError as error:
     # The command that installs Detectron2 is part of this package, and must run without it.
@@ -47,27 +55,37 @@ except ModuleNotFoundError as error:
         raise
 
 # What is imported when it is first asked for: not everyone trains.
-_LATER = {"DistillTrainer": ".engine.trainer", "train": ".engine.train"}
+_LATER = {
+    "DistillTrainer": ".engine.trainer",
+    "merged_config": ".engine.setup",
+    "train": ".engine.train",
+}
 
 __all__ = [
     "COUNT",
+    "DETECTOR_PART_REGISTRY",
     "DISTILL_HEAD_REGISTRY",
     "NOT_NEGATIVE",
     "POSITIVE",
     "Adapters",
     "Batch",
     "ConfigError",
+    "DetectorPart",
     "DetectorSpec",
     "DistillHead",
     "DistillTrainer",
     "Distiller",
+    "Facts",
     "FeatureBundle",
     "HeadOptions",
     "Need",
     "Options",
     "Rule",
     "Schedule",
+    "StudentStep",
     "Teacher",
+    "TeacherStep",
+    "View",
     "add_distillation_config",
     "build_adapters",
     "build_head",
@@ -76,15 +94,21 @@ __all__ = [
     "data",
     "declared_keys",
     "describe_detector",
+    "fields_on_student_boxes",
     "full_precision",
     "group",
     "head_schedule",
     "key",
+    "lazy",
     "losses",
+    "merged_config",
     "models",
     "one_of",
     "or_none",
     "pair_levels",
+    "pool_for_own_head",
+    "pool_like_student",
+    "strides_of",
     "student_config",
     "train",
     "validate_distillation_config",

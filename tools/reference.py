@@ -25,12 +25,18 @@ SECTIONS = {
         *("DetectorSpec", "describe_detector", "Adapters", "build_adapters", "pair_levels"),
         *("full_precision", "connected_zero"),
     ),
+    "Writing a detector part": (
+        *("DetectorPart", "DETECTOR_PART_REGISTRY", "View", "StudentStep", "TeacherStep", "Facts"),
+        *("lazy", "strides_of", "fields_on_student_boxes", "pool_like_student"),
+        "pool_for_own_head",
+    ),
     "Declaring keys": (
         *("Options", "HeadOptions", "key", "group", "config_keys", "declared_keys", "Rule"),
         *("POSITIVE", "NOT_NEGATIVE", "COUNT", "one_of", "or_none"),
     ),
     "Configs and schedules": (
-        *("add_distillation_config", "validate_distillation_config", "student_config"),
+        *("merged_config", "add_distillation_config", "validate_distillation_config"),
+        "student_config",
         *("head_schedule", "Schedule", "ConfigError"),
     ),
     "Training": ("train", "DistillTrainer", "Distiller", "Teacher"),
