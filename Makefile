@@ -8,14 +8,12 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 
 # The stamp's name holds what the set-up depends on, so a change of it calls for a new set-up,
-# and a mere touch does not.
-SETUP_FILES := pyproject.toml constraints.txt tools/install_detectron2.py tools/setup_venv.sh
+# and a mere touch does not. The stamp is no target: make knows no names with spaces.
+SETUP_FILES := pyproject.toml setup.py constraints.txt tools/setup_venv.sh \
+	d2kd/commands/install_detectron2.py
 SETUP_KEY := $(shell { pwd; cat $(SETUP_FILES); } | cksum | cut -d' ' -f1)
-ifneq ($(origin PYTHON),command line)
-READY := $(VENV)/.set-up-$(SETUP_KEY)
-endif
 
-.PHONY: help setup test demo lint clean distclean
+.PHONY: help ready setup test demo lint clean distclean
 
 help:
 	@echo 'make demo       train a teacher, a student alone and a distilled student on digits'
@@ -27,24 +25,26 @@ help:
 	@echo
 	@echo 'VENV=folder     set up and use that folder instead of .venv'
 	@echo 'PYTHON=python   use an environment of your own, as it is, and set nothing up; it needs'
-	@echo "                pip install -e '.[dev,timm,lite]' && python tools/install_detectron2.py"
+	@echo "                pip install -e '.[dev,timm,lite]' && d2kd install-detectron2"
 
-$(READY):
-	@tools/setup_venv.sh '$(VENV)'
-	@rm -f '$(VENV)'/.set-up-* && touch '$@'
+ready:
+ifneq ($(origin PYTHON),command line)
+	@[ -e '$(VENV)/.set-up-$(SETUP_KEY)' ] || { tools/setup_venv.sh '$(VENV)' && \
+	    rm -f '$(VENV)'/.set-up-* && touch '$(VENV)/.set-up-$(SETUP_KEY)'; }
+endif
 
-setup: $(READY)
+setup: ready
 	@echo 'd2kd runs with $(PYTHON)'
 
-lint: $(READY)
-	@$(PYTHON) -m ruff check --quiet .
+lint: ready
+	@'$(PYTHON)' -m ruff check --quiet .
 
 # pytest's closing line is the last one that this prints.
 test: lint
-	@$(PYTHON) -m pytest
+	@'$(PYTHON)' -m pytest
 
-demo: $(READY)
-	@$(PYTHON) tools/demo.py
+demo: ready
+	@'$(PYTHON)' -m d2kd demo
 
 clean:
 	@rm -rf .pytest_cache .ruff_cache build *.egg-info

@@ -1,4 +1,5 @@
-"""Reading config files: safely, by zoo name too, with close names for typing errors."""
+"""Reading config files: safely, by the names of shipped configs and of the zoo too, with close
+names for typing errors."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,17 +15,26 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
+from .config_paths import SHIPPED, find_file, looked_in, shipped_config, shipped_names
 from .errors import ConfigError, first_line
 from .keys import node_at
 
 BASE_KEY = "_BASE_"
+# Detectron2's own default, which makes all trainings share one folder.
+SHARED_OUTPUT = "./output"
 
 
-def resolve_config_file(name: str, key: str = "--config-file") -> str:
-    """Path of a config: a file, or a name in Detectron2's model zoo.
+def resolve_config_file(
+    name: str, key: str = "--config-file", folders: Sequence[str | os.PathLike[str]] = ()
+) -> str:
+    """Path of a config: a file, a config that d2kd ships, or a name in Detectron2's model zoo.
+
+    Args:
+        key: where the name stands, for the message.
+        folders: where a relative path may start besides the working directory, which comes first.
 
     Raises:
-        ConfigError: neither is there; names close matches.
+        ConfigError: none is there; names close matches and the folders.
     """
     if not name:
         raise ConfigError(f"{key} is empty: give a YAML file or a model-zoo name")
@@ -31,14 +42,35 @@ def resolve_config_file(name: str, key: str = "--config-file") -> str:
         raise ConfigError(f"{key}: '{name}' is not read; give a file or a model-zoo name")
     if os.path.isdir(name):
         raise ConfigError(f"{key}: '{name}' is a folder; give a YAML file or a model-zoo name")
-    if PathManager.isfile(name):
-        return name
+    found = find_file(name, folders) or shipped_config(name)
+    if found:
+        return found
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
-        close = difflib.get_close_matches(name, _zoo_names() + _files_beside(name), n=3, cutoff=0.5)
+        known = [*_zoo_names(), *shipped_names(), *_files_beside(name)]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"; close: {', '.join(close)}" if close else ""
-        raise ConfigError(f"{key}: '{name}' is neither a file nor a model-zoo name{hint}") from None
+        raise ConfigError(
+            f"{key}: '{name}' is neither a file nor a model-zoo name{hint}"
+            f"{looked_in(name, folders)}"
+        ) from None
+
+
+def default_output_dir(name: str) -> str:
+    """The ``OUTPUT_DIR`` of a config that names none: ``output/<path of the config>``.
+
+    Args:
+        name: the config as the user named it. Of a shipped config or an entry of the zoo the whole
+            name counts, of another file its path from the working directory, or its name alone if
+            it lies elsewhere.
+    """
+    path = Path(os.path.abspath(resolve_config_file(name)))
+    zoo = Path(model_zoo.__file__).resolve().parent / "configs"
+    for root in (SHIPPED, zoo, Path.cwd()):
+        if path.is_relative_to(root):
+            return str(Path("output") / path.relative_to(root).with_suffix(""))
+    return str(Path("output") / path.stem)
 
 
 def _zoo_names() -> list[str]:
@@ -65,23 +97,35 @@ def similar_files(path: str) -> str:
     return ", ".join(os.path.join(folder, name) for name in close)
 
 
-def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> None:
-    """Merge a YAML file or model-zoo entry into ``cfg``.
+def load_config(
+    cfg: CfgNode,
+    name: str,
+    key: str = "--config-file",
+    folders: Sequence[str | os.PathLike[str]] = (),
+) -> str:
+    """Merge a YAML file, a shipped config or a model-zoo entry into ``cfg``.
 
     Files that ship with Detectron2 may contain Python expressions; a user's file is data, and so
     are the files that its ``_BASE_`` names.
+
+    Args:
+        key, folders: as in :func:`resolve_config_file`.
+
+    Returns:
+        The path of the file that was read.
 
     Raises:
         ConfigError: the file is missing or broken, has a key that does not exist, twice, or without
             a value; names the file and the line.
     """
-    path = resolve_config_file(name, key)
+    path = resolve_config_file(name, key, folders)
     lines = _checked_lines(path, cfg)
     try:
         # Every file that is not Detectron2's own was just found to be free of tags.
         cfg.merge_from_file(path, allow_unsafe=True)
     except Exception as error:
         raise ConfigError(_merge_error(cfg, error, lines, path)) from error
+    return path
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "KEY VALUE") -> None:

@@ -10,9 +10,9 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone, build_model
 
-import train_net
 from d2kd import DISTILL_HEAD_REGISTRY, add_distillation_config
 from d2kd.data.custom import check_datasets
+from d2kd.engine import train as train_net
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -74,7 +74,7 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
     Recorder.noted.clear()
     cfg = Recorder.of(cfg)
     check_datasets(cfg, train=True)
-    train_net.train(cfg, train_net.build_parser().parse_args(["--config-file", file]))
+    train_net.train_process(cfg, train_net.build_parser().parse_args(["--config-file", file]))
     dense = detector_config("fcos", num_classes=10)
     build_model(Recorder.of(distiller_config(dense, ["DSIG"], teachers["fcos"])))
     if HAS_TIMM:

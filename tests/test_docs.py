@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -11,14 +14,23 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 
-import train_net
+import d2kd
+from d2kd.cli import VERBS
 from d2kd.config import add_distillation_config
-from d2kd.config_files import load_config
+from d2kd.config_files import load_config, resolve_config_file
+from d2kd.config_paths import SHIPPED
+from d2kd.engine import train as train_net
+from d2kd.keys import node_at
+from tools import reference, update_docs
 
 from .detectors import detector_config, distiller_config, write_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "datasets/README.md"]
+PAGES = [
+    *(ROOT / folder / "README.md" for folder in ("", "datasets", "tools")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+SHIPPED_FOLDERS = [path.name for path in SHIPPED.iterdir() if path.is_dir()]
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
@@ -38,7 +50,7 @@ def test_the_head_of_the_docs_trains(tmp_path, digits_root):
     student.SOLVER.MAX_ITER = 2
     config = write_config(distiller_config(student, [], teacher), tmp_path / "student.yaml")
     opts = ["DISTILL.HEADS", "['AttentionTransfer']", "DISTILL.ATTENTION_TRANSFER.WEIGHT", "10.0"]
-    train_net.run(["--config-file", config, "--import", str(head), *opts])
+    train_net.main(["--config-file", config, "--import", str(head), *opts])
     assert "loss_kd_attention_transfer" in (tmp_path / "out" / "metrics.json").read_text()
 
 
@@ -51,23 +63,27 @@ def shell_commands() -> list[str]:
     return commands
 
 
-@pytest.mark.parametrize("command", [c for c in shell_commands() if c.startswith("python ")])
+@pytest.mark.parametrize(
+    "command", [c for c in shell_commands() if c.split()[0] in ("python", "d2kd", "tools")]
+)
 def test_commands_name_what_exists(command):
-    """A documented command names a script, a config and keys that exist."""
-    words = [word.strip("'\"") for word in command.split()]
-    assert (ROOT / words[1]).is_file(), words[1]
+    """A documented command names a script or a verb, and options, configs and keys that exist."""
+    program, name, *words = shlex.split(command, comments=True)
+    if program == "d2kd":
+        parser = getattr(importlib.import_module(VERBS[name].module), "build_parser", None)
+        if parser is not None:
+            parser().parse_command(words)
+    else:
+        assert (ROOT / name).is_file(), name
     cfg = get_cfg()
     add_distillation_config(cfg)
-    for word in words[2:]:
-        if word.startswith("configs/suites/"):
-            assert (ROOT / word).is_file(), word
-        elif re.fullmatch(r"configs/.*\.yaml", word) and "..." not in word:
-            load_config(cfg, str(ROOT / word))
+    for word in words:
+        if word.endswith(".yaml") and word.split("/")[0] in (*SHIPPED_FOLDERS, "configs"):
+            path = resolve_config_file(word)
+            if "suites/" not in word:
+                load_config(cfg, path)
         if re.fullmatch(r"[A-Z][A-Z0-9_]+(\.[A-Z0-9_]+)+", word) and "ATTENTION" not in word:
-            node = cfg
-            for key in word.split("."):
-                assert key in node, word
-                node = node[key]
+            node_at(cfg, word)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -88,8 +104,45 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_measured_tables_are_what_the_files_say():
-    """README and docs hold no figure that differs from the JSON it was made from."""
-    command = [sys.executable, "tools/update_docs.py", "--check"]
+def test_what_is_generated_is_current():
+    """Measured tables are what their files say, and the reference pages what the code says; else
+    the message has the command that mends it."""
+    command = [sys.executable, "-W", "ignore", "tools/update_docs.py", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_name_of_the_api_has_a_section():
+    """docs/api.md has each name of d2kd.__all__, once."""
+    named = [name for names in reference.SECTIONS.values() for name in names]
+    assert sorted(named) == sorted(d2kd.__all__)
+    assert all(f"### {name}\n" in (ROOT / "docs/api.md").read_text() for name in d2kd.__all__[:9])
+
+
+def test_docstrings_become_markdown():
+    """Roles lose their markup, and Args become a list with continuation lines in one."""
+    text = "What :func:`~a.b` does.\n\nArgs:\n    x: ``one``\n        two.\n\nRaises:\n    E: no."
+    expected = "What `a.b` does.\n\nArgs:\n\n* `x`: `one` two.\n\nRaises:\n\n* `E`: no."
+    assert reference.prose(text) == expected
+    assert reference.written(("a", 1.0, None)) == '["a", 1.0, None]'
+
+
+def test_results_are_copied(tmp_path, monkeypatch):
+    """--copy brings results.jsonl without this machine's paths, and pictures that a page has."""
+    for folder in ("docs/results", "docs/images", "out/suite"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setattr(update_docs, "ROOT", tmp_path)
+    out = tmp_path / "out/suite"
+    with pytest.raises(SystemExit, match="neither a results.jsonl nor a demo.json"):
+        update_docs.copy_results(out)
+    (out / "results.jsonl").write_text(json.dumps({"config": f"{tmp_path}/a.yaml"}) + "\n")
+    (out / "detections.jpg").write_text("new")
+    (out / "gains.svg").write_text("new")
+    (tmp_path / "docs/images/suite.jpg").write_text("old")
+    update_docs.copy_results(out)
+    assert (tmp_path / "docs/results/suite.jsonl").read_text() == '{"config": "a.yaml"}\n'
+    assert [path.name for path in (tmp_path / "docs/images").iterdir()] == ["suite.jpg"]
+    assert (tmp_path / "docs/images/suite.jpg").read_text() == "new"
+    (out / "results.jsonl").write_text(json.dumps({"config": "/elsewhere/a.yaml"}) + "\n")
+    with pytest.raises(SystemExit, match="names /elsewhere/a.yaml"):
+        update_docs.copy_results(out)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from d2kd.config import head_schedule
 from d2kd.schedules import Schedule
+from tools import plot_schedules
 
 from .detectors import detector_config
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import plot_schedules  # noqa: E402
 
 
 def test_constant_window():

@@ -13,14 +13,17 @@ PACKAGE = ROOT / "d2kd"
 
 # From the ground up; a module imports from its own floor or from those below.
 FLOORS = (
-    ("errors", "registry", "files", "keys"),
-    ("numerics", "schedules", "config", "config_files", "config_rules", "checkpoint_files"),
+    ("errors", "registry", "files", "keys", "arguments"),
+    (
+        *("numerics", "schedules", "config", "config_paths", "config_files", "config_rules"),
+        "checkpoint_files",
+    ),
     ("geometry", "losses"),
     ("detectors", "models", "data"),
     ("heads", "prototypes"),
     ("meta_arch",),
     ("engine",),
-    ("compare", "benchmark", "cli", "__main__", "__init__"),
+    ("compare", "benchmark", "commands", "cli", "__main__", "__init__"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

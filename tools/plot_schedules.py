@@ -18,11 +18,11 @@ from detectron2.config import CfgNode, get_cfg
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from runs import ROOT
 
 from d2kd import add_distillation_config
 from d2kd.config import head_schedule
 
+ROOT = Path(__file__).resolve().parents[1]
 # Values of DISTILL.<HEAD>.SCHEDULE in a training of MAX_ITER iterations.
 MAX_ITER = 1000
 CURVES = (

@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""Write the measured tables of README and docs from the JSON files in docs/results.
+"""Write what is generated in README and docs: measured tables, and the two reference pages.
 
-    python tools/update_docs.py          # rewrite the blocks
-    python tools/update_docs.py --check  # exit 1 if a page does not say what the files say
+    python tools/update_docs.py          # rewrite
+    python tools/update_docs.py --check  # exit 1 if a page is not what it would be
+    python tools/update_docs.py --copy output/compare/digits_retinanet_strong_teacher output/demo
 
-A block is what stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
-``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of
-tools/benchmark.py --json), ``selection`` (of tools/benchmark_prototypes.py --json), ``refresh``
-(prototypes.json of a training with Global Knowledge), ``compare`` (results.jsonl of
-tools/compare.py), ``gains`` (several of them), ``demo`` (demo.json of make demo) or ``published``
-(a folder of configs, of which tools/published.py makes a table).
+A measured table stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
+``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of d2kd benchmark
+--json), ``selection`` (of d2kd prototypes time --json), ``refresh`` (prototypes.json of a training
+with Global Knowledge), ``compare`` (results.jsonl of d2kd compare), ``gains`` (several of them),
+``demo`` (demo.json of d2kd demo) or ``published`` (a folder of configs, of which tools/published.py
+makes a table). ``--copy`` first brings results, and the pictures that a page shows, from the folder
+of a comparison or of the demo. docs/api.md and docs/config.md are made by tools/reference.py.
 """
 
 from __future__ import annotations
@@ -17,19 +19,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import benchmark_prototypes
-import benchmark_report
-import demo
-import published
-import report
-from runs import ROOT
-
+from d2kd.benchmark import selection
+from d2kd.benchmark import tables as benchmark
+from d2kd.commands import demo
+from d2kd.compare import tables as compare
 from d2kd.files import write_text
 
+if __package__:  # imported, and not run as a script
+    from . import published, reference
+else:
+    import published
+    import reference
+
+ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- measured: (\w+) ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -40,7 +47,7 @@ def of_json(table: Callable[[dict], str]) -> Callable[[Path], str]:
 
 def render_benchmark(path: Path) -> str:
     """The table and the plot beside the file, for pages in docs/."""
-    text = benchmark_report.main_table(json.loads(path.read_text()))
+    text = benchmark.main_table(json.loads(path.read_text()))
     picture = path.with_suffix(".png")
     if not picture.is_file():
         return text
@@ -50,23 +57,23 @@ def render_benchmark(path: Path) -> str:
 
 def render_compare(path: Path) -> str:
     """AP and gains. Cost has a page of its own: other work on the machine disturbs long runs."""
-    lines = report.read_lines(path)
-    tables = [report.ap_table(lines, task) for task in report.tasks_of(lines)]
+    lines = compare.read_lines(path)
+    tables = [compare.ap_table(lines, task) for task in compare.tasks_of(lines)]
     return "\n\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in tables)
 
 
 def render_gains(*paths: Path) -> str:
-    return report.gains_table([report.read_lines(path) for path in paths]).markdown()
+    return compare.gains_table([compare.read_lines(path) for path in paths]).markdown()
 
 
 RENDER = {
     "benchmark": render_benchmark,
-    "growth": of_json(benchmark_report.growth_table),
-    "teacher_options": of_json(benchmark_report.teacher_table),
-    "profile": of_json(benchmark_report.profile_table),
-    "cost": of_json(benchmark_report.cost_table),
-    "selection": of_json(benchmark_prototypes.markdown),
-    "refresh": of_json(benchmark_prototypes.refresh_markdown),
+    "growth": of_json(benchmark.growth_table),
+    "teacher_options": of_json(benchmark.teacher_table),
+    "profile": of_json(benchmark.profile_table),
+    "cost": of_json(benchmark.cost_table),
+    "selection": of_json(selection.markdown),
+    "refresh": of_json(selection.refresh_markdown),
     "compare": render_compare,
     "gains": render_gains,
     "demo": of_json(demo.markdown),
@@ -86,25 +93,57 @@ def update(text: str) -> str:
     return BLOCK.sub(block, text)
 
 
+def pages() -> dict[Path, str]:
+    """Each page, and what it has to say."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    docs = ROOT / "docs"
+    made = {docs / "api.md": reference.api_page(), docs / "config.md": reference.config_page()}
+    return {page: update(page.read_text()) for page in found if page not in made} | made
+
+
+def copy_results(folder: Path) -> None:
+    """Bring the results in an output folder into docs/, with the pictures that docs/ has of them.
+
+    Raises:
+        SystemExit: there are none, or they name files outside of the clone.
+    """
+    name = folder.resolve().name
+    source, target = folder / "results.jsonl", ROOT / f"docs/results/{name}.jsonl"
+    pictures = {"gains.svg": f"gains_{name}.svg", "detections.jpg": f"{name}.jpg"}
+    if (folder / "demo.json").is_file():
+        source, target = folder / "demo.json", ROOT / "docs/results/demo.json"
+        pictures = {"demo.jpg": "demo.jpg"}
+    if not source.is_file():
+        sys.exit(f"error: {folder} holds neither a results.jsonl nor a demo.json")
+    text = source.read_text().replace(f"{ROOT}/", "")
+    if outside := re.search(r'"(/[^"]+)"', text):
+        sys.exit(f"error: {source} names {outside[1]}, which is not in the clone: train from there")
+    write_text(text, target)
+    for old, new in pictures.items():
+        if (folder / old).is_file() and (ROOT / "docs/images" / new).is_file():
+            shutil.copyfile(folder / old, ROOT / "docs/images" / new)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 on a difference"
-    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="change nothing; exit 1 on a difference")
+    what.add_argument("--copy", type=Path, nargs="+", default=[], metavar="FOLDER")
     args = parser.parse_args(argv)
+    for folder in args.copy:
+        copy_results(folder)
     stale = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        old = page.read_text()
-        new = update(old)
-        if new != old:
+    for page, text in pages().items():
+        if not page.is_file() or page.read_text() != text:
             stale.append(str(page.relative_to(ROOT)))
             if not args.check:
-                write_text(new, page)
+                write_text(text, page)
+    if stale and args.check:
+        sys.exit(f"error: stale: {', '.join(stale)}; run python tools/update_docs.py")
     if stale:
-        print(f"{'stale' if args.check else 'updated'}: {', '.join(stale)}")
-        sys.exit(1 if args.check else 0)
+        print(f"updated: {', '.join(stale)}")
 
 
 if __name__ == "__main__":

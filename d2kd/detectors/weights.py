@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from detectron2 import model_zoo
@@ -13,6 +14,7 @@ from torch import nn
 from ..checkpoint_files import SafeCheckpointer
 from ..config import add_distillation_config
 from ..config_files import load_config, merge_overrides, similar_files
+from ..config_paths import set_absolute_paths
 from ..errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,9 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     add_distillation_config(teacher_cfg)
     # How the teacher itself was distilled, perhaps with a head that is not imported, is no concern.
     teacher_cfg.DISTILL.set_new_allowed(True)
-    load_config(teacher_cfg, node.CONFIG_FILE, key="DISTILL.TEACHER.CONFIG_FILE")
+    path = load_config(teacher_cfg, node.CONFIG_FILE, key="DISTILL.TEACHER.CONFIG_FILE")
     merge_overrides(teacher_cfg, node.OPTS, "DISTILL.TEACHER.OPTS")
+    set_absolute_paths(teacher_cfg, [os.path.dirname(path)])
     if teacher_cfg.MODEL.META_ARCHITECTURE == "Distiller":
         # A distilled student can teach: its config says how it was trained, its weights are plain.
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.DISTILL.STUDENT_META_ARCH

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -24,10 +25,19 @@ from ..config import (
     validate_meta_arch,
     validate_solver,
 )
-from ..config_files import load_config, merge_overrides, resolve_config_file, similar_files
+from ..config_files import (
+    SHARED_OUTPUT,
+    default_output_dir,
+    load_config,
+    merge_overrides,
+    resolve_config_file,
+    similar_files,
+)
+from ..config_paths import looked_in, set_absolute_paths
 from ..config_rules import check_detectron2_keys
 from ..data.custom import check_datasets, log_reports
 from ..data.loader import validate_loader_config
+from ..detectors.weights import RANDOM_WEIGHTS
 from ..errors import ConfigError
 from .trainer import find_evaluator
 
@@ -77,13 +87,19 @@ def import_user_module(name: str) -> None:
 def merged_config(config_file: str, opts: list[str]) -> CfgNode:
     """The config of a file and KEY VALUE overrides, before any check of what they say.
 
+    Its paths are absolute as far as the files are there, looked for in the working directory and
+    beside ``config_file``.
+
     Raises:
         ConfigError: in one line, for a missing file or an unknown key.
     """
     cfg = get_cfg()
     add_distillation_config(cfg)
-    load_config(cfg, config_file)
+    path = load_config(cfg, config_file)
+    if cfg.OUTPUT_DIR == SHARED_OUTPUT:
+        cfg.OUTPUT_DIR = default_output_dir(config_file)
     merge_overrides(cfg, opts)
+    set_absolute_paths(cfg, [os.path.dirname(path)])
     return cfg
 
 
@@ -102,10 +118,12 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         validate_solver(cfg)
     validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+    folders = [os.path.dirname(resolve_config_file(args.config_file))]
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
+        check_teacher_files(cfg, folders)
         validate_distillation_config(cfg)
     if not resumes(cfg, args):
-        check_weights(cfg.MODEL.WEIGHTS)
+        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folders)
     check_datasets(cfg, train=not args.eval_only)
     for name in cfg.DATASETS.TEST:
         find_evaluator(name)
@@ -132,22 +150,45 @@ def model_config(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def check_weights(path: str) -> None:
-    """Check that a checkpoint is there, if it is a local file.
+def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
+    """Check that the files of a teacher that will be built are there.
+
+    Args:
+        folders: where they were looked for besides the working directory, for the message.
 
     Raises:
-        ConfigError: it is not; names files like it, or the tool that makes it.
+        ConfigError: one is not.
     """
-    if not path or "://" in path or PathManager.isfile(path):
+    teacher = cfg.DISTILL.TEACHER
+    if not (cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT) or not isinstance(teacher, CfgNode):
+        return
+    if teacher.CONFIG_FILE and isinstance(teacher.CONFIG_FILE, str):
+        resolve_config_file(teacher.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE", folders)
+    if teacher.WEIGHTS != RANDOM_WEIGHTS:
+        check_weights(teacher.WEIGHTS, "DISTILL.TEACHER.WEIGHTS", folders)
+
+
+def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
+    """Check that a checkpoint is there, if it is a local file.
+
+    Args:
+        key: where the path stands, for the message.
+        folders: where it was looked for besides the working directory.
+
+    Raises:
+        ConfigError: it is not; names the command that makes it, or files like it, and the folders.
+    """
+    name = (path or "").partition("?")[0]  # what follows is Detectron2's
+    if not name or "://" in name or PathManager.isfile(name):
         return
     hint = ""
     if path.endswith("_pretrained.pth"):
-        hint = "; tools/pretrain_digits.py makes it"
+        hint = "; d2kd pretrain makes it"
     elif re.search(r"R-\d+\.pkl$", path):
-        hint = "; tools/convert_torchvision_resnet.py makes it"
+        hint = "; d2kd convert makes it"
     elif similar_files(path):
         hint = f"; there is {similar_files(path)}"
-    raise ConfigError(f"MODEL.WEIGHTS: no file '{path}'{hint}")
+    raise ConfigError(f"{key}: no file '{path}'{hint}{looked_in(path, folders)}")
 
 
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from d2kd import add_distillation_config
-from d2kd.config_files import load_config
+from d2kd.config_files import default_output_dir, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STUDENTS = sorted(path.name for path in (CONFIGS / "bccd").glob("faster_rcnn_R18*.yaml"))
@@ -42,4 +42,5 @@ def test_the_teacher_fits_its_students():
     student = read(CONFIGS / "bccd" / "faster_rcnn_R18_distill.yaml")
     assert teacher.MODEL.RESNETS.DEPTH > student.MODEL.RESNETS.DEPTH
     assert teacher.MODEL.ROI_HEADS.NUM_CLASSES == student.MODEL.ROI_HEADS.NUM_CLASSES
-    assert student.DISTILL.TEACHER.WEIGHTS == f"{teacher.OUTPUT_DIR}/student_final.pth"
+    folder = default_output_dir("bccd/faster_rcnn_R34_teacher.yaml")
+    assert student.DISTILL.TEACHER.WEIGHTS == f"{folder}/student_final.pth"

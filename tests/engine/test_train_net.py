@@ -13,8 +13,8 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-import train_net
 from d2kd import ConfigError, Teacher
+from d2kd.engine import train as train_net
 from d2kd.engine.setup import import_user_module, read_config, start_logging
 from d2kd.engine.trainer import _check_parameters, write_losses
 
@@ -37,7 +37,7 @@ def job(tmp_path_factory, digits_root):
     student.OUTPUT_DIR = str(folder / "out")
     cfg = distiller_config(student, ["FeatureMimic", "Logits"], teacher_file)
     config_file = write_config(cfg, folder / "student.yaml")
-    train_net.run(["--config-file", config_file])
+    train_net.main(["--config-file", config_file])
     return folder, config_file
 
 
@@ -98,7 +98,7 @@ def test_resume_equals_no_stop(job, tmp_path):
     folder, config_file = job
     shutil.copy(folder / "out" / "model_0000001.pth", tmp_path)
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    train_net.run(["--config-file", config_file, "--resume", "OUTPUT_DIR", str(tmp_path)])
+    train_net.main(["--config-file", config_file, "--resume", "OUTPUT_DIR", str(tmp_path)])
     expected, found = (load(d / "model_final.pth") for d in (folder / "out", tmp_path))
     assert expected["model"].keys() == found["model"].keys()
     for name, value in expected["model"].items():
@@ -138,7 +138,7 @@ def test_resuming_with_another_head(job, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     opts = ["DISTILL.HEADS", "['SSIM', 'DSIG']", "OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(SystemExit, match="error: the checkpoint is of a model with other param"):
-        train_net.run(["--config-file", config_file, "--resume", *opts])
+        train_net.main(["--config-file", config_file, "--resume", *opts])
 
 
 def test_evaluation_builds_no_teacher(job, tmp_path, monkeypatch, capsys):
@@ -149,7 +149,7 @@ def test_evaluation_builds_no_teacher(job, tmp_path, monkeypatch, capsys):
     opts = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path)]
     opts += ["DISTILL.TEACHER.CONFIG_FILE", "gone.yaml"]
     args = train_net.build_parser().parse_args(["--config-file", config_file, "--eval-only", *opts])
-    results = train_net.main(args)
+    results = train_net.process(args)
     expected = json.loads((folder / "out" / "results.json").read_text())["results"]["bbox"]
     assert results["bbox"]["AP"] == pytest.approx(expected["AP"])
 
@@ -159,7 +159,7 @@ def test_plain_training_in_bf16(job, tmp_path):
     _, config_file = job
     opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "SOLVER.MAX_ITER", "2"]
     opts += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bf16", "DATASETS.TEST", "()"]
-    train_net.run(["--config-file", config_file, *opts, "OUTPUT_DIR", str(tmp_path)])
+    train_net.main(["--config-file", config_file, *opts, "OUTPUT_DIR", str(tmp_path)])
     assert (tmp_path / "student_final.pth").is_file()
     log = (tmp_path / "log.txt").read_text()
     assert "distilled: nothing" in log and "GeneralizedRCNN without distillation" in log
@@ -177,7 +177,7 @@ def test_two_processes(job, tmp_path, free_port):
         f"tcp://127.0.0.1:{free_port}",
     ]
     opts = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path), "DISTILL.TEACHER.CHECK", "False"]
-    train_net.run(["--config-file", config_file, *url, *opts])
+    train_net.main(["--config-file", config_file, *url, *opts])
     assert "AP" in json.loads((tmp_path / "results.json").read_text())["results"]["bbox"]
 
 
@@ -200,7 +200,7 @@ def test_a_users_head(job, tmp_path):
     out = tmp_path / "out"
     opts = ["DISTILL.HEADS", "['MyHead']", "DISTILL.MY_HEAD.EXTRA", "6", "SOLVER.MAX_ITER", "1"]
     opts += ["DATASETS.TEST", "()", "OUTPUT_DIR", str(out)]
-    train_net.run(["--config-file", config_file, "--import", str(tmp_path / "my_heads.py"), *opts])
+    train_net.main(["--config-file", config_file, "--import", str(tmp_path / "my_heads.py"), *opts])
     assert "loss_kd_my_head" in (out / "metrics.json").read_text()
 
 
@@ -237,7 +237,7 @@ def test_mistakes_are_one_line_and_leave_nothing(opts, message, job, tmp_path):
         DatasetCatalog.register("digits_without_evaluator", list)
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as stop:
-        train_net.run(["--config-file", config_file, "OUTPUT_DIR", str(out), *opts])
+        train_net.main(["--config-file", config_file, "OUTPUT_DIR", str(out), *opts])
     assert "\n" not in str(stop.value) and not out.exists()
 
 
@@ -249,10 +249,10 @@ def test_a_mistake_that_processes_find_is_one_line(job, tmp_path, free_port):
     processes = ["--import", "tests.toy_head", "--num-gpus", "2"]
     processes += ["--dist-url", f"tcp://127.0.0.1:{free_port}"]
     with pytest.raises(SystemExit, match="^error: .*Logits") as stop:
-        train_net.run(["--config-file", config_file, *processes, *opts])
+        train_net.main(["--config-file", config_file, *processes, *opts])
     assert "\n" not in str(stop.value) and not out.exists()
     with pytest.raises(SystemExit, match="IMS_PER_BATCH 2 does not divide by the 4 processes"):
-        train_net.run(["--config-file", config_file, "--num-gpus", "4", "OUTPUT_DIR", str(out)])
+        train_net.main(["--config-file", config_file, "--num-gpus", "4", "OUTPUT_DIR", str(out)])
 
 
 def test_a_zoo_name_is_a_config_file(tmp_path):
@@ -286,7 +286,7 @@ def test_a_missing_config_file(tmp_path, monkeypatch):
     """So does a config file that is not there; close names are told."""
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(SystemExit, match="neither a file nor a model-zoo name; close: .*R18.yaml"):
-        train_net.run(["--config-file", "configs/digits/faster_rcnn_R19.yaml"])
+        train_net.main(["--config-file", "configs/digits/faster_rcnn_R19.yaml"])
 
 
 def test_a_unsafe_config_file(tmp_path):
@@ -294,4 +294,4 @@ def test_a_unsafe_config_file(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("MODEL:\n  WEIGHTS: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(SystemExit, match="the tag .* could run code"):
-        train_net.run(["--config-file", str(path)])
+        train_net.main(["--config-file", str(path)])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +17,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
 
+from d2kd.commands import prototypes as tool
 from d2kd.detectors.spec import feature_strides
 from d2kd.engine.trainer import DistillTrainer
 from d2kd.errors import ConfigError
@@ -665,11 +664,7 @@ def test_generation_matches_direct_features(tmp_path, size):
 
 
 def test_tool_makes_and_shows_prototypes(tmp_path, capsys, monkeypatch):
-    """tools/prototypes.py writes a file that fits the head, and a picture a class."""
-    path = Path(__file__).parents[2] / "tools" / "prototypes.py"
-    spec = importlib.util.spec_from_file_location("prototypes_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    """d2kd prototypes writes a file that fits the head, and a picture a class."""
     monkeypatch.setattr(tool, "setup_logger", lambda **_: None)  # it would outlive the test
     cfg = training_config(tmp_path, arch="retinanet")
     file, pictures = str(tmp_path / "prototypes.pth"), tmp_path / "pictures"
@@ -682,7 +677,7 @@ def test_tool_makes_and_shows_prototypes(tmp_path, capsys, monkeypatch):
     assert re.search(r"stride 8: student 0\.\d\d, 0\.\d\d; teacher 0\.\d\d, 0\.\d\d", printed)
     cfg.merge_from_list([f"{NODE}.PROTOTYPES.FILE", file])
     assert build(cfg).distill_heads["GlobalKnowledge"].bank.iteration.item() == 0
-    with pytest.raises(SystemExit, match="error: .* is no file of prototypes"):
+    with pytest.raises(ConfigError, match="is no file of prototypes"):
         tool.main(["show", config_file, "--pictures", str(pictures)])
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.structures import Boxes, Instances
 
 from d2kd import ConfigError, Distiller, Teacher
+from d2kd.commands import show
 from d2kd.detectors.spec import describe_detector
 from d2kd.heads.mar import MAR, Advice, advise
 from d2kd.losses.mar import mask_guided_loss, pixel_weights, relation_loss
@@ -394,10 +393,9 @@ def test_advice_window():
 
 
 def test_tool_draws_the_masks(tmp_path, digits_root):
-    """tools/show_masks.py writes a picture, and needs neither teacher nor weights."""
+    """d2kd show writes a picture, and needs neither teacher nor weights."""
     cfg = distiller_config(detector_config("retinanet", num_classes=10), ["MAR"], "missing.yaml")
     cfg.DATASETS.TRAIN = ("digits_tiny_train",)
     config, picture = write_config(cfg, tmp_path / "mar.yaml"), tmp_path / "masks.png"
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "show_masks.py"))
-    tool["main"](["--config-file", config, "--kinds", "count", "gauss", "--output", str(picture)])
+    show.main(["--config-file", config, "--kinds", "count", "gauss", "--output", str(picture)])
     assert picture.stat().st_size > 10_000

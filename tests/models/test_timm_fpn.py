@@ -16,10 +16,10 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-import train_net
 from d2kd import ConfigError, add_distillation_config
 from d2kd.config import student_config
 from d2kd.config_files import load_config
+from d2kd.engine import train as train_net
 from d2kd.engine.checkpoint import save_student
 from d2kd.engine.setup import model_config
 from d2kd.models import TimmBackbone
@@ -318,10 +318,10 @@ def test_training_and_resuming(teacher_files, tmp_path, digits_root, fetches):
     config = write_config(
         distiller_config(cfg, ["FeatureMimic"], teacher_files["faster"]), tmp_path / "student.yaml"
     )
-    train_net.run(["--config-file", config, "DISTILL.TEACHER.CHECK", "False"])
-    train_net.run(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "3"])
+    train_net.main(["--config-file", config, "DISTILL.TEACHER.CHECK", "False"])
+    train_net.main(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "3"])
     weights = str(tmp_path / "out" / "student_final.pth")
-    train_net.run(["--config-file", config, "--eval-only", "MODEL.WEIGHTS", weights])
+    train_net.main(["--config-file", config, "--eval-only", "MODEL.WEIGHTS", weights])
     assert fetches == [LIGHT]
 
 

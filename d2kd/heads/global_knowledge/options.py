@@ -88,7 +88,7 @@ class PrototypeOptions(Options):
     )
     file: str = key(
         "",
-        comment="A file of tools/prototypes.py to start with, instead of making them at "
+        comment="A file of d2kd prototypes make to start with, instead of making them at "
         "START_ITER.",
     )
     min_box_size: float = key(

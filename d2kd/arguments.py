@@ -1,0 +1,82 @@
+"""The command lines of the verbs: options, and ``KEY VALUE`` overrides of the config."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+from .errors import ConfigError
+
+# A key of a config as a word of a command line, e.g. SOLVER.MAX_ITER.
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
+# Detectron2's keys that have no node.
+_PLAIN_KEYS = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose complaints are :class:`ConfigError`, as all other mistakes of users are.
+
+    Args:
+        description: shown by ``--help`` as it stands; ends with examples.
+    """
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs)
+
+    def error(self, message: str):
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse_command(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse options, and the ``KEY VALUE`` pairs beside them as the list ``opts``.
+
+        Args:
+            argv: arguments without the program's name; default: those of this process.
+
+        Raises:
+            ConfigError: an unknown option or a bad value of one, or a key without a value.
+        """
+        options, opts = split_overrides(sys.argv[1:] if argv is None else argv)
+        args = self.parse_args(options)
+        args.opts = opts
+        return args
+
+
+def positive(text: str) -> int:
+    """The type of an option: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """The type of an option: a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
+    return int(text)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options among ``argv``, and its ``KEY VALUE`` pairs, wherever they stand.
+
+    The word ``--opts``, which stood before the overrides in version 0.1, may be there.
+
+    Raises:
+        ConfigError: a key has no value.
+    """
+    options, opts, words = [], [], iter(argv)
+    for word in words:
+        if not _is_key(word):
+            options += [word] if word != "--opts" else []
+            continue
+        value = next(words, None)
+        if value is None or value.startswith("--"):
+            raise ConfigError(f"overrides are KEY VALUE pairs: {word} has no value")
+        opts += [word, value]
+    return options, opts
+
+
+def _is_key(word: str) -> bool:
+    return word in _PLAIN_KEYS or _KEY.fullmatch(word) is not None

@@ -1,0 +1,1 @@
+"""What distillation costs: time, memory and floating-point operations of a step."""

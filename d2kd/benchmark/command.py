@@ -1,0 +1,318 @@
+"""What distillation costs: a full step against the student's step plus the teacher's needed part.
+
+    d2kd benchmark --json output/benchmark.json             # all methods
+    d2kd benchmark --json output/benchmark.json --growth    # larger images, batches, ...
+    d2kd benchmark --json output/benchmark.json --heads SSIM --teacher-precision bf16
+    d2kd benchmark --archs retinanet --heads "SSIM DISTILL.SSIM.WINDOW_SIZE 7" DSIG,SSIM
+
+For each pair of detectors and each list of heads it times, interleaved in one run:
+
+* student: forward, backward and update of the plain student;
+* teacher: the teacher's fields that the heads read, alone;
+* full: forward, backward and update of the Distiller;
+* inference: the teacher's whole inference, for comparison.
+
+overhead = full / (student + teacher), from the medians. The FLOP bound is the same ratio of
+floating-point operations (products and convolutions, forward and backward). Memory is what a step
+needs at its peak beyond what is held before it, gradients included.
+
+With --json the file is written after each row, with a plot beside it. Rows that the file has are
+not measured again, so a run that was stopped goes on, and runs with other options add their rows;
+what is printed is what the file holds. The first run fixes the size, batch and objects that the
+tables are about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from ..arguments import CommandParser, natural, positive
+from ..errors import ConfigError
+from ..files import write_atomically, write_json
+from . import tables as report
+from .steps import (
+    BASES,
+    PRECISIONS,
+    TeacherPart,
+    TrainingStep,
+    count_flops,
+    detector_config,
+    distiller_config,
+    operator_seconds,
+    phases,
+    plain_copy,
+    random_batch,
+    timed,
+    whole_inference,
+    working_memory,
+)
+
+HEADS = (
+    *("FeatureMimic", "Logits", "SSIM", "DSIG", "DRKD", "GlobalKnowledge"),
+    "GlobalKnowledge DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL 1",
+    "MAR",
+)
+# Each term of DRKD alone: graph units, relation units, plain instances.
+PARTS = (
+    "DRKD DISTILL.DRKD.RELATION_WEIGHT 0 DISTILL.DRKD.INSTANCE_WEIGHT 0",
+    "DRKD DISTILL.DRKD.PIXEL_WEIGHT 0 DISTILL.DRKD.INSTANCE_WEIGHT 0",
+    "DRKD DISTILL.DRKD.PIXEL_WEIGHT 0 DISTILL.DRKD.RELATION_WEIGHT 0",
+)
+DEPTHS = ("18", "34", "50", "101", "152")
+WARM_UP = {"cpu": 1, "cuda": 5}
+
+
+def parse_variant(text: str) -> tuple[list[str], list[str]]:
+    """``DSIG,SSIM KEY VALUE ...`` -> heads, and a flat list of keys and values."""
+    heads, *opts = shlex.split(text) or [""]
+    if len(opts) % 2:
+        raise ConfigError(f"--heads '{text}': after the heads come KEY VALUE pairs")
+    return heads.split(","), opts
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """``18-50`` -> the depths of the student's and the teacher's ResNet."""
+    student, _, teacher = text.partition("-")
+    if student not in DEPTHS or teacher not in DEPTHS:
+        raise ConfigError(f"--pairs '{text}': two depths of {', '.join(DEPTHS)}, as in 18-50")
+    return int(student), int(teacher)
+
+
+def settings(args: argparse.Namespace) -> list[dict]:
+    """What is to be measured, a setting a row."""
+    base = {
+        "size": args.size,
+        "batch": args.batch,
+        "objects": args.objects,
+        "precision": args.precision,
+        "teacher_precision": args.teacher_precision,
+        "channels_last": args.channels_last,
+    }
+    places = [base]
+    if args.growth:
+        grown = {"size": args.sizes, "batch": args.batches, "objects": args.object_counts}
+        places += [
+            {**base, name: value}
+            for name, values in grown.items()
+            for value in values
+            if value != base[name]
+        ]
+    variants = [parse_variant(text) for text in args.heads]
+    return [
+        {
+            "arch": arch,
+            "student": student,
+            "teacher": teacher,
+            "heads": heads,
+            "opts": [*opts, *args.opts],
+            **place,
+        }
+        for place in places
+        for student, teacher in map(parse_pair, args.pairs)
+        for arch in args.archs
+        for heads, opts in variants
+    ]
+
+
+def measure(setting: dict, args: argparse.Namespace) -> dict:
+    """The setting, and beside it median seconds, ratios, FLOPs, memory in MiB and parameters."""
+    torch.manual_seed(0)
+    student_cfg = detector_config(setting["arch"], setting["student"], args.device)
+    teacher_cfg = detector_config(setting["arch"], setting["teacher"], args.device)
+    opts = ["DISTILL.TEACHER.PRECISION", setting["teacher_precision"], *setting["opts"]]
+    student = build_model(student_cfg).train()
+    distiller = build_model(distiller_config(student_cfg, setting["heads"], teacher_cfg, opts))
+    distiller.train().student.load_state_dict(student.state_dict())
+    distiller.max_iter = 90000
+    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
+    plain_teacher = plain_copy(distiller.teacher) if has_options else None
+    if setting["channels_last"]:
+        distiller.teacher.model.to(memory_format=torch.channels_last)
+    batch = random_batch(setting["batch"], setting["size"], setting["objects"], 80)
+    # After every warm-up and before every decay: each head at its full cost.
+    with EventStorage(distiller.max_iter // 2):
+        teacher_part = TeacherPart(distiller, batch)
+        parts = {
+            "student": TrainingStep(student, batch, setting["precision"]),
+            "teacher": teacher_part,
+            "full": TrainingStep(distiller, batch, setting["precision"]),
+            "inference": lambda: whole_inference(distiller.teacher, batch),
+        }
+        if has_options:
+            parts["plain_teacher"] = teacher_part.of(plain_teacher)
+        for part in parts.values():
+            for _ in range(WARM_UP[args.device]):
+                part()
+        memory = {name: working_memory(part, args.device) for name, part in parts.items()}
+        seconds = interleaved(parts, args.repeats, args.device)
+        counted = ("student", "teacher", "full")
+        flops = {name: count_flops(parts[name]) for name in counted}
+        profile = profile_parts(parts, args) if args.profile else None
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [
+        full / (alone + needed)
+        for alone, needed, full in zip(*(seconds[name] for name in counted), strict=True)
+    ]
+    return {
+        **setting,
+        "repeats": args.repeats,
+        "seconds": median,
+        "overhead": median["full"] / (median["student"] + median["teacher"]),
+        "overhead_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
+        "flops": flops,
+        "teacher_share_of_step": median["teacher"] / median["full"],
+        "teacher_share_of_inference": median["teacher"] / median["inference"],
+        "images_per_second": setting["batch"] / median["full"],
+        "memory_mib": memory,
+        "parameters_added": sum(p.numel() for p in distiller.distill_heads.parameters()),
+        "teacher_fields": [".".join(map(str, path)) for path in teacher_part.paths],
+        "profile": profile,
+    }
+
+
+def interleaved(parts: dict, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            seconds[name].append(timed(part, device))
+    return seconds
+
+
+def profile_parts(parts: dict, args: argparse.Namespace) -> dict:
+    """Where the time goes: median seconds of the steps' phases, and of kinds of operators."""
+    runs = {
+        name: [phases(parts[name], args.device) for _ in range(args.repeats)]
+        for name in ("student", "full")
+    }
+    return {
+        "phases": {
+            name: {phase: statistics.median(run[phase] for run in found) for phase in found[0]}
+            for name, found in runs.items()
+        },
+        "operators": {
+            name: operator_seconds(parts[name], args.device)
+            for name in ("student", "teacher", "full")
+        },
+    }
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def environment(args: argparse.Namespace) -> dict:
+    """The machine that rows of one file share."""
+    cuda = torch.cuda.get_device_name() if args.device == "cuda" else None
+    return {
+        "torch": torch.__version__,
+        "device": cuda or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def open_results(args: argparse.Namespace) -> dict:
+    """The file's content, or that of a new file.
+
+    Raises:
+        ConfigError: it is no such file, or of another machine, PyTorch or number of threads.
+    """
+    base = {name: getattr(args, name) for name in (*report.GROWTH, "precision")}
+    data = {"environment": environment(args), "base": base, "rows": []}
+    if args.json is None or not args.json.exists():
+        return data
+    if args.json.is_dir():
+        raise ConfigError(f"--json {args.json} is a folder: name a file")
+    try:
+        found = json.loads(args.json.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.keys() != data.keys():
+        raise ConfigError(f"--json {args.json} is no file of d2kd benchmark: name another file")
+    if found["environment"] != data["environment"]:
+        raise ConfigError(f"--json {args.json} was measured elsewhere: name another file")
+    return found
+
+
+def identity(row: dict) -> list:
+    return [row[name] for name in report.SETTING]
+
+
+def tables(data: dict) -> str:
+    """All tables that the rows have something for."""
+    rows, parts = data["rows"], [report.main_table(data)]
+    changed = [report.differences(row, data["base"]) for row in rows]
+    if any(len(names) == 1 and names[0] in report.GROWTH for names in changed):
+        parts.append(report.growth_table(data))
+    if any(row["teacher_precision"] or row["channels_last"] for row in rows):
+        parts.append(report.teacher_table(data))
+    if any(row["profile"] for row in report.main_rows(data)):
+        parts.append(report.profile_table(data))
+    return "\n\n".join(parts)
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--archs", nargs="+", default=["faster", "retinanet"], choices=BASES)
+    add("--pairs", nargs="+", default=["18-50"], help="depths of student's and teacher's ResNets")
+    add("--heads", nargs="+", help="a row each: HEAD[,HEAD ...], or in quotes with KEY VALUE pairs")
+    add("--size", type=positive, default=320, help="side of the images in pixels")
+    add("--batch", type=positive, default=2, help="images a step")
+    add("--objects", type=natural, default=8, help="objects an image")
+    add("--growth", action="store_true", help="also with one of the next three at another value")
+    add("--sizes", type=positive, nargs="+", default=[160, 320, 480, 640])
+    add("--batches", type=positive, nargs="+", default=[1, 2, 4])
+    add("--object-counts", type=natural, nargs="+", default=[0, 8, 30, 100])
+    add("--precision", default="", choices=PRECISIONS, help="autocast of the whole step")
+    add("--teacher-precision", default="", choices=PRECISIONS, help="the teacher's own")
+    add("--channels-last", action="store_true", help="the teacher in channels_last")
+    add("--profile", action="store_true", help="phases and operators too, and DRKD's terms alone")
+    add("--repeats", type=positive, default=9)
+    add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
+    add("--json", type=Path, help="add the rows to this file; a plot goes beside it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the file lacks, and print its tables.
+
+    Raises:
+        ConfigError: a head or a value is not valid, or the file is of another machine.
+    """
+    args = build_parser().parse_command(argv)
+    args.heads = args.heads or [*HEADS, *(PARTS if args.profile else ())]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    data = open_results(args)
+    wanted = settings(args)
+    done = {json.dumps(identity(row)): row for row in data["rows"]}
+    for number, setting in enumerate(wanted):
+        old = done.get(json.dumps(identity(setting)))
+        state = "done before"
+        if old is None or (args.profile and not old["profile"]):
+            row = measure(setting, args)
+            data["rows"] = [other for other in data["rows"] if other is not old] + [row]
+            state = f"overhead {row['overhead']:.3f}"
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                write_json(data, args.json)
+        names = (report.pair_name(setting), report.label(setting))
+        print(f"[{number + 1}/{len(wanted)}] {', '.join(names)}: {state}", file=sys.stderr)
+    print(tables(data))
+    if args.json:
+        picture = args.json.with_suffix(".png")
+        write_atomically(picture, lambda temporary: report.plot(data, temporary))
+        print(f"\nwrote {args.json} and {picture}")

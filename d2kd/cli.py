@@ -1,0 +1,119 @@
+"""The command ``d2kd VERB``: which verbs there are, and how each of them ends.
+
+A verb is a function ``main(argv)`` in a module that is imported when the verb is called. Whatever a
+user does wrong ends it in one line ``error: ...`` on standard error, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .errors import ConfigError, one_line
+
+INTERRUPTED = 130  # the exit status of what Ctrl-C ended, by convention of shells
+
+
+class Verb(NamedTuple):
+    """Where a verb's ``main`` is, and what it does in a few words."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
+    "compare": Verb("d2kd.compare.command", "train a student alone and distilled, compare AP"),
+    "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
+    "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
+    "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
+    "convert": Verb("d2kd.commands.convert", "turn torchvision's ResNet weights into Detectron2's"),
+    "demo": Verb("d2kd.commands.demo", "train teacher and students on digits in a few minutes"),
+    "pretrain": Verb("d2kd.commands.pretrain", "pre-train the backbone of a digits config"),
+    "install-detectron2": Verb("d2kd.commands.install_detectron2", "install Detectron2 0.6"),
+}
+
+
+def usage() -> str:
+    """What ``d2kd --help`` prints."""
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return (
+        "usage: d2kd VERB [options] [KEY VALUE ...]\n\n"
+        "Knowledge distillation for Detectron2.\n\nverbs:\n" + "\n".join(lines) + "\n\n"
+        "d2kd VERB --help says more of each, with an example."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the verb that the arguments name.
+
+    Args:
+        argv: arguments without the program's name; default: those of this process.
+
+    Raises:
+        SystemExit: of a mistake, with one line; of Ctrl-C, with status 130.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    name, *arguments = words
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        hint = f"; close: {close[0]}" if close else ""
+        sys.exit(f"error: no verb '{name}'{hint}; valid: {', '.join(VERBS)}")
+    outer = sys.argv
+    sys.argv = [f"d2kd {name}", *arguments]  # for the parsers' "usage: d2kd train ..."
+    try:
+        end_in_one_line(lambda: importlib.import_module(VERBS[name].module).main(arguments))
+    finally:
+        sys.argv = outer
+
+
+def end_in_one_line(run: Callable[[], int | None]) -> None:
+    """Call ``run`` and end the process as all verbs end.
+
+    Raises:
+        SystemExit: as :func:`main`'s; of a status other than 0 that ``run`` returns.
+    """
+    try:
+        status = run()
+    except ConfigError as error:
+        sys.exit(f"error: {one_line(str(error))}")
+    except KeyboardInterrupt as error:
+        print(one_line(str(error)) or "stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {one_line(f'{error.strerror}: {error.filename}')}")
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        sys.exit("error: Detectron2 is not installed: run d2kd install-detectron2")
+    except Exception as error:
+        message = _of_process(error)
+        if message is None:
+            raise
+        sys.exit(f"error: {one_line(message)}")
+    if status:
+        sys.exit(status)
+
+
+def _of_process(error: Exception) -> str | None:
+    """The message of a ConfigError in a process that a verb has launched; None of other errors.
+
+    ``torch.multiprocessing`` hands the process's traceback over as text.
+    """
+    if type(error).__name__ != "ProcessRaisedException":
+        return None
+    name, _, message = str(error).strip().splitlines()[-1].partition(": ")
+    return message if name == f"{ConfigError.__module__}.{ConfigError.__name__}" else None

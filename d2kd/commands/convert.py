@@ -1,0 +1,42 @@
+"""ImageNet weights of a ResNet, from torchvision's format to Detectron2's.
+
+    d2kd convert resnet18.pth datasets/pretrained/R-18.pkl
+
+The input is the state dict of torchvision's resnet18 to resnet152, of its ResNeXt or of its Wide
+ResNet. What a config must say to use the result is printed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..arguments import CommandParser
+from ..errors import ConfigError
+from ..files import write_atomically
+from ..models.torchvision_resnet import (
+    config_lines,
+    convert_torchvision_resnet,
+    read_torchvision,
+    write_detectron2,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert the file that the arguments name.
+
+    Raises:
+        ConfigError: in one line, before anything is written.
+    """
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("input", help="a state dict, saved by torch.save")
+    parser.add_argument("output", help="a .pkl file")
+    args = parser.parse_args(argv)
+    if not args.output.endswith(".pkl"):
+        raise ConfigError(f"Detectron2 reads this format from .pkl files only, not {args.output}")
+    weights = read_torchvision(args.input)
+    converted = convert_torchvision_resnet(weights)
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    write_atomically(args.output, lambda temporary: write_detectron2(converted, temporary))
+    print(f"wrote {args.output}, {len(converted)} tensors; the config needs\n")
+    print(config_lines(weights, args.output))

@@ -1,0 +1,338 @@
+"""The runs of a suite in one output folder: what there is to do, to keep and to refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from ..config import student_config
+from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
+from ..engine.setup import merged_config, read_config
+from ..engine.trainer import DistillTrainer
+from ..errors import ConfigError
+from ..files import write_json, write_text
+from .processes import Devices, Processes, run_in_order, run_stage
+from .suite import (
+    Arm,
+    Suite,
+    as_list,
+    fingerprint,
+    first_difference,
+    settings_of,
+    stretched,
+    uses_teacher,
+    weights_of,
+)
+from .tables import write_markdown
+
+
+class Comparison:
+    """The runs of a suite in one output folder.
+
+    Args:
+        suite: what to train.
+        output: folder of the runs; ``<arm>_<seed>`` each.
+        jobs: runs at a time; ``threads``: CPU threads of each.
+        keep_checkpoints: leave a finished run's checkpoints of the way.
+        imports: modules that the trainings import first.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        output: Path,
+        *,
+        jobs: int,
+        threads: int,
+        keep_checkpoints: bool = False,
+        imports: Sequence[str] = (),
+    ):
+        self.suite, self.output, self.jobs, self.threads = suite, output, jobs, threads
+        self.keep_checkpoints = keep_checkpoints
+        self.imports = [f"--import={name}" for name in imports]
+        self.processes, self.devices = Processes(), Devices(jobs)
+
+    # --- what there is to do -----------------------------------------------------------------
+
+    def runs(
+        self, labels: list[str] | None = None, seeds: list[int] | None = None
+    ) -> list[tuple[Arm, int]]:
+        """Arms and seeds, seed by seed, so that what is there at any time can be compared."""
+        arms = [arm for arm in self.suite.arms.values() if labels is None or arm.label in labels]
+        wanted = self.suite.seeds if seeds is None else seeds
+        return [(arm, s) for s in wanted for arm in arms if s in arm.seeds]
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return self.output / f"{arm.slug}_{seed}"
+
+    def results(self, arm: Arm, seed: int) -> dict | None:
+        """What results.json of a run says; None as long as there is none."""
+        path = self.folder(arm, seed) / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def needs(self, arm: Arm) -> list[Arm]:
+        """The arms whose times decide how long ``arm`` trains."""
+        labels = [self.suite.baseline, arm.same_time_as] if arm.same_time_as else []
+        return [self.suite.arms[label] for label in labels]
+
+    def ready(self, run: tuple[Arm, int]) -> bool:
+        arm, seed = run
+        return all(self.results(other, seed) is not None for other in self.needs(arm))
+
+    def config(self, arm: Arm, seed: int) -> tuple[CfgNode, dict]:
+        """The config of a run, which is :meth:`ready`, and all overrides that make it."""
+        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
+        opts |= {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+        cfg = merged_config(arm.config, as_list(opts))
+        iterations = round(cfg.SOLVER.MAX_ITER * arm.times)
+        if arm.same_time_as:
+            base, other = (self.results(a, seed) for a in self.needs(arm))
+            iterations = same_time_iterations(base, other)
+        if iterations != cfg.SOLVER.MAX_ITER:
+            opts |= stretched(cfg, iterations)
+            cfg = merged_config(arm.config, as_list(opts))
+        return cfg, opts
+
+    # --- checks before anything runs -----------------------------------------------------------
+
+    def check(self, runs: list[tuple[Arm, int]]) -> None:
+        """Check the config of each arm that is not finished, and that no run waits in vain.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        todo = [(arm, seed) for arm, seed in runs if self.results(arm, seed) is None]
+        for arm in self.suite.prepared if todo else ():
+            if not Path(weights_of(arm)).is_file():
+                self.check_config(arm)
+        for arm, seed in todo:
+            for other in self.needs(arm):
+                if (other, seed) not in runs and self.results(other, seed) is None:
+                    raise ConfigError(
+                        f"arm '{arm.label}' needs a run of '{other.label}' with seed {seed}"
+                    )
+        for arm, seed in {arm.label: (arm, seed) for arm, seed in reversed(todo)}.values():
+            self.check_config(arm, {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))})
+
+    def check_config(self, arm: Arm, own: dict | None = None) -> None:
+        """Check what a training would, and that the weights are there or will be.
+
+        Args:
+            own: overrides of one run.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        opts = {**arm.opts, **(own or {})}
+        made = [weights_of(prepared) for prepared in self.suite.prepared]
+        if opts.get("MODEL.WEIGHTS") in made:
+            opts["MODEL.WEIGHTS"] = ""
+        cfg = merged_config(arm.config, as_list(opts))
+        weights = cfg.DISTILL.TEACHER.WEIGHTS
+        if os.path.abspath(weights) in map(os.path.abspath, made):
+            opts["DISTILL.TEACHER.WEIGHTS"] = RANDOM_WEIGHTS  # not read yet
+        elif uses_teacher(cfg) and weights.endswith(".pth") and not PathManager.exists(weights):
+            raise ConfigError(
+                f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
+                f"not what the suite's teacher writes ({made[0] if made else 'it has none'})"
+            )
+        read_config(
+            SimpleNamespace(
+                config_file=arm.config,
+                opts=as_list(opts),
+                eval_only=False,
+                resume=True,
+                num_gpus=1,
+                num_machines=1,
+            )
+        )
+
+    def check_kept_runs(self) -> None:
+        """Check that all runs in the output folder are of the suite's settings."""
+        for run in self.runs():
+            if self.folder(*run).exists() and self.ready(run):
+                self.check_settings(*run, settings_of(self.config(*run)[0]))
+
+    def check_settings(self, arm: Arm, seed: int, settings: dict[str, str]) -> None:
+        """Check that a run's folder is new or of these settings.
+
+        Raises:
+            ConfigError: it is of others; names the first key.
+        """
+        folder = self.folder(arm, seed)
+        path = folder / "settings.json"
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        if not path.is_file():
+            raise ConfigError(f"{folder} was not made by d2kd compare; give another --output")
+        check_same(folder, settings, "remove it or give another --output")
+
+    # --- running -------------------------------------------------------------------------------
+
+    def run(self, labels: list[str] | None = None, seeds: list[int] | None = None) -> None:
+        """Train what the arms need, then the runs, writing results and report after each.
+
+        Args:
+            labels, seeds: train only these; what is finished of others is in the report too.
+        """
+        runs = self.runs(labels, seeds)
+        self.check(runs)
+        self.output.mkdir(parents=True, exist_ok=True)
+        for arm in self.suite.prepared:
+            self.prepare(arm)
+        self.check_kept_runs()
+        self.save()
+        run_in_order(
+            runs,
+            lambda run: self.train(*run),
+            jobs=self.jobs,
+            ready=self.ready,
+            finished=lambda run: self.save(),
+            processes=self.processes,
+        )
+
+    def train(self, arm: Arm, seed: int) -> None:
+        """One run, from where it was left."""
+        cfg, opts = self.config(arm, seed)
+        settings, folder = settings_of(cfg), self.folder(arm, seed)
+        self.check_settings(arm, seed, settings)
+        command = self.command(arm, opts)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "settings.json").is_file():
+            about = {"arm": arm.label, "seed": seed, "threads": self.threads, "command": command}
+            write_json({**about, "settings": settings}, folder / "settings.json")
+        self.stage(f"{arm.label} {seed}", command, folder, self.threads)
+
+    def command(self, arm: Arm, opts: dict) -> list[str]:
+        """Arguments of Python for a training that goes on where it was left."""
+        train = ["-m", "d2kd", "train", "--resume", *self.imports, "--config-file", arm.config]
+        return [*train, *as_list(opts)]
+
+    def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
+        environment = self.devices.take()
+        try:
+            run_stage(
+                name,
+                command,
+                folder / "results.json",
+                self.output / "logs",
+                threads,
+                environment=environment,
+                processes=self.processes,
+            )
+        finally:
+            self.devices.give_back(environment)
+        if not self.keep_checkpoints:
+            for path in folder.glob("model_[0-9]*.pth"):
+                path.unlink()
+
+    def prepare(self, arm: Arm) -> None:
+        """Train the teacher, or the student that all arms start with, if its weights are not there,
+        and evaluate it if that was not done before.
+
+        Raises:
+            ConfigError: it was trained here with other settings; names the first key.
+        """
+        weights = Path(weights_of(arm))
+        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
+        made_with = weights.parent / "settings.json"
+        settings = settings_of(merged_config(arm.config, as_list(opts)))
+        if made_with.is_file():  # else it was trained by hand, and is taken as it is
+            check_same(weights.parent, settings, f"name another OUTPUT_DIR for the {arm.label}")
+        if not weights.is_file():
+            _check_continuable(weights, made_with.is_file())
+            command = self.command(arm, opts)
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            write_json({"arm": arm.label, "command": command, "settings": settings}, made_with)
+            self.stage(arm.label, command, weights.parent, self.threads * self.jobs)
+        known, own = self.output / f"{arm.label}.json", weights.parent / "results.json"
+        if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
+            return
+        if own.is_file():
+            results = json.loads(own.read_text())
+        else:
+            results = {"results": evaluate(arm, str(weights))}
+        write_json({"file": fingerprint(str(weights)), **results}, known)
+
+    # --- results -------------------------------------------------------------------------------
+
+    def lines(self) -> list[dict]:
+        """One JSON line a finished run, those of teacher and start first, in the order of
+        :meth:`runs`."""
+        common = {"suite": self.suite.title, "baseline": self.suite.baseline}
+        lines = []
+        for arm in self.suite.prepared:
+            about = {"role": arm.label, "arm": arm.label, "config": arm.config, "opts": arm.opts}
+            results = json.loads((self.output / f"{arm.label}.json").read_text())
+            lines.append({**common, **about, **results})
+        for arm, seed in self.runs():
+            results = self.results(arm, seed)
+            if results is not None:
+                about = {"arm": arm.label, "seed": seed, "config": arm.config, "opts": arm.opts}
+                control = {"times": arm.times, "same_time_as": arm.same_time_as}
+                settings = json.loads((self.folder(arm, seed) / "settings.json").read_text())
+                where = {"threads": settings["threads"], "folder": self.folder(arm, seed).name}
+                lines.append({**common, "role": "student", **about, **control, **where, **results})
+        return lines
+
+    def save(self) -> None:
+        """Write results.jsonl and the tables."""
+        text = "".join(json.dumps(line) + "\n" for line in self.lines())
+        write_text(text, self.output / "results.jsonl")
+        write_markdown(self.output)
+
+
+def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
+    """Check that what was trained in ``folder`` had these settings.
+
+    Raises:
+        ConfigError: it had others; names the first key.
+    """
+    made_with = json.loads((folder / "settings.json").read_text())["settings"]
+    difference = first_difference(made_with, settings)
+    if difference:
+        raise ConfigError(f"{folder} is a run of other settings: {difference}; {remedy}")
+
+
+def _check_continuable(weights: Path, is_own: bool) -> None:
+    """Check that what is in the folder of missing ``weights`` can be gone on with.
+
+    Args:
+        is_own: whether this tool began it.
+
+    Raises:
+        ConfigError: it was begun otherwise, or is finished and its weights are gone.
+    """
+    for name in ("results.json", "last_checkpoint"):
+        if (weights.parent / name).is_file() and not (is_own and name == "last_checkpoint"):
+            raise ConfigError(
+                f"{weights.parent} has a {name} but no {weights.name}: put that back, remove the "
+                "folder or name another OUTPUT_DIR in the suite"
+            )
+
+
+def same_time_iterations(base: dict, other: dict) -> int:
+    """How many steps of the run ``base`` take as long as all of the run ``other``.
+
+    Times are the median step's, which a busy machine disturbs least, and what heads did between
+    steps.
+    """
+    seconds = other["iterations"] * other["step_seconds"] + other["hook_seconds"]
+    return max(round(seconds / base["step_seconds"]), 1)
+
+
+def evaluate(arm: Arm, weights: str) -> dict:
+    """Results of a detector that was not trained here, on its own ``DATASETS.TEST``."""
+    print(f"{arm.label}: evaluating", flush=True)
+    cfg = merged_config(arm.config, as_list(arm.opts))
+    cfg.MODEL.DEVICE = "cuda" if Devices(1).count else "cpu"
+    model = build_model(student_config(cfg))
+    load_teacher_weights(model, weights)
+    return DistillTrainer.test(cfg, model)

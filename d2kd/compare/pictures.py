@@ -1,0 +1,154 @@
+"""Detections of several detectors side by side, on the same images as the ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+
+from ..config import student_config
+from ..files import write_atomically
+
+WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (60, 60, 255)  # BGR, as OpenCV's
+
+
+def predictor(cfg: CfgNode, weights: Path) -> DefaultPredictor:
+    """The trained detector of a config, from a BGR image to instances on it, on the CPU."""
+    cfg = student_config(cfg)
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = str(weights), "cpu"
+    return DefaultPredictor(cfg)
+
+
+def pick_records(dataset: str, count: int) -> list[dict]:
+    """The first images of a dataset with as many objects as its median image, as far as it goes."""
+    records = [r for r in DatasetCatalog.get(dataset) if r["annotations"]]
+    sizes = np.array([len(r["annotations"]) for r in records])
+    order = np.argsort(np.abs(sizes - np.median(sizes)), kind="stable")
+    return [records[i] for i in order[:count]]
+
+
+def ground_truth(record: dict, masks: bool) -> Instances:
+    """Boxes, classes and, if asked for and there, masks of a dataset's record."""
+    height, width = record["height"], record["width"]
+    annotations = [a for a in record["annotations"] if not a.get("iscrowd")]
+    truth = Instances((height, width))
+    corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    truth.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+    truth.pred_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
+    if masks and annotations and all(a.get("segmentation") for a in annotations):
+        bitmaps = [_mask(a["segmentation"], height, width) for a in annotations]
+        truth.pred_masks = torch.from_numpy(np.stack(bitmaps))
+    return truth
+
+
+def _mask(segmentation, height: int, width: int) -> np.ndarray:
+    if isinstance(segmentation, dict):
+        return mask_util.decode(segmentation).astype(bool)
+    mask = np.zeros((height, width), np.uint8)
+    polygons = [
+        np.array(polygon).reshape(-1, 2).round().astype(np.int32) for polygon in segmentation
+    ]
+    return cv2.fillPoly(mask, polygons, 1).astype(bool)
+
+
+def draw(
+    image: np.ndarray, found: Instances, names: list[str], colours: Iterable, zoom: float
+) -> np.ndarray:
+    """``image`` resized by ``zoom``, with labelled boxes and, where there are any, masks."""
+    image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
+    size = image.shape[1::-1]
+    for i, colour in enumerate(colours):
+        if found.has("pred_masks"):
+            mask = found.pred_masks[i].numpy().astype(np.uint8)
+            inside = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) > 0
+            image[inside] = (0.6 * image[inside] + 0.4 * np.array(colour)).astype(np.uint8)
+        x0, y0, x1, y1 = (int(round(v * zoom)) for v in found.pred_boxes.tensor[i].tolist())
+        cv2.rectangle(image, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
+        write(image, names[found.pred_classes[i]], (x0 + 2, max(y0 - 3, 12)), (0, 0, 0), 3)
+        write(image, names[found.pred_classes[i]], (x0 + 2, max(y0 - 3, 12)), colour, 1)
+    return image
+
+
+def write(image: np.ndarray, text: str, place: tuple[int, int], colour, thickness: int) -> None:
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    cv2.putText(image, text, place, font, 0.5, colour, thickness, cv2.LINE_AA)
+
+
+def draw_detections(
+    detect, image: np.ndarray, truth: Instances, names: list[str], zoom: float
+) -> np.ndarray:
+    """The most confident detections, as many as there are objects; green where box (IoU 0.5) and
+    class are right, red elsewhere."""
+    found = detect(image)["instances"][: len(truth)]
+    overlap = pairwise_iou(found.pred_boxes, truth.pred_boxes)
+    same = found.pred_classes[:, None] == truth.pred_classes[None]
+    right = ((overlap >= 0.5) & same).any(dim=1).tolist()
+    return draw(image, found, names, [GREEN if hit else RED for hit in right], zoom)
+
+
+def sheet(panels: dict[str, list[np.ndarray]], columns: int) -> np.ndarray:
+    """One column a title, one row an image; after ``columns`` titles a new block begins."""
+    height = max(panel.shape[0] for group in panels.values() for panel in group)
+    width = max(panel.shape[1] for group in panels.values() for panel in group)
+
+    def column(title: str) -> np.ndarray:
+        header = np.full((26, width, 3), 255, np.uint8)
+        write(header, title, (8, 18), (0, 0, 0), 1)
+        cells = [np.full((height, width, 3), 255, np.uint8) for _ in panels[title]]
+        for cell, panel in zip(cells, panels[title], strict=True):
+            cell[: panel.shape[0], : panel.shape[1]] = panel
+        return np.vstack([header, *cells])
+
+    blank = np.full_like(column(next(iter(panels))), 255)
+    titles, blocks = list(panels), []
+    for start in range(0, len(titles), columns):
+        block = [column(title) for title in titles[start : start + columns]]
+        block += [blank] * (columns - len(block) if start else 0)
+        blocks.append(np.hstack(block))
+    return np.vstack(blocks)
+
+
+def save_picture(
+    runs: dict[str, tuple[CfgNode, Path]],
+    path: Path,
+    *,
+    records: list[dict],
+    width: int = 320,
+    columns: int = 4,
+    most_bytes: int = 300_000,
+) -> None:
+    """Draw ground truth and each run's detections as a JPEG.
+
+    Args:
+        runs: title -> config and weights.
+        records: images of ``DATASETS.TEST`` of the first run.
+        width: of the widest image, in pixels.
+        most_bytes: the quality is lowered, within reason, until the file is no larger.
+    """
+    metadata = MetadataCatalog.get(next(iter(runs.values()))[0].DATASETS.TEST[0])
+    names = list(metadata.thing_classes)
+    images = [read_image(record["file_name"], format="BGR") for record in records]
+    masks = any(cfg.MODEL.MASK_ON for cfg, _ in runs.values())
+    truths = [ground_truth(record, masks) for record in records]
+    zoom = width / max(image.shape[1] for image in images)
+    pairs = list(zip(images, truths, strict=True))
+    panels = {"ground truth": [draw(i, t, names, [WHITE] * len(t), zoom) for i, t in pairs]}
+    for title, (cfg, weights) in runs.items():
+        detect = predictor(cfg, weights)
+        panels[title] = [draw_detections(detect, i, t, names, zoom) for i, t in pairs]
+    picture = sheet(panels, columns)
+    for quality in (80, 70, 60, 50, 40, 30):
+        data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        if len(data) <= most_bytes:
+            break
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))

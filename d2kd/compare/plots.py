@@ -1,0 +1,138 @@
+"""The plots of a comparison: gains with their intervals, and curves of training, as SVG."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ..files import write_atomically
+from .tables import by_arm, half_interval, is_control, mean_of, paired_gains, tasks_of
+
+TASK_NAMES = {"bbox": "box AP", "segm": "mask AP"}
+CONTROL, METHOD = "#b8bec7", "#3d6fb6"
+# The same figures give the same file.
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.hashsalt": "d2kd", "font.size": 10, "axes.axisbelow": True})
+
+
+def save(figure: Figure, path: Path) -> None:
+    options = {"format": path.suffix[1:], "bbox_inches": "tight", "metadata": {"Date": None}}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
+    plt.close(figure)
+
+
+def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
+    """Bars of the paired gains in AP with 95 % intervals, with the cost of a step beside each.
+
+    Args:
+        times: whether the machine was idle enough to show that cost.
+
+    Returns:
+        Whether there was anything to plot.
+    """
+    arms, baseline = by_arm(lines), lines[0]["baseline"]
+    base = arms.pop(baseline, {})
+    tasks = [
+        t for t in tasks_of(lines) if any(len(paired_gains(r, base, t)) for r in arms.values())
+    ]
+    if not tasks:
+        return False
+    figure, axes = plt.subplots(
+        1,
+        len(tasks),
+        figsize=(4.2 * len(tasks) + 2, 0.42 * len(arms) + 1),
+        squeeze=False,
+        sharey=True,
+    )
+    colours = [CONTROL if is_control(next(iter(r.values()))) else METHOD for r in arms.values()]
+    labels = list(arms)
+    if times:
+        alone = mean_of(base, "step_seconds")
+        costs = [mean_of(runs, "step_seconds") / alone for runs in arms.values()]
+        labels = [f"{label}  ({cost:.2f}x a step)" for label, cost in zip(arms, costs, strict=True)]
+    for axis, task in zip(axes[0], tasks, strict=True):
+        gains = [paired_gains(runs, base, task) for runs in arms.values()]
+        means = [g.mean() if len(g) else 0.0 for g in gains]
+        errors = np.nan_to_num([half_interval(g) for g in gains])
+        axis.barh(labels, means, xerr=errors, color=colours, height=0.62, capsize=3)
+        for row, group in enumerate(gains):
+            axis.plot(group, [row] * len(group), "o", color="black", markersize=2.5, alpha=0.6)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(f"gain in {TASK_NAMES[task]} over '{baseline}'")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].invert_yaxis()
+    save(figure, path)
+    return True
+
+
+# --- curves -------------------------------------------------------------------------------------
+
+
+def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Detection loss and AP over the iterations, from a run's metrics.json.
+
+    Returns:
+        "loss" (of the student, without distillation) and "AP", as far as they are there: each
+        (iterations, values). Where a resumed run went over iterations again, the last time counts.
+    """
+    loss, ap = {}, {}
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        entry = json.loads(line)
+        if "total_loss" in entry:
+            loss[entry["iteration"]] = entry["total_loss"] - entry.get("total_kd_loss", 0.0)
+        if np.isfinite(entry.get("bbox/AP", np.nan)):
+            ap[entry["iteration"]] = entry["bbox/AP"]
+    curves = {"loss": loss, "AP": ap}
+    return {
+        name: (np.array(sorted(curve)), np.array([curve[i] for i in sorted(curve)]))
+        for name, curve in curves.items()
+        if curve
+    }
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average; at the ends of the values that there are."""
+    kernel = np.ones(min(window, len(values)))
+    ones = np.ones(len(values))
+    return np.convolve(values, kernel, "same") / np.convolve(ones, kernel, "same")
+
+
+def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
+    """Curves of an arm's detection "loss" or "AP", averaged over the seeds.
+
+    Returns:
+        Whether there was anything to plot; AP needs periodic evaluation.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    colours = iter(plt.get_cmap("tab10").colors * 10)
+    for label, runs in by_arm(lines).items():
+        metrics = [read_metrics(output / run["folder"] / "metrics.json") for run in runs.values()]
+        curves = [m[name] for m in metrics if name in m and len(m[name][0]) > 1]
+        if not curves:
+            continue
+        common = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
+        mean = np.mean([y[np.isin(x, common)] for x, y in curves], axis=0)
+        if name == "loss":
+            mean = smooth(mean, max(len(mean) // 20, 1))
+        dashes = "--" if is_control(next(iter(runs.values()))) else "-"
+        axis.plot(common, mean, dashes, color=next(colours), linewidth=1.4, label=label)
+    if not axis.lines:
+        plt.close(figure)
+        return False
+    if name == "loss":
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set_ylabel("detection loss, without distillation" if name == "loss" else "box AP")
+    axis.set_xlabel("iteration")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+    return True

@@ -1,0 +1,338 @@
+"""Suites: which arms a comparison trains from which seeds, and the exact config of each run.
+
+A suite is a YAML file::
+
+    title: RetinaNet on digits
+    teacher: {config: digits/retinanet_R34_teacher.yaml}  # trained first if it is not there
+    start: {config: digits/retinanet_R18_distill.yaml, opts: {...}}    # then this one
+    baseline: alone
+    seeds: [1, 2, 3]
+    opts: {SOLVER.MAX_ITER: 3000}                                 # of all arms
+    arms:
+      alone: {config: digits/retinanet_R18.yaml}
+      SSIM: {config: digits/retinanet_R18_ssim.yaml, opts: {DISTILL.SSIM.WEIGHT: 2.0}}
+      alone x1.5: {config: digits/retinanet_R18.yaml, times: 1.5}
+      alone, time of SSIM: {config: digits/retinanet_R18.yaml, same_time_as: SSIM}
+
+All arms start with the student that ``start`` trains, where there is one: it is their
+``MODEL.WEIGHTS``. The last two arms are controls: they train ``times`` as many iterations, or as
+many as fit into the wall time that the named arm took with the same seed. Paths start at the
+working directory or, where nothing is there, at the suite's own folder; a config may also be one
+that d2kd ships.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+from ..config_files import read_yaml, resolve_config_file
+from ..config_paths import PATH_KEYS, absolute_path, find_file
+from ..engine.setup import merged_config
+from ..errors import ConfigError
+from ..registry import node_name
+
+PREPARED = ("teacher", "start")  # detectors that are trained once, before the arms
+SUITE_KEYS = ("title", *PREPARED, "baseline", "seeds", "opts", "arms")
+ARM_KEYS = ("config", "opts", "seeds", "times", "same_time_as")
+PREPARED_KEYS = ("config", "opts")
+# Keys that say where and when something is written or checked, and change no result.
+NO_SETTINGS = (
+    "OUTPUT_DIR",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "DATALOADER.NUM_WORKERS",
+    "DISTILL.TEACHER.CHECK",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of a comparison: a config, trained from several seeds.
+
+    Args:
+        opts: overrides of the config, key -> value.
+        times: train so many times the iterations.
+        same_time_as: label of the arm whose wall time to fill instead; "" for none.
+    """
+
+    label: str
+    config: str
+    seeds: tuple[int, ...]
+    opts: dict = field(default_factory=dict)
+    times: float = 1.0
+    same_time_as: str = ""
+
+    @property
+    def slug(self) -> str:
+        """The label as a name of files."""
+        return re.sub(r"[^\w.+-]+", "_", self.label)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Arms by label, in the order of the tables; ``prepared`` are what ``PREPARED`` names, as arms
+    of no seed, in the order of their training."""
+
+    title: str
+    baseline: str
+    arms: dict[str, Arm]
+    prepared: tuple[Arm, ...] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(seed for arm in self.arms.values() for seed in arm.seeds))
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = None) -> Suite:
+    """The suite of a YAML file.
+
+    Args:
+        seeds: besides the file's, of the arms that have none of their own.
+        opts: overrides of all arms, after the file's.
+
+    Raises:
+        ConfigError: in one line that names what is valid.
+    """
+    data, _ = read_yaml(str(path))
+    _check_keys(str(path), data, SUITE_KEYS, required=("baseline", "seeds", "arms"))
+    _check_keys(f"{path}: arms", data["arms"])
+    common, opts = data.get("opts") or {}, opts or {}
+    _check_keys(f"{path}: opts", common)
+    common = _with_paths(common, path.parent)
+    prepared = [_prepared(path, label, data[label]) for label in PREPARED if label in data]
+    for arm in prepared:
+        if arm.label == "start":
+            common = {"MODEL.WEIGHTS": weights_of(arm), **common}
+    arms = {}
+    for label, entry in data["arms"].items():
+        where = f"{path}: arm '{label}'"
+        _check_keys(where, entry, ARM_KEYS, required=("config",))
+        own = _seeds(where, entry.get("seeds", data["seeds"]))
+        if "seeds" not in entry:
+            own = tuple(dict.fromkeys((*own, *(seeds or ()))))
+        arms[str(label)] = Arm(
+            str(label),
+            _find_config(where, entry["config"], path.parent),
+            own,
+            {**common, **_with_paths(entry.get("opts") or {}, path.parent), **opts},
+            entry.get("times", 1.0),
+            str(entry.get("same_time_as", "")),
+        )
+    title = str(data.get("title", path.stem))
+    suite = Suite(title, str(data["baseline"]), arms, tuple(prepared))
+    check_suite(suite, str(path))
+    return suite
+
+
+def _prepared(path: Path, label: str, entry: dict) -> Arm:
+    where = f"{path}: {label}"
+    _check_keys(where, entry, PREPARED_KEYS, required=("config",))
+    config = _find_config(where, entry["config"], path.parent)
+    return Arm(label, config, (), _with_paths(entry.get("opts") or {}, path.parent))
+
+
+def _find_config(where: str, name: str, folder: Path) -> str:
+    """A config's name as it is from the working directory; its path if it lies beside the suite.
+
+    Raises:
+        ConfigError: there is none; names the folders it was looked for in.
+    """
+    beside = None if find_file(name) else find_file(name, [folder])
+    resolve_config_file(name, f"{where}: config", [folder])
+    return os.path.abspath(beside) if beside else name
+
+
+def _with_paths(opts: dict, folder: Path) -> dict:
+    """``opts``, in which the paths of files that lie beside the suite are absolute."""
+    beside = {
+        key: absolute_path(value, [folder])
+        for key, value in opts.items()
+        if key in PATH_KEYS and isinstance(value, str) and not find_file(value)
+    }
+    return {**opts, **beside}
+
+
+def weights_of(prepared: Arm) -> str:
+    """Where the weights of a detector that is trained before the arms lie in the end, from the
+    working directory if they lie below it: results say where they are, on any machine."""
+    folder = Path(merged_config(prepared.config, as_list(prepared.opts)).OUTPUT_DIR)
+    below = folder.is_relative_to(Path.cwd())
+    return str((folder.relative_to(Path.cwd()) if below else folder) / "student_final.pth")
+
+
+def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
+    """Configs as arms, labelled by their names; the first is the baseline."""
+    arms = {
+        Path(config).stem: Arm(Path(config).stem, config, tuple(seeds), opts) for config in configs
+    }
+    if len(arms) < len(configs):
+        raise ConfigError("--configs: two configs of one name; name them apart in a suite")
+    suite = Suite("", next(iter(arms)), arms)
+    check_suite(suite, "--configs")
+    return suite
+
+
+def check_suite(suite: Suite, where: str) -> None:
+    """Check what the arms say of each other.
+
+    Raises:
+        ConfigError: an unknown or unusable arm.
+    """
+    known = ", ".join(f"'{label}'" for label in suite.arms)
+    if suite.baseline not in suite.arms:
+        raise ConfigError(f"{where}: baseline '{suite.baseline}' is no arm; valid: {known}")
+    slugs: dict[str, str] = {}
+    for arm in suite.arms.values():
+        place = f"{where}: arm '{arm.label}'"
+        if slugs.setdefault(arm.slug.lower(), arm.label) != arm.label:
+            raise ConfigError(f"{place} and '{slugs[arm.slug.lower()]}' would share a folder")
+        if not isinstance(arm.times, (int, float)) or arm.times <= 0:
+            raise ConfigError(f"{place}: times is {arm.times}; it must be a positive number")
+        if not arm.same_time_as:
+            continue
+        base, other = suite.arms[suite.baseline], suite.arms.get(arm.same_time_as)
+        if other is None or other.same_time_as:
+            raise ConfigError(
+                f"{place}: same_time_as '{arm.same_time_as}' is no arm with a time of its own; "
+                f"valid: {known}"
+            )
+        if arm is base:
+            raise ConfigError(f"{place}: the baseline's time is its own; remove same_time_as")
+        if (arm.config, arm.opts) != (base.config, base.opts) or arm.times != 1:
+            raise ConfigError(
+                f"{place}: same_time_as needs the config and opts of the baseline "
+                f"'{base.label}', whose time a step it goes by, and no times"
+            )
+
+
+def _check_keys(where: str, node, valid: tuple = (), required: tuple = ()) -> None:
+    if not isinstance(node, dict):
+        raise ConfigError(f"{where}: must be a mapping, is {node!r}")
+    for key in node if valid else ():
+        if key not in valid:
+            raise ConfigError(f"{where}: unknown key '{key}'; valid: {', '.join(valid)}")
+    for key in required:
+        if not node.get(key):
+            raise ConfigError(f"{where}: '{key}' is missing")
+
+
+def _seeds(where: str, seeds) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of numbers from 0 on")
+    return tuple(dict.fromkeys(seeds))
+
+
+# --- the config of a run ------------------------------------------------------------------------
+
+
+def as_list(opts: dict) -> list[str]:
+    """Overrides as a command line has them."""
+    return [str(part) for pair in opts.items() for part in pair]
+
+
+def stretched(cfg: CfgNode, max_iter: int) -> dict:
+    """Overrides for a training of ``max_iter`` iterations: schedules keep their proportions."""
+    factor = max_iter / cfg.SOLVER.MAX_ITER
+    opts = {"SOLVER.MAX_ITER": max_iter}
+
+    def stretch(key: str, value) -> None:
+        if isinstance(value, int) and value > 0:
+            opts[key] = round(factor * value)
+        elif isinstance(value, (tuple, list)) and value:
+            opts[key] = type(value)(round(factor * step) for step in value)
+
+    stretch("SOLVER.STEPS", cfg.SOLVER.STEPS)
+    stretch("SOLVER.WARMUP_ITERS", cfg.SOLVER.WARMUP_ITERS)
+    for name, node in head_nodes(cfg).items():
+        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
+            stretch(f"DISTILL.{name}.SCHEDULE.{key}", node.SCHEDULE[key])
+    return opts
+
+
+def head_nodes(cfg: CfgNode) -> dict[str, CfgNode]:
+    """Nodes of the heads that ``cfg`` trains with, by name."""
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        return {}
+    return {node_name(head): cfg.DISTILL[node_name(head)] for head in cfg.DISTILL.HEADS}
+
+
+def uses_teacher(cfg: CfgNode) -> bool:
+    """Whether a run of ``cfg`` needs its teacher: to distil from or to inherit from."""
+    inherits = cfg.MODEL.META_ARCHITECTURE == "Distiller" and cfg.DISTILL.INHERIT
+    return bool(head_nodes(cfg) or inherits)
+
+
+def settings_of(cfg: CfgNode) -> dict[str, str]:
+    """All that decides the result of a run: every key it uses, and the weights it starts from.
+
+    Two runs with equal settings are one run; keys of other heads than its own do not count.
+    """
+    flat = _flat(cfg)
+    kept = set()
+    if uses_teacher(cfg):
+        kept = {"HEADS", "INHERIT", "TEACHER", "STUDENT_META_ARCH", *head_nodes(cfg)}
+    flat = {
+        key: value
+        for key, value in flat.items()
+        if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
+    }
+    _set_file(flat, "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+    if uses_teacher(cfg):
+        node = cfg.DISTILL.TEACHER
+        _set_file(flat, "DISTILL.TEACHER.WEIGHTS", node.WEIGHTS)
+        teacher = merged_config(node.CONFIG_FILE, list(node.OPTS))
+        flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
+        if node.WEIGHTS:  # the file says what weights it has; the keys below, what it is
+            del flat["DISTILL.TEACHER.CONFIG_FILE"], flat["teacher's MODEL.WEIGHTS"]
+    return flat
+
+
+def _set_file(flat: dict[str, str], key: str, path: str) -> None:
+    """Let a file's content stand for its path, which depends on the machine."""
+    flat[f"file of {key}"] = fingerprint(path)
+    if flat[f"file of {key}"]:
+        del flat[key]
+
+
+def _flat(node: CfgNode, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def fingerprint(path: str) -> str:
+    """The start of a file's SHA-256; "" where there is no such file."""
+    path = (path or "").partition("?")[0]
+    if not path or not Path(path).is_file():
+        return ""
+    return _fingerprint(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.cache
+def _fingerprint(path: str, changed: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def first_difference(old: dict[str, str], new: dict[str, str]) -> str:
+    """The first key that both have and that differs, with its values; "" if there is none.
+
+    A key that only one has came or went with a version of the code.
+    """
+    for key, value in new.items():
+        if key in old and old[key] != value:
+            return f"{key} was {old[key] or 'none'} and is {value or 'none'}"
+    return ""

@@ -1,0 +1,185 @@
+"""The benchmark: what it counts and times, its file, and its tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from d2kd import ConfigError, cli
+from d2kd.benchmark import command as benchmark
+from d2kd.benchmark import selection, steps
+from d2kd.benchmark import tables as report
+from d2kd.commands import prototypes
+
+from ..detectors import build, detector_config, distiller_config, make_batch
+
+ONE_BY_ONE = "GlobalKnowledge DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL 1"
+
+
+def fake_row(setting: dict, *_) -> dict:
+    """What ``measure`` returns, without measuring."""
+    seconds = {"student": 1.0, "teacher": 0.5, "full": 1.8, "inference": 1.0, "plain_teacher": 0.6}
+    counts = dict.fromkeys(steps.OPERATORS, 0.0) | {"other": 0.0}
+    phases = {"forward": 0.4, "backward": 0.5, "update": 0.1}
+    return {
+        **setting,
+        "repeats": 3,
+        "seconds": seconds,
+        "overhead": 1.2,
+        "overhead_quartiles": [1.2],
+        "flops": {"student": 10e9, "teacher": 5e9, "full": 16.5e9},
+        "teacher_share_of_inference": 0.5,
+        "images_per_second": 1.1,
+        "memory_mib": {"student": 10.0, "full": 12.0},
+        "parameters_added": 1_000_000,
+        "profile": {
+            "phases": {"student": phases, "full": {"forward": 1.0, "backward": 0.6, "update": 0.3}},
+            "operators": {name: counts for name in ("student", "teacher", "full")},
+        },
+    }
+
+
+def test_variants():
+    """Heads and options of a row, its name and its promise."""
+    assert benchmark.parse_variant("DSIG,SSIM") == (["DSIG", "SSIM"], [])
+    heads, opts = benchmark.parse_variant(ONE_BY_ONE)
+    row = {**report.PROMISED_AT, "arch": "faster", "heads": heads, "opts": opts}
+    assert opts == ["DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL", "1"]
+    assert report.label(row) == "GlobalKnowledge, LOCAL.ADAPTER_KERNEL 1"
+    assert report.bound(row) == 1.10 and report.bound({**row, "opts": []}) == 1.25
+    dsig = {**report.PROMISED_AT, "heads": ["DSIG"], "opts": []}
+    assert [report.bound({"arch": arch, **dsig}) for arch in ("mask", "retinanet")] == [1.10, 1.15]
+    assert report.bound({**row, "heads": ["DSIG", "SSIM"]}) is None
+    assert report.bound({**row, "size": 640}) is None
+    with pytest.raises(ConfigError, match="KEY VALUE"):
+        benchmark.parse_variant("SSIM DISTILL.SSIM.WEIGHT")
+
+
+def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    """Rows of the file are kept, other settings add rows, and all tables come from the file."""
+    measured = []
+
+    def measure(setting, args):
+        if len(measured) == 2 and not args.growth:
+            raise KeyboardInterrupt
+        measured.append(setting)
+        return fake_row(setting)
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    file = tmp_path / "out" / "cost.json"
+    words = ["--json", str(file), "--archs", "faster", "--device", "cpu", "--heads"]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*words, "SSIM", ONE_BY_ONE, "MAR"])
+    assert len(json.loads(file.read_text())["rows"]) == 2
+    grow = ["--growth", "--sizes", "64", "--batches", "2", "--object-counts", "0"]
+    benchmark.main([*words, "SSIM", ONE_BY_ONE, "MAR", *grow])
+    identities = [json.dumps(benchmark.identity(row)) for row in measured]
+    assert len(identities) == len(set(identities)) == 3 * 3
+    benchmark.main([*words, "SSIM", "--teacher-precision", "bf16", "--growth", "--sizes", "320"])
+    printed = capsys.readouterr().out
+    assert "| 64 px" in printed and "| 0 objects" in printed and "bf16" in printed
+    assert "promised" in printed and "RoIAlign ms" in printed
+    assert 0 < file.with_suffix(".png").stat().st_size < 150_000
+    assert "1.200 (above 1.10)" in report.cost_table(json.loads(file.read_text()))
+
+
+def test_rows_of_another_machine_are_refused(tmp_path):
+    """A file is of one machine, PyTorch and number of threads."""
+    file = tmp_path / "cost.json"
+    file.write_text(json.dumps({"environment": {"device": "abacus"}, "base": {}, "rows": []}))
+    with pytest.raises(SystemExit, match="^error: .*measured elsewhere: name another file"):
+        cli.main(["benchmark", "--json", str(file), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pairs", "18"], "--pairs '18': two depths of 18, 34"),
+        (["--heads", "SSIN"], "unknown head 'SSIN'; valid: "),
+        (["--heads", "SSIM DISTILL.SSIM.WEIGTH 1"], "no config key 'DISTILL.SSIM.WEIGTH'; close"),
+        (["--repeats", "0"], "--repeats: '0' must be a whole number of at least 1"),
+        (["--json", "."], "--json . is a folder"),
+        (["--json", "other.json"], "other.json is no file of d2kd benchmark"),
+        (["--heads", "SSIM", "DISTILL.SSIM.WEIGHT"], "DISTILL.SSIM.WEIGHT has no value"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch):
+    """A mistake ends in one line, and leaves no file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["benchmark", "--device", "cpu", "--archs", "retinanet", *words])
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_overrides_are_for_all_rows():
+    """KEY VALUE pairs at the end join those of each row."""
+    args = benchmark.build_parser().parse_command(["--heads", "SSIM", "MAR", "SEED", "3"])
+    assert [row["opts"] for row in benchmark.settings(args)] == [["SEED", "3"]] * 4
+
+
+def test_flop_bound_and_empty_tables():
+    """The bound is the ratio of operations; a table without rows says so."""
+    assert report.flop_bound(fake_row({})) == pytest.approx(1.1)
+    assert report.flop_bound({"flops": None}) is None
+    data = {"environment": {}, "base": {"size": 1, "batch": 1, "objects": 1}, "rows": []}
+    for table in (report.main_table, report.growth_table, report.teacher_table):
+        assert table(data) == report.NOT_MEASURED
+
+
+def test_flops_are_counted():
+    """Products of both passes, those that add in place too."""
+    a, b = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 5, 7)
+    assert steps.count_flops(lambda: (a @ b).sum().backward()) == 2 * (2 * 2 * 3 * 5 * 7)
+    assert steps.count_flops(lambda: torch.zeros(2, 3, 7).baddbmm_(a.detach(), b)) == 2 * 210
+
+
+@pytest.mark.parametrize("arch", ["faster", "retinanet"])
+def test_the_teachers_part(arch, tmp_path, teacher_files):
+    """It reads what the heads read, no more, and the full step holds it and the student's."""
+    opts = ("DISTILL.DRKD.BOTTLENECK", 8)
+    model = build(
+        distiller_config(detector_config(arch), ["DRKD", "Logits"], teacher_files[arch], opts)
+    )
+    batch = make_batch()
+    with EventStorage(5):
+        part = steps.TeacherPart(model, batch)
+        outputs = "rois" if arch == "faster" else "dense"
+        fields = {path[0] for path in part.paths}
+        assert {"pyramid", outputs} <= fields and "mask" not in fields
+        assert len(part.pooled) == len(model.distill_heads["DRKD"].instance_strides)
+        student = steps.count_flops(steps.TrainingStep(model.student, batch))
+        teacher = steps.count_flops(part)
+        full = steps.count_flops(steps.TrainingStep(model, batch))
+        assert 0 < teacher and student + teacher < full
+        assert steps.count_flops(part.of(steps.plain_copy(model.teacher))) == teacher
+
+
+def test_training_step_changes_nothing(teacher_files):
+    """Its learning rate is 0 and its random numbers are the same each time."""
+    model = build(distiller_config(detector_config(), ["SSIM"], teacher_files["faster"]))
+    before = [p.clone() for p in model.parameters()]
+    step = steps.TrainingStep(model, make_batch())
+    with EventStorage(0):
+        found = steps.phases(step, "cpu")
+    assert found.keys() == {"forward", "backward", "update"} and min(found.values()) > 0
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_selection_file(tmp_path, capsys):
+    """The selection's benchmark writes what its table says; refreshes have a table, too."""
+    file = tmp_path / "selection.json"
+    size = ["--classes", "2", "--instances", "30", "--channels", "32", "--levels", "1"]
+    prototypes.main(["time", *size, "--naive-instances", "30", "--json", str(file)])
+    result = json.loads(file.read_text())
+    assert result["one"]["same_choice"] and result["one"]["naive_seconds"] > 0
+    assert selection.markdown(result) in capsys.readouterr().out
+    made = {"iteration": 400, "seconds": 2.0, "feature_seconds": 1.5, "selection_seconds": 0.5}
+    made |= {"objects": 90, "images": 30, "prototypes": 50, "features_mib": 1.0}
+    table = selection.refresh_markdown({"period": 400, "refreshes": [made]})
+    assert "| 5.0 " in table

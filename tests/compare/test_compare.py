@@ -1,0 +1,544 @@
+"""d2kd compare: suites, their runs and controls, what is kept or refused, and the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from d2kd import ConfigError, cli
+from d2kd.compare import command, plots, processes, tables
+from d2kd.compare import comparison as comparisons
+from d2kd.compare import report as reports
+from d2kd.compare import suite as suites
+from d2kd.config_paths import SHIPPED
+from d2kd.engine.setup import merged_config
+
+from ..detectors import detector_config, write_config
+
+SUITES = sorted((SHIPPED / "suites").glob("*.yaml"))
+STUDENT = "digits/retinanet_R18.yaml"
+ARMS = """
+baseline: alone
+seeds: [1, 2]
+opts: {SOLVER.MAX_ITER: 60, SOLVER.WARMUP_ITERS: 10, SOLVER.BASE_LR: 0.001, MODEL.WEIGHTS: ""}
+arms:
+  alone: {config: STUDENT}
+  long: {config: STUDENT, times: 1.5}
+  wide: {config: STUDENT, opts: {MODEL.RETINANET.NUM_CONVS: 4}, seeds: [2]}
+  as long as wide: {config: STUDENT, same_time_as: wide, seeds: [2]}
+""".replace("STUDENT", STUDENT)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Nothing depends on the clone being the working directory."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
+def read(tmp_path, text: str = ARMS, **kwargs) -> suites.Suite:
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    return suites.read_suite(path, **kwargs)
+
+
+def comparison(tmp_path, text: str = ARMS, **kwargs) -> comparisons.Comparison:
+    return comparisons.Comparison(
+        read(tmp_path, text, **kwargs), tmp_path / "out", jobs=1, threads=1
+    )
+
+
+# --- suites -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_suites_of_the_repository(path):
+    """Each shipped suite is read, its configs exist, and its overrides are keys that exist."""
+    suite = suites.read_suite(path)
+    assert suite.title and suite.seeds
+    made = {arm.label: suites.weights_of(arm) for arm in suite.prepared}
+    for arm in [*suite.prepared[1:], *suite.arms.values()]:
+        cfg = merged_config(arm.config, suites.as_list(arm.opts))
+        # Heads that are named run: they are those of a Distiller.
+        assert suites.uses_teacher(cfg) == bool(cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT)
+        if suites.uses_teacher(cfg):  # the teacher that the suite trains is the one that is read
+            assert made["teacher"] == cfg.DISTILL.TEACHER.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("seeds: [1, 2]", "seeds: one", "seeds is 'one'"),
+        ("baseline: alone", "baseline: none", "baseline 'none' is no arm; valid: 'alone', 'long'"),
+        ("baseline: alone", "base: alone", "unknown key 'base'; valid: title, teacher, start,"),
+        ("times: 1.5", "time: 1.5", "arm 'long': unknown key 'time'; valid: config, opts, seeds"),
+        ("times: 1.5", "times: 0", "arm 'long': times is 0"),
+        ("same_time_as: wide", "same_time_as: wider", "same_time_as 'wider' is no arm"),
+        ("same_time_as: wide", "same_time_as: wide, opts: {SEED: 3}", "needs the config and opts"),
+        ("alone: {", "alone: {same_time_as: long, ", "the baseline's time is its own"),
+        ("  long:", "  As long As wide:", "would share a folder"),
+        (
+            f"alone: {{config: {STUDENT}}}",
+            "alone: {seeds: [1]}",
+            "arm 'alone': 'config' is missing",
+        ),
+        ("arms:", "arms: [", "suite.yaml:7: not valid YAML"),
+    ],
+)
+def test_bad_suites(tmp_path, old, new, message):
+    """A mistake in a suite is one line that names what is valid."""
+    assert old in ARMS
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        read(tmp_path, ARMS.replace(old, new))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_command_lines(tmp_path):
+    """Unknown arms, keys and configs end in one line before anything is written."""
+    path, output = tmp_path / "suite.yaml", tmp_path / "out"
+    path.write_text(ARMS)
+    for arguments, message in (
+        (["--suite", str(path), "--arms", "wild"], "no arm 'wild'; valid: 'alone', 'long'"),
+        (["--suite", str(path), "--opts", "SOLVER.MAX_ITR", "3"], "close: SOLVER.MAX_ITER"),
+        (["--suite", str(path), "--opts", "SEED"], "KEY VALUE"),
+        (["--configs", "gone.yaml"], "'gone.yaml' is neither a file"),
+        (["--configs", STUDENT, STUDENT], "two configs of one name"),
+        (["--suite", str(path), "--arms", "as long as wide"], "needs a run of 'alone'"),
+        (["--suite", "gone_suite.yaml"], "gone_suite.yaml"),
+        (["--report-only", str(output)], "no finished run"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            cli.main(["compare", *arguments, "--output", str(output)])
+        assert message in str(error.value) and "\n" not in str(error.value)
+        assert not list(output.glob("*_*"))
+
+
+def test_seeds_and_opts(tmp_path):
+    """Seeds of the command line join the suite's, and its overrides come last."""
+    suite = read(tmp_path, seeds=[2, 5], opts={"SOLVER.MAX_ITER": "7"})
+    assert {label: arm.seeds for label, arm in suite.arms.items()} == {
+        "alone": (1, 2, 5),
+        "long": (1, 2, 5),
+        "wide": (2,),
+        "as long as wide": (2,),
+    }
+    assert suite.arms["wide"].opts == {
+        "SOLVER.MAX_ITER": "7",
+        "SOLVER.WARMUP_ITERS": 10,
+        "SOLVER.BASE_LR": 0.001,
+        "MODEL.WEIGHTS": "",
+        "MODEL.RETINANET.NUM_CONVS": 4,
+    }
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def finish(work: comparisons.Comparison, label: str, seed: int, **results) -> Path:
+    """Make a run look finished."""
+    arm = work.suite.arms[label]
+    folder = work.folder(arm, seed)
+    folder.mkdir(parents=True)
+    settings = suites.settings_of(work.config(arm, seed)[0])
+    (folder / "settings.json").write_text(json.dumps({"threads": 1, "settings": settings}))
+    results = {"iterations": 60, "step_seconds": 0.5, "hook_seconds": 0.0, **results}
+    (folder / "results.json").write_text(json.dumps({"results": {"bbox": {"AP": 1.0}}, **results}))
+    return folder
+
+
+def test_order_and_controls(tmp_path):
+    """Runs come seed by seed; controls stretch the schedule, or fill the other arm's wall time."""
+    work = comparison(tmp_path)
+    assert [(arm.label, seed) for arm, seed in work.runs()] == [
+        ("alone", 1),
+        ("long", 1),
+        ("alone", 2),
+        ("long", 2),
+        ("wide", 2),
+        ("as long as wide", 2),
+    ]
+    cfg, _ = work.config(work.suite.arms["long"], 1)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (90, 15)
+    assert (cfg.SEED, cfg.OUTPUT_DIR) == (1, str(tmp_path / "out" / "long_1"))
+    control = (work.suite.arms["as long as wide"], 2)
+    assert not work.ready(control)
+    finish(work, "alone", 2, step_seconds=0.5)
+    assert not work.ready(control)
+    finish(work, "wide", 2, step_seconds=0.75, hook_seconds=6.0)
+    assert work.ready(control)
+    # The trainings import what the comparison does.
+    work.imports = ["--import=heads.py"]
+    assert "--import=heads.py" in work.command(work.suite.arms["alone"], {})
+    # 60 steps of 0.75 s and 6 s more are 51 s, in which the student alone makes 102 steps.
+    assert work.config(*control)[0].SOLVER.MAX_ITER == 102
+
+
+def test_what_is_trained_before_the_arms(tmp_path, monkeypatch):
+    """The teacher is trained, then the student that all arms start with, each once; their results
+    are lines of their own, and a mistake in their configs is found before anything is trained."""
+    made = tmp_path / "made"
+    before = f"""
+teacher: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/teacher}}}}
+start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}}}}
+"""
+    text = before + ARMS.replace('MODEL.WEIGHTS: ""', "SOLVER.CHECKPOINT_PERIOD: 50")
+    with pytest.raises(ConfigError, match="start: unknown key 'seeds'; valid: config, opts"):
+        read(tmp_path, text.replace("start: {", "start: {seeds: [1], "))
+    broken = text.replace("start: {config: ", "start: {config: gone_")
+    with pytest.raises(ConfigError, match="gone_digits/retinanet_R18.yaml"):
+        comparison(tmp_path, broken)
+
+    work = comparison(tmp_path, text)
+    assert {arm.opts["MODEL.WEIGHTS"] for arm in work.suite.arms.values()} == {
+        f"{made}/start/student_final.pth"
+    }
+    work.check([run for run in work.runs() if not work.needs(run[0])])
+    started = []
+
+    def stage(name, command, folder, threads):
+        started.append(name)
+        torch.save({"model": {}}, folder / "student_final.pth")
+        (folder / "results.json").write_text(json.dumps({"results": {"bbox": {"AP": 9.0}}}))
+
+    monkeypatch.setattr(work, "stage", stage)
+    monkeypatch.setattr(comparisons, "write_markdown", lambda output: None)
+    (tmp_path / "out").mkdir()
+    for _ in range(2):
+        work.run([])
+        assert started == ["teacher", "start"]
+    lines = tables.read_lines(tmp_path / "out" / "results.jsonl")
+    assert [(line["role"], line["results"]["bbox"]["AP"]) for line in lines] == [
+        ("teacher", 9.0),
+        ("start", 9.0),
+    ]
+    settings = suites.settings_of(work.config(work.suite.arms["long"], 1)[0])
+    assert settings["file of MODEL.WEIGHTS"] == lines[1]["file"]
+
+    # What was trained with other settings is no teacher of this suite, whatever its folder says.
+    longer = text.replace("{MODEL.WEIGHTS", "{SOLVER.MAX_ITER: 9, MODEL.WEIGHTS", 1)
+    with pytest.raises(
+        ConfigError, match="teacher is a run of other.*MAX_ITER.*is 9; name another"
+    ):
+        comparison(tmp_path, longer).run([])
+    (made / "teacher" / "settings.json").unlink()
+    comparison(tmp_path, longer).prepare(comparison(tmp_path, longer).suite.prepared[0])
+
+
+def test_stretched_schedules():
+    """Steps and schedules of heads keep their share of the training; "to the end" stays that."""
+    opts = ["SOLVER.STEPS", "(600, 900)", "SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "10"]
+    opts += ["DISTILL.MAR.SCHEDULE.WARMUP_ITERS", "200"]
+    cfg = merged_config("digits/retinanet_R18_mar.yaml", opts)
+    assert suites.stretched(cfg, 1500) == {
+        "SOLVER.MAX_ITER": 1500,
+        "SOLVER.STEPS": (900, 1350),
+        "SOLVER.WARMUP_ITERS": 15,
+        "DISTILL.MAR.SCHEDULE.WARMUP_ITERS": 300,
+    }
+
+
+def test_settings():
+    """Settings hold what a run uses: not the place it writes to, and no other head's keys."""
+    config = "digits/retinanet_R18_ssim.yaml"
+
+    def settings(*opts: str) -> dict:
+        return suites.settings_of(merged_config(config, list(opts)))
+
+    plain = settings()
+    for opts in (["OUTPUT_DIR", "x"], ["DISTILL.MAR.WEIGHT", "9.0"], ["TEST.EVAL_PERIOD", "9"]):
+        assert suites.first_difference(plain, settings(*opts)) == ""
+    for opts in (["DISTILL.SSIM.WEIGHT", "9.0"], ["SEED", "9"]):
+        difference = suites.first_difference(plain, settings(*opts))
+        assert difference.startswith(opts[0]) and difference.endswith(f"is {opts[1]}")
+    heir = ["DISTILL.HEADS", "[]", "DISTILL.INHERIT", "['fpn']"]
+    assert "INHERIT" in suites.first_difference(plain, settings(*heir[2:]))
+    # Without heads too, the teacher that is inherited from decides the result.
+    assert "file of DISTILL.TEACHER.WEIGHTS" in settings(*heir)
+    assert "DISTILL.TEACHER.CONFIG_FILE" not in settings(*heir[:2])
+    new_teacher = {**plain, "file of DISTILL.TEACHER.WEIGHTS": "0123"}
+    assert "DISTILL.TEACHER.WEIGHTS" in suites.first_difference(
+        {**plain, "file of DISTILL.TEACHER.WEIGHTS": "4567"}, new_teacher
+    )
+
+
+def test_other_settings_are_refused(tmp_path):
+    """A finished run, a half-done one and a foreign folder of other settings are never reused."""
+    work = comparison(tmp_path)
+    folder = finish(work, "alone", 1)
+    work.check_kept_runs()
+    for done in (True, False):
+        if not done:
+            (folder / "results.json").unlink()
+        other = comparison(tmp_path, opts={"SOLVER.BASE_LR": "0.5"})
+        with pytest.raises(ConfigError, match=r"alone_1 is .*SOLVER.BASE_LR was 0.001 and is 0.5"):
+            other.check_kept_runs()
+        with pytest.raises(ConfigError, match="SOLVER.BASE_LR"):
+            other.train(other.suite.arms["alone"], 1)
+    (folder / "settings.json").unlink()
+    (folder / "model_final.pth").touch()
+    with pytest.raises(ConfigError, match="alone_1 was not made by d2kd compare"):
+        work.check_kept_runs()
+
+
+def test_finished_runs_are_kept(tmp_path, monkeypatch):
+    """Only what is missing is started; each result is one line, in the order of the runs."""
+    work = comparison(tmp_path)
+    finish(work, "long", 1)
+    started = []
+
+    def stage(name, command, folder, threads):
+        started.append(name)
+        if not (folder / "results.json").exists():
+            (folder / "results.json").write_text((tmp_path / "out/long_1/results.json").read_text())
+        assert (folder / "settings.json").is_file() and "--resume" in command
+
+    monkeypatch.setattr(work, "stage", stage)
+    monkeypatch.setattr(comparisons, "write_markdown", lambda output: None)
+    monkeypatch.setattr(work, "check", lambda runs: None)
+    work.run(["long", "alone"])
+    assert started == ["alone 1", "long 1", "alone 2", "long 2"]
+    text = (tmp_path / "out" / "results.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [f"{line['arm']} {line['seed']}" for line in lines] == started
+    assert lines[0]["baseline"] == "alone" and lines[1]["times"] == 1.5
+    # A part of the suite leaves the other runs in the report.
+    started.clear()
+    work.run(["alone"], seeds=[2])
+    assert started == ["alone 2"]
+    assert (tmp_path / "out" / "results.jsonl").read_text() == text
+
+
+def test_a_failure_cancels_what_waits(tmp_path):
+    """A stage that fails names its log; the one that runs beside it ends, no other is started."""
+    ended, slow = [], threading.Event()
+    running = processes.Processes()
+
+    def work(task: str) -> None:
+        if task == "slow":
+            assert slow.wait(30)
+        else:
+            done = tmp_path / task
+            code = f"print('oh no'); raise SystemExit({task == 'bad'})"
+            try:
+                processes.run_stage(task, ["-c", code], done, tmp_path, 1, processes=running)
+            finally:
+                slow.set()
+        ended.append(task)
+
+    with pytest.raises(ConfigError, match=r"bad failed \(oh no\); its output is in .*bad.log"):
+        processes.run_in_order(["bad", "slow", "never"], work, jobs=2, processes=running)
+    assert ended == ["slow"]
+
+
+def test_stopping(tmp_path):
+    """Stopping ends the processes that run, and starts no other."""
+    running = processes.Processes()
+
+    def work(task: str) -> None:
+        code = "import time; print('eta: 1  iter: 1  total_loss: 1'); time.sleep(60)"
+        processes.run_stage(task, ["-c", code], tmp_path / "no", tmp_path, 1, processes=running)
+
+    thread = threading.Thread(target=lambda: pytest.raises(ConfigError, work, "run"))
+    thread.start()
+    while not running._running and thread.is_alive():
+        thread.join(0.01)
+    running.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+    with pytest.raises(ConfigError, match="stopped"):
+        work("next")
+
+
+def test_what_another_comparison_makes_is_not_made_twice(tmp_path):
+    """Suites share teachers: of two comparisons one trains it, the other is told."""
+    done = tmp_path / "teacher" / "results.json"
+    make = ["-c", f"open({str(done)!r}, 'w')"]
+    done.parent.mkdir()
+    with processes.lock_file(done.parent / ".results.json.lock", "teacher"):
+        with pytest.raises(ConfigError, match="another process works on it"):
+            processes.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    assert not done.exists()
+    processes.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    assert done.exists()
+
+
+def test_tasks_that_wait_for_each_other():
+    """What can never start is an error, not an endless wait."""
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        processes.run_in_order(
+            ["a", "b"], print, jobs=1, ready=lambda _: False, processes=processes.Processes()
+        )
+
+
+@pytest.mark.parametrize("left", ["results.json", "last_checkpoint"])
+def test_a_training_of_another_origin_is_refused(tmp_path, left):
+    """A teacher's folder with a training that was begun otherwise, and no weights, is refused."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / left).write_text("{}")
+    text = ARMS + f"teacher: {{config: {STUDENT}, opts: {{OUTPUT_DIR: {folder}}}}}\n"
+    work = comparison(tmp_path, text)
+    with pytest.raises(ConfigError, match=f"has a {left} but no student_final.pth"):
+        work.prepare(work.suite.prepared[0])
+    assert [path.name for path in folder.iterdir()] == [left]
+
+
+def test_sigterm_in_the_background(tmp_path, monkeypatch):
+    """SIGTERM ends a comparison cleanly, also where SIGINT is ignored, as behind nohup."""
+    (tmp_path / "suite.yaml").write_text(ARMS)
+    monkeypatch.setattr(
+        comparisons.Comparison, "run", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped; the same command goes on"):
+            command.main(
+                ["--suite", str(tmp_path / "suite.yaml"), "--output", str(tmp_path / "out")]
+            )
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def test_one_process_a_run(tmp_path):
+    """What another process works on is not started a second time."""
+    with processes.lock_file(tmp_path / "run.lock", "run"):
+        with pytest.raises(ConfigError, match="run: another process works on it"):
+            processes.lock_file(tmp_path / "run.lock", "run")
+    processes.lock_file(tmp_path / "run.lock", "run").close()
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+AP = {"alone": (30.0, 31.0, 33.0), "kd": (32.0, 34.5, 34.5), "long": (30.5, 31.0, 34.0)}
+
+
+def fake_lines(task: str = "bbox") -> list[dict]:
+    """Lines of three arms with three seeds, a teacher, and a student that they start with."""
+
+    def results(ap: float) -> dict:
+        metrics = dict.fromkeys(tables.METRICS, ap)
+        return {"bbox": {**metrics, "APl": math.nan}} | (
+            {"segm": metrics} if task == "segm" else {}
+        )
+
+    common = {"suite": "fakes", "baseline": "alone", "config": STUDENT, "opts": {}}
+    lines = [
+        {**common, "role": role, "arm": role, "results": results(ap)}
+        for role, ap in (("teacher", 40.0), ("start", 29.0))
+    ]
+    for seed in range(3):
+        for label, values in AP.items():
+            run = {
+                "role": "student",
+                "arm": label,
+                "seed": seed,
+                "times": 1.5 if label == "long" else 1.0,
+                "same_time_as": "",
+                "threads": 1,
+                "folder": f"{label}_{seed}",
+                "results": results(values[seed]),
+                "iterations": 100,
+                "step_seconds": 0.3 if label == "kd" else 0.2,
+                "hook_seconds": 0.0,
+                "train_seconds": 60.0,
+                "peak_memory_mib": 1000.0,
+                "memory_of": "process",
+                "student_parameters": 10,
+                "distillation_parameters": 1234 if label == "kd" else 0,
+            }
+            lines.append({**common, **run})
+    return lines
+
+
+def test_paired_gains():
+    """Means, standard errors and the paired 95 % interval, worked out by hand.
+
+    Gains 2, 3.5, 1.5: mean 7/3, variance 13/12, standard error sqrt(13/36) = 0.601; t of 2 degrees
+    of freedom is 4.303, so the interval is 2.585. AP 30, 31, 33: mean 31.33, error 0.882.
+    """
+    arms = tables.by_arm(fake_lines())
+    gains = tables.paired_gains(arms["kd"], arms["alone"])
+    assert gains.tolist() == [2.0, 3.5, 1.5]
+    assert tables.half_interval(gains) == pytest.approx(4.302653 * math.sqrt(13 / 36), rel=1e-6)
+    assert tables.gain_text(gains) == "+2.3 ± 2.6"
+    assert tables.error_text([30.0, 31.0, 33.0]) == "31.3 ± 0.9"
+    # Only seeds that both have are paired.
+    assert tables.paired_gains(arms["kd"], {1: arms["alone"][1]}).tolist() == [3.5]
+    assert tables.gain_text(np.array([3.5])) == "+3.5"
+    assert tables.gain_text(np.array([])) == "-" == tables.error_text([math.nan])
+
+
+def test_tables():
+    """AP and cost, arm by arm; masks where they were evaluated."""
+    ap, masks, cost = tables.tables(fake_lines("segm"))
+    assert (ap.title, masks.title, cost.title) == ("Boxes", "Masks", "Cost")
+    rows = {row[0]: row[1:] for row in ap.rows}
+    assert rows["kd"] == ["3", *["33.7 ± 0.8"] * 5, "-", "+2.3 ± 2.6"]
+    assert rows["alone"][-1] == "" and rows["teacher"][1] == "40.0" and rows["start"][1] == "29.0"
+    assert cost.rows[1] == ["kd", "100", "300", "1.50", "1.0", "1000", "1,234"]
+    short = tables.gains_table([fake_lines(), fake_lines()])
+    assert short.headers == ["gain in AP", "fakes", "fakes"]
+    assert short.rows[:2] == [["(teacher: AP)", "40.0", "40.0"], ["(start: AP)", "29.0", "29.0"]]
+    assert short.rows[-2] == ["kd", "+2.3 ± 2.6", "+2.3 ± 2.6"]
+
+
+def test_report(tmp_path, digits_root):
+    """report.md and a self-contained report.html, with plots, curves and detections."""
+    config = detector_config(num_classes=10)
+    config.DATASETS.TEST = ("digits_tiny_val",)
+    student = write_config(config, tmp_path / "student.yaml")
+    lines = [{**line, "config": student} for line in fake_lines() if line["role"] == "student"]
+    for line in lines:
+        folder = tmp_path / line["folder"]
+        folder.mkdir()
+        entries = [
+            {"iteration": i, "total_loss": 3.0 - i / 50, "total_kd_loss": 0.5, "bbox/AP": i / 5}
+            for i in (40, 19, 39, 59)
+        ]
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (folder / "metrics.json").write_text(text)
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = tmp_path / "alone_0" / "student_final.pth"
+    torch.save({"model": build_model(config).state_dict()}, weights)
+    command.main(["--report-only", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    assert "+2.3 ± 2.6" in page and page.count("data:image/svg+xml") == 3
+    assert page.count("data:image/jpeg") == 1 and "http" not in re.sub(r"base64,[^']*", "", page)
+    text = (tmp_path / "report.md").read_text()
+    for name in ("gains.svg", "loss.svg", "ap.svg", "detections.jpg"):
+        assert f"({name})" in text and 0 < (tmp_path / name).stat().st_size < 300_000
+    first = (tmp_path / "gains.svg").read_bytes()
+    plots.plot_gains(lines, tmp_path / "gains.svg")
+    assert first == (tmp_path / "gains.svg").read_bytes()
+
+
+def test_curves(tmp_path):
+    """Loss is the student's own; of an iteration that was done twice, the second time counts."""
+    entries = [
+        {"iteration": 19, "total_loss": 5.0, "total_kd_loss": 2.0},
+        {"iteration": 39, "total_loss": 9.0},
+        {"iteration": 39, "total_loss": 2.0, "bbox/AP": math.nan},
+        {"iteration": 40, "bbox/AP": 7.0},
+    ]
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    curves = plots.read_metrics(path)
+    assert [x.tolist() for x in curves["loss"]] == [[19, 39], [3.0, 2.0]]
+    assert [x.tolist() for x in curves["AP"]] == [[40], [7.0]]
+    assert plots.smooth(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
+
+
+def test_an_empty_report(tmp_path):
+    """Before the first run has finished there are no tables, and no error."""
+    (tmp_path / "results.jsonl").write_text(json.dumps(fake_lines()[0]) + "\n")
+    assert reports.write_report(tmp_path) == ""
