@@ -17,8 +17,8 @@ SETUP_KEY := $(shell { pwd; cat $(SETUP_FILES); } | cksum | cut -d' ' -f1)
 
 help:
 	@echo 'make demo       train a teacher, a student alone and a distilled student on digits'
-	@echo 'make test       check the code style and run the tests'
-	@echo 'make lint       check the code style only'
+	@echo 'make test       check code style and types, and run the tests'
+	@echo 'make lint       check code style and types only'
 	@echo 'make setup      set up $(VENV) only (the others do it by themselves, once)'
 	@echo 'make clean      remove caches; data, trained models and $(VENV) stay'
 	@echo 'make distclean  remove caches and .venv'
@@ -38,6 +38,7 @@ setup: ready
 
 lint: ready
 	@'$(PYTHON)' -m ruff check --quiet .
+	@'$(PYTHON)' -m mypy --no-error-summary
 
 # pytest's closing line is the last one that this prints.
 test: lint
@@ -47,7 +48,7 @@ demo: ready
 	@'$(PYTHON)' -m d2kd demo
 
 clean:
-	@rm -rf .pytest_cache .ruff_cache build *.egg-info
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["d2kd*"]), "d2kd.configs"],
     package_dir={"d2kd.configs": "configs"},
-    package_data={"d2kd.configs": ["**/*.yaml"]},
+    package_data={"d2kd": ["py.typed"], "d2kd.configs": ["**/*.yaml"]},
 )

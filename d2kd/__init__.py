@@ -6,7 +6,7 @@ API, for the author of a head, of a trainer or of a script; docs/api.md describe
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 try:
     from . import data, losses, models

@@ -106,7 +106,6 @@ class SSIM(DistillHead):
         self.options = options
         self.strides = tuple(strides)
         self.adapters = adapters
-        self.window = {"window_size": options.window_size, "sigma": options.sigma}
 
     @classmethod
     def from_config(
@@ -130,15 +129,18 @@ class SSIM(DistillHead):
             rescale=options.rescale,
             detach_range=options.detach_range,
             exponents=options.exponents,
+            window_size=options.window_size,
+            sigma=options.sigma,
             k1=options.k1,
             k2=options.k2,
-            **self.window,
         )
         return {"": loss}
 
     def _log_contrast(self, teachers: list[Tensor]) -> None:
         """Note the median local standard deviation of each rescaled level of the teacher."""
-        stds = [median_patch_std(t, self.options.rescale, **self.window) for t in teachers]
+        options = self.options
+        patch = options.rescale, options.window_size, options.sigma
+        stds = [median_patch_std(t, *patch) for t in teachers]
         storage = get_event_storage()
         # Waits for the device, once in STATS_PERIOD iterations: metrics are numbers.
         for stride, std in zip(self.strides, torch.stack(stds).tolist(), strict=True):
