@@ -9,6 +9,7 @@ H_r, W_r: height and width of level r, s: its stride in pixels of the network's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -56,102 +57,101 @@ def assign_levels(
     return octave.floor().clamp(0, num_levels - 1).long()
 
 
-def _covered(
-    boxes: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[float], far_cell: bool
-) -> Tensor:
-    """The columns and rows of each level that boxes cover.
+class BoxCells:
+    """The cells of each level that boxes cover, as columns and rows.
 
-    The first cell of an axis is ``floor(x1 / s)``; the last one is ``floor(x2 / s)`` with
-    ``far_cell``, else the one before it, but a box always covers at least one row and one column.
-    Cells beyond the map are clamped onto its border.
+    The first cell of an axis is ``floor(x1 / s)``; the last one is ``floor(x2 / s)``, or the one
+    before it, but a box always covers at least one row and one column. Cells beyond the map are
+    clamped onto its border. Computed once for both kinds of last cell, when one is read.
 
     Args:
-        boxes: (B, P, 4) xyxy in input pixels.
+        boxes: (B, P, 4) xyxy in input pixels, constants.
         sizes: (H_r, W_r) per level.
         strides: s per level.
-        far_cell: whether the cell that holds the box's far corner counts. Crop averages count
-            it, masks do not (Global Knowledge, released code).
-
-    Returns:
-        (L, B, P, 2, max of all H_r and W_r) bool: columns, then rows.
     """
-    scale, limit = (
-        on_device(values, boxes.device)
-        for values in (
-            [float(stride) for stride in strides],
-            [(float(width - 1), float(height - 1)) for height, width in sizes],
+
+    def __init__(self, boxes: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[float]):
+        self.boxes = boxes.detach()
+        self.sizes, self.strides = tuple(sizes), tuple(strides)
+
+    @property
+    def to_near(self) -> Tensor:
+        """(L, B, P, 2, max of all H_r and W_r) bool: columns, then rows, without the cell that
+        holds the box's far corner. So masks have it (Global Knowledge, released code)."""
+        return self._covered[0]
+
+    @property
+    def to_far(self) -> Tensor:
+        """The same, with that cell. So averages of crops have it (ditto)."""
+        return self._covered[1]
+
+    @functools.cached_property
+    @torch.no_grad()
+    def _covered(self) -> Tensor:
+        boxes = self.boxes
+        scale, limit = (
+            on_device(values, boxes.device)
+            for values in (
+                [float(stride) for stride in self.strides],
+                [(float(width - 1), float(height - 1)) for height, width in self.sizes],
+            )
         )
-    )
-    cells = (boxes / scale[:, None, None, None]).floor()
-    first, last = cells[..., :2], cells[..., 2:]
-    last = torch.maximum(first, last if far_cell else last - 1)
-    limit = limit[:, None, None, :]
-    first, last = (torch.minimum(end.clamp(min=0), limit)[..., None] for end in (first, last))
-    cell = torch.arange(max(map(max, sizes)), device=boxes.device)
-    return (cell >= first) & (cell <= last)
+        limit = limit[:, None, None, :]
+        cells = (boxes / scale[:, None, None, None]).floor()
+        first = cells[..., :2].clamp(torch.zeros_like(limit), limit)
+        last = torch.stack([cells[..., 2:] - 1, cells[..., 2:]]).clamp(first, limit)
+        cell = torch.arange(max(map(max, self.sizes)), device=boxes.device)
+        return (cell >= first[..., None]) & (cell <= last[..., None])
 
 
 @full_precision
-def crop_means(
-    pyramids: Sequence[Sequence[Tensor]], boxes: Tensor, strides: Sequence[float]
-) -> list[Tensor]:
+def crop_means(pyramids: Sequence[Sequence[Tensor]], cells: BoxCells) -> Tensor:
     """Means of feature maps over the cells of each box, far cells included.
 
     The sums are one matrix product per map, boxes x cells times cells x channels. Unlike prefix
     sums it needs no second copy of the map, and no cancellation costs digits.
 
     Args:
-        pyramids: of each detector the maps (B, C_r, H_r, W_r) per level, of equal sizes.
-        boxes: (B, P, 4) xyxy in input pixels, constants.
-        strides: s per level.
+        pyramids: of each of D detectors the maps (B, C_r, H_r, W_r) per level, of equal sizes.
+        cells: of the boxes (B, P, 4).
 
     Returns:
-        Per detector (L, B, P, max C_r), differentiable with respect to the maps; channels that a
-        level does not have are 0.
+        (D, L, B, P, max C_r), differentiable with respect to the maps; channels that a level does
+        not have are 0.
     """
-    sizes = [(x.shape[-2], x.shape[-1]) for x in pyramids[0]]
-    inside = _covered(boxes.detach(), sizes, strides, far_cell=True)
+    inside = cells.to_far
+    lines = inside.to(pyramids[0][0].dtype)
+    masks = [
+        (level[..., 1, :height, None] * level[..., 0, None, :width]).flatten(2)
+        for level, (height, width) in zip(lines, cells.sizes, strict=True)
+    ]
+    sums = [
+        mask @ feature.flatten(2).mT
+        for pyramid in pyramids
+        for mask, feature in zip(masks, pyramid, strict=True)
+    ]
     counts = inside.sum(dim=-1).prod(dim=-1)[..., None]
-    return [_crop_sums(pyramid, inside, sizes) / counts for pyramid in pyramids]
+    return stack_channels(sums).unflatten(0, (len(pyramids), -1)) / counts
 
 
-def _crop_sums(
-    pyramid: Sequence[Tensor], inside: Tensor, sizes: Sequence[tuple[int, int]]
-) -> Tensor:
-    """(L, B, P, max C_r) sums of maps over the cells ``inside`` of :func:`_covered`."""
-    lines = inside.to(pyramid[0].dtype)
-    sums = []
-    for level, feature, (height, width) in zip(lines, pyramid, sizes, strict=True):
-        cells = level[..., 1, :height, None] * level[..., 0, None, :width]
-        sums.append(cells.flatten(2) @ feature.flatten(2).transpose(1, 2))
-    return stack_channels(sums)
-
-
-def box_masks(
-    boxes: Tensor,
-    weights: Tensor,
-    sizes: Sequence[tuple[int, int]],
-    strides: Sequence[float],
-) -> list[Tensor]:
+def box_masks(cells: BoxCells, weights: Tensor) -> list[Tensor]:
     """Maps of box weights: the largest weight of the boxes that cover a cell, 0 outside of boxes.
 
     Taking the largest makes the mask independent of the boxes' order (the released code of
     Global Knowledge lets the later box win).
 
     Args:
-        boxes: (B, P, 4) xyxy in input pixels.
+        cells: of the boxes (B, P, 4).
         weights: (L, B, P) >= 0; a box of weight 0 is not there.
-        sizes: (H_r, W_r) per level.
-        strides: s per level.
 
     Returns:
         (B, H_r, W_r) per level in the dtype of ``weights``.
     """
-    if boxes.shape[1] == 0:
-        return [weights.new_zeros(len(boxes), *size) for size in sizes]
-    columns, rows = _covered(boxes, sizes, strides, far_cell=False).unbind(dim=-2)
+    if weights.shape[-1] == 0:
+        return [weights.new_zeros(weights.shape[1], *size) for size in cells.sizes]
+    columns, rows = cells.to_near.unbind(dim=-2)
     rows = rows * weights[..., None]
     return [
         (across[..., None, :width] * down[..., :height, None]).amax(dim=1)
-        for across, down, (height, width) in zip(columns, rows, sizes, strict=True)
+        for across, down, (height, width) in zip(columns, rows, cells.sizes, strict=True)
     ]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..detectors.spec import feature_strides
 from ..detectors.teacher import Teacher
-from ..geometry.boxes import crop_means, pad_boxes
+from ..geometry.boxes import BoxCells, crop_means, pad_boxes
 from .store import Instance
 
 logger = logging.getLogger(__name__)
@@ -179,8 +179,8 @@ def extract_features(
             maps = reader.pyramid(inputs)
             for stride, parts in found[name].items():
                 level = maps[stride]
-                (means,) = crop_means([[level]], boxes.to(level.device), [stride])
-                parts.append(means[0].float().cpu()[valid])
+                cells = BoxCells(boxes.to(level.device), [tuple(level.shape[-2:])], [stride])
+                parts.append(crop_means([[level]], cells)[0, 0].float().cpu()[valid])
         progress = f"prototypes: {number + 1} of {len(loader)} batches of images"
         log_every_n_seconds(logging.INFO, progress, n=30, name=__name__)
     return {

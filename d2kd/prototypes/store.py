@@ -131,11 +131,13 @@ class PrototypeBank(nn.Module):
         """Whether any class has one (a checkpoint of other sizes leaves a bank empty)."""
         return any(bool(self.level(stride)[2].any()) for stride in self.strides)
 
-    def levels(self, strides: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`level` of each of ``strides``, stacked: (L, K, M, C_s), (L, K, M, C_t) and
-        (L, K, M). Levels of fewer channels are padded with zeros, which no cosine sees."""
+    def levels(self, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """:meth:`level` of each of ``strides``, stacked: features of student and teacher
+        (2, L, K, M, C) and presence (L, K, M). Features of fewer channels are padded with zeros,
+        which no cosine sees."""
         student, teacher, present = zip(*(self.level(s) for s in strides), strict=True)
-        return stack_channels(student), stack_channels(teacher), torch.stack(present)
+        features = stack_channels([*student, *teacher])
+        return features.unflatten(0, (2, -1)), torch.stack(present)
 
     def level(self, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Student features (K, M, C_s), teacher features (K, M, C_t) and presence (K, M)."""

@@ -160,9 +160,10 @@ def test_levels_together_are_levels_apart():
         ]
         for channels in ((3, 3), (4, 2))
     ]
-    means = levels.crop_means(pyramids, boxes, strides)
+    cells = levels.BoxCells(boxes, sizes, strides)
+    means = levels.crop_means(pyramids, cells)
     weights = torch.rand(2, 2, 2, generator=generator)
-    masks = levels.box_masks(boxes, weights, sizes, strides)
+    masks = levels.box_masks(cells, weights)
     for n, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
         for pyramid, mean in zip(pyramids, means, strict=True):
             channels = pyramid[n].shape[1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...detectors.bundle import FeatureBundle
+from ...geometry.boxes import BoxCells
 from ...numerics import Ragged
 
 
@@ -30,6 +31,25 @@ class PickedBoxes:
     labels: Tensor
     valid: Tensor
     index: Tensor
+
+
+@dataclass(frozen=True)
+class PlacedBoxes:
+    """Picked boxes, and where they lie on the levels of the pyramid.
+
+    Attributes:
+        level: (B, P) position of the level that the size of each box assigns it to.
+        cells: what the boxes cover on each level.
+    """
+
+    picked: PickedBoxes
+    level: Tensor
+    cells: BoxCells
+
+    def on_level(self, count: int) -> Tensor:
+        """(count, B, P) bool: whether each of ``count`` levels is the one of the box's size."""
+        levels = torch.arange(count, device=self.level.device)
+        return self.level == levels[:, None, None]
 
 
 def pick_foreground(labels: Tensor, num_classes: int, count: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from ...detectors.bundle import Batch, FeatureBundle
 from ...detectors.spec import DetectorSpec
 from ...errors import ConfigError
-from ...geometry.boxes import assign_levels, box_masks, crop_means
+from ...geometry.boxes import BoxCells, assign_levels, box_masks, crop_means
 from ...losses import global_knowledge as losses
+from ...numerics import stack_channels
 from ...prototypes.hook import PrototypeHook
 from ...prototypes.store import PrototypeBank, Prototypes
 from ...registry import DISTILL_HEAD_REGISTRY
@@ -23,7 +24,7 @@ from ..adapters import Adapters, build_adapters, pair_levels
 from ..base import DistillHead
 from ..dense import at_anchors, join_levels
 from ..needs import Need
-from .boxes import PickedBoxes, pick_anchors, pick_objects, pick_rois
+from .boxes import PickedBoxes, PlacedBoxes, pick_anchors, pick_objects, pick_rois
 from .options import GlobalKnowledgeOptions
 from .responses import CosineResponses, ProjectionResponses, Responses
 
@@ -128,22 +129,25 @@ class GlobalKnowledge(DistillHead):
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
     ) -> dict[str, Tensor]:
         picked = self.pick_boxes(student, batch)
+        placed = self._place(picked, student)
         reliability, global_loss = self._compare(
-            student, teacher, picked, with_global="global" in self.weights
+            student, teacher, placed, with_global="global" in self.weights
         )
-        terms = {}
-        if "global" in self.weights:
-            terms["global"] = global_loss
-        if self.weights.keys() & {"foreground", "background"}:
-            foreground, background = self._local_losses(student, teacher, picked, reliability)
-            terms |= {"foreground": foreground, "background": background}
+        decay = 1.0
         if self.options.attenuation == "linear":
             decay = losses.attenuation(batch.iteration, batch.max_iter)
-            terms = {term: decay * loss for term, loss in terms.items()}
+        terms = {}
+        if "global" in self.weights:
+            terms["global"] = decay * self.weights["global"] * global_loss
+        if self.weights.keys() & {"foreground", "background"}:
+            local = self._local_losses(student, teacher, placed, reliability)
+            for term, loss in zip(("foreground", "background"), local, strict=True):
+                terms[term] = decay * self.weights.get(term, 0.0) * loss
         if "soft" in self.weights:
             soft_labels = self._roi_soft_labels if self.two_stage else self._dense_soft_labels
-            terms["soft"] = soft_labels(student, teacher, picked, reliability)
-        return {term: self.weights.get(term, 0.0) * loss for term, loss in terms.items()}
+            loss = soft_labels(student, teacher, placed, reliability)
+            terms["soft"] = self.weights["soft"] * loss
+        return terms
 
     def pick_boxes(self, student: FeatureBundle, batch: Batch) -> PickedBoxes:
         """The boxes that the global and local losses are about."""
@@ -156,14 +160,11 @@ class GlobalKnowledge(DistillHead):
             return pick_rois(student, self.num_classes, self.max_boxes)
         return pick_anchors(student, self.num_classes, self.max_boxes, self.anchor_free)
 
-    def _levels_of(self, boxes: Tensor) -> Tensor:
-        """(B, P) position in ``strides`` of the level that each box's size assigns it to."""
-        return assign_levels(boxes, len(self.strides), self.options.level_size)
-
-    def _on_level(self, boxes: Tensor) -> Tensor:
-        """(L, B, P) bool: whether a level is the one of the box's size."""
-        levels = torch.arange(len(self.strides), device=boxes.device)
-        return self._levels_of(boxes) == levels[:, None, None]
+    def _place(self, picked: PickedBoxes, student: FeatureBundle) -> PlacedBoxes:
+        """The boxes, and where they lie on the student's levels."""
+        sizes = [(x.shape[-2], x.shape[-1]) for x in map(student.pyramid.__getitem__, self.strides)]
+        level = assign_levels(picked.boxes, len(self.strides), self.options.level_size)
+        return PlacedBoxes(picked, level, BoxCells(picked.boxes, sizes, self.strides))
 
     # --- prototypes ------------------------------------------------------------------------------
 
@@ -171,21 +172,22 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        picked: PickedBoxes,
+        placed: PlacedBoxes,
         *,
         with_global: bool,
     ) -> tuple[Tensor, Tensor]:
         """Reliability (L, B, P) of the boxes on each level, a constant, and the global loss, a
         scalar; 0 without."""
+        picked = placed.picked
         zero = picked.boxes.new_zeros(())
         if self.bank is None:
             return picked.boxes.new_ones(len(self.strides), *picked.valid.shape), zero
         pyramids = [[bundle.pyramid[s] for s in self.strides] for bundle in (student, teacher)]
         if not with_global:  # nothing to differentiate
             pyramids = [[level.detach() for level in pyramid] for pyramid in pyramids]
-        features = [x.flatten(1, 2) for x in crop_means(pyramids, picked.boxes, self.strides)]
-        *banks, present = self.bank.levels(self.strides)
-        responses = [self.responses.respond(*pair) for pair in zip(features, banks, strict=True)]
+        bank, present = self.bank.levels(self.strides)
+        features = crop_means(pyramids, placed.cells).flatten(2, 3)
+        responses = self.responses.respond(features, bank)
         labels = picked.labels.flatten()
         reliability = self._reliability(responses, labels, present)
         shape = len(self.strides), *picked.valid.shape
@@ -193,16 +195,16 @@ class GlobalKnowledge(DistillHead):
             return reliability.view(shape), zero
         valid = picked.valid.expand(shape)
         if self.options.global_.assigned_level_only:
-            valid = valid & self._on_level(picked.boxes)
+            valid = valid & placed.on_level(len(self.strides))
         mine, theirs = responses
         loss = self.responses.loss(mine, theirs, labels, reliability, valid.flatten(1), present)
         return reliability.view(shape), loss.sum()
 
-    def _reliability(self, responses: Sequence[Tensor], labels: Tensor, present: Tensor) -> Tensor:
-        """r (L, N) of boxes with these responses, two of (L, N, K, M)."""
+    def _reliability(self, responses: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+        """r (L, N) of boxes with these responses (2, L, N, K, M) in student and teacher."""
         if not self.options.reliability:
-            return responses[0].new_ones(responses[0].shape[:2])
-        student, teacher = responses
+            return responses.new_ones(responses.shape[1:3])
+        student, teacher = responses.detach()
         return self.responses.reliability(student, teacher, labels, present)
 
     # --- local losses and soft labels ------------------------------------------------------------
@@ -211,14 +213,13 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        picked: PickedBoxes,
+        placed: PlacedBoxes,
         reliability: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Foreground and background loss, each the mean over levels."""
-        weights = reliability * (picked.valid & self._on_level(picked.boxes))
+        weights = reliability * (placed.picked.valid & placed.on_level(len(self.strides)))
+        masks = box_masks(placed.cells, weights)
         features = [self.adapters(s, student.pyramid[s]) for s in self.strides]
-        sizes = [(x.shape[-2], x.shape[-1]) for x in features]
-        masks = box_masks(picked.boxes, weights, sizes, self.strides)
         targets = [teacher.pyramid[s] for s in self.strides]
         foreground, background = losses.decoupled_losses(features, targets, masks)
         return foreground.mean(), background.mean()
@@ -227,10 +228,11 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        picked: PickedBoxes,
+        placed: PlacedBoxes,
         reliability: Tensor,
     ) -> Tensor:
-        rois = picked if self.options.boxes == "positives" else self._pick_positives(student)
+        is_same = self.options.boxes == "positives"
+        rois = placed.picked if is_same else self._pick_positives(student)
         index, valid = rois.index.flatten(), rois.valid.flatten()
         weights = valid.float()
         if self.options.reliability:
@@ -248,30 +250,32 @@ class GlobalKnowledge(DistillHead):
         strides = student.spec.roi_strides
         # FPN's rule, as Detectron2's pooler has it: 224 px to stride 16, so 14 strides.
         level = assign_levels(rois.boxes, len(strides), 14.0 * strides[0], margin=0).flatten()
-        pooled = (bundle.roi.features.detach()[index] for bundle in (student, teacher))
-        features = [x.float().mean(dim=(2, 3)) for x in pooled]
         common = [stride for stride in strides if stride in self.strides]
         if self.bank is None or not common:
-            return features[0].new_ones(len(index))
-        *banks, present = self.bank.levels(common)
-        responses = [self.responses.respond(*pair) for pair in zip(features, banks, strict=True)]
+            return rois.boxes.new_ones(len(index))
+        pooled = [bundle.roi.features.detach()[index] for bundle in (student, teacher)]
+        features = stack_channels([x.float().mean(dim=(2, 3)) for x in pooled])
+        bank, present = self.bank.levels(common)
+        responses = self.responses.respond(features[:, None], bank)
         reliability = self._reliability(responses, rois.labels.flatten(), present)
-        weights = features[0].new_ones(len(index))
-        for stride, r in zip(common, reliability, strict=True):
-            weights = torch.where(level == strides.index(stride), r, weights)
-        return weights
+        if len(common) < len(strides):
+            ones = torch.ones_like(reliability[0])
+            by_stride = dict(zip(common, reliability, strict=True))
+            reliability = torch.stack([by_stride.get(stride, ones) for stride in strides])
+        return reliability.gather(0, level[None])[0]
 
     def _dense_soft_labels(
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        picked: PickedBoxes,
+        placed: PlacedBoxes,
         reliability: Tensor,
     ) -> Tensor:
         if self.options.boxes != "positives":
-            picked = self._pick_positives(student)
-            reliability, _ = self._compare(student, teacher, picked, with_global=False)
-        weights = reliability.gather(0, self._levels_of(picked.boxes)[None]).flatten()
+            placed = self._place(self._pick_positives(student), student)
+            reliability, _ = self._compare(student, teacher, placed, with_global=False)
+        picked = placed.picked
+        weights = reliability.gather(0, placed.level[None]).flatten()
         maps = (bundle.dense.logit_maps for bundle in (student, teacher))
         joined = (join_levels(m, list(m), self.num_classes) for m in maps)
         mine, theirs = (at_anchors(x, picked.index).flatten(0, 1) for x in joined)

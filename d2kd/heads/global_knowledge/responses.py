@@ -18,7 +18,7 @@ class Responses(Protocol):
     """A way to describe boxes by prototypes, and to compare two descriptions."""
 
     def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
-        """Features ([L,] N, C) to prototypes (L, K, M, C): responses (L, N, K, M)."""
+        """Features (..., L or 1, N, C) to prototypes (..., L, K, M, C): (..., L, N, K, M)."""
 
     def reliability(
         self, student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor
