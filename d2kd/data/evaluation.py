@@ -10,6 +10,7 @@ from detectron2.evaluation import COCOEvaluator
 from pycocotools.coco import COCO
 
 from .classes import Classes
+from .coco_metrics import fast_metrics, has_compiled_metrics, has_fast_metrics
 from .loading import reading_of
 from .records import Reading, repair_for_evaluation
 
@@ -19,7 +20,7 @@ class CocoEvaluator(COCOEvaluator):
 
     Differs for files that lack ``area`` or ``iscrowd``, have annotation ids that are not positive,
     boxes without area, or categories in another order than the training set. The results of others
-    are Detectron2's.
+    are Detectron2's, by the fastest of its compiled metrics, faster-coco-eval's and pycocotools'.
 
     Args:
         dataset_name: a registered dataset.
@@ -38,12 +39,16 @@ class CocoEvaluator(COCOEvaluator):
         # A dataset that is no COCO file is converted to one, which an earlier run may have left
         # here: it may be of other data.
         options.setdefault("allow_cached_coco", False)
+        is_fast = options.pop("use_fast_impl", True)
         super().__init__(
             dataset_name,
             output_dir=output_dir,
             kpt_oks_sigmas=list(kpt_oks_sigmas),
+            use_fast_impl=is_fast and has_compiled_metrics(),
             **options,
         )
+        self._lends_metrics = is_fast and not has_compiled_metrics() and has_fast_metrics()
+        self._use_fast_impl |= self._lends_metrics
         self._repair(reading_of(dataset_name), len(kpt_oks_sigmas))
 
     def _repair(self, reading: Reading | None, keypoints: int) -> None:
@@ -55,6 +60,10 @@ class CocoEvaluator(COCOEvaluator):
         repair_for_evaluation(api.dataset, reading)
         with contextlib.redirect_stdout(io.StringIO()):
             api.createIndex()
+
+    def _eval_predictions(self, *args, **kwargs):
+        with fast_metrics() if self._lends_metrics else contextlib.nullcontext():
+            super()._eval_predictions(*args, **kwargs)
 
     def _derive_coco_results(self, coco_eval, iou_type, class_names=None):
         """pycocotools orders classes by category id, Detectron2 takes that for the detector's."""

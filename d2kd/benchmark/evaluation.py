@@ -1,0 +1,155 @@
+"""How long COCO metrics take, with faster-coco-eval and with pycocotools, on made-up detections.
+
+    python -m d2kd.benchmark.evaluation --images 5000 --detections 100 --task bbox
+
+Both compute the same numbers; the command says so, or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..data import coco_metrics
+
+SIDE = 640
+
+
+def random_truth(images: int, objects: int, classes: int, masks: bool, seed: int = 0) -> COCO:
+    """Ground truth of all sizes, a tenth of it crowds; the last class and some images have none.
+
+    Args:
+        objects: per image on average.
+        masks: with run-length encoded ellipses, else boxes only.
+    """
+    rng = np.random.default_rng(seed)
+    annotations = []
+    for image in range(1, images + 1):
+        for _ in range(rng.poisson(objects) if image % 10 else 0):
+            box = _random_box(rng)
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": image,
+                "category_id": int(rng.integers(1, classes)),
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": int(rng.random() < 0.1),
+            }
+            if masks:
+                annotation["segmentation"] = mask = _ellipse(box)
+                annotation["area"] = float(mask_util.area(mask))
+            annotations.append(annotation)
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, images + 1)],
+        "categories": [{"id": c, "name": str(c)} for c in range(1, classes + 1)],
+        "annotations": annotations,
+        "info": {},
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def random_detections(truth: COCO, per_image: int, seed: int = 1) -> list[dict[str, Any]]:
+    """Detections near objects and elsewhere, with scores of which some are equal."""
+    rng = np.random.default_rng(seed)
+    classes, detections = truth.getCatIds(), []
+    has_masks = any("segmentation" in a for a in truth.dataset["annotations"])
+    for image in truth.getImgIds():
+        objects = truth.imgToAnns[image]
+        for _ in range(per_image if image % 7 else 0):
+            box, category = _random_box(rng), int(rng.choice(classes))
+            if objects and rng.random() < 0.5:
+                near = objects[rng.integers(len(objects))]
+                box, category = _moved(near["bbox"], rng), near["category_id"]
+            detection = {"image_id": image, "category_id": category, "bbox": box}
+            detection["score"] = round(float(rng.random()), 2)
+            if has_masks:
+                mask = _ellipse(box)
+                detection["segmentation"] = {**mask, "counts": mask["counts"].decode()}
+            detections.append(detection)
+    return detections
+
+
+def _random_box(rng: np.random.Generator) -> list[float]:
+    width, height = np.exp(rng.uniform(np.log(6), np.log(300), 2))
+    x, y = rng.uniform(0, SIDE - width), rng.uniform(0, SIDE - height)
+    return [float(v) for v in (x, y, width, height)]
+
+
+def _moved(box: list[float], rng: np.random.Generator) -> list[float]:
+    x, y, width, height = box
+    shift = rng.normal(0, 0.1, 4)
+    return [
+        float(v)
+        for v in (
+            x + shift[0] * width,
+            y + shift[1] * height,
+            width * np.exp(shift[2]),
+            height * np.exp(shift[3]),
+        )
+    ]
+
+
+def _ellipse(box: list[float]) -> dict[str, Any]:
+    """The ellipse inside ``box``, run-length encoded."""
+    x, y, width, height = box
+    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    top, left = max(int(y), 0), max(int(x), 0)
+    rows, columns = np.ogrid[top : int(y + height) + 1, left : int(x + width) + 1]
+    inside = ((columns - x) / width - 0.5) ** 2 + ((rows - y) / height - 0.5) ** 2 <= 0.25
+    area = mask[top : top + inside.shape[0], left : left + inside.shape[1]]
+    area[:] = inside[: area.shape[0], : area.shape[1]]
+    encoded: dict[str, Any] = mask_util.encode(mask)
+    return encoded
+
+
+def evaluate(truth: COCO, detections: list[dict], task: str, evaluator: Callable) -> Any:
+    """The metrics as Detectron2's evaluator gets them, in silence."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return _evaluate_predictions_on_coco(truth, detections, task, cocoeval_fn=evaluator)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=100, help="an image")
+    parser.add_argument("--objects", type=int, default=7, help="an image")
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--task", default="bbox", choices=["bbox", "segm"])
+    args = parser.parse_args(argv)
+    if not coco_metrics.has_fast_metrics():
+        sys.exit("error: faster-coco-eval is not installed: pip install faster-coco-eval")
+    truth = random_truth(args.images, args.objects, args.classes, args.task == "segm")
+    detections = random_detections(truth, args.detections)
+    seconds, metrics = {}, {}
+    for name, evaluator in (
+        ("faster-coco-eval", coco_metrics.fast_evaluation),
+        ("pycocotools", COCOeval),
+    ):
+        start = time.perf_counter()
+        metrics[name] = evaluate(truth, [dict(d) for d in detections], args.task, evaluator).stats
+        seconds[name] = time.perf_counter() - start
+        print(f"{name}: {seconds[name]:.1f} s, AP {100 * metrics[name][0]:.6f}", flush=True)
+    fast, slow = seconds.values()
+    print(f"{args.task}, {args.images} images, {args.detections} detections: {fast / slow:.3f}")
+    if not np.array_equal(*metrics.values()):
+        sys.exit(f"error: the numbers differ: {metrics}")
+
+
+if __name__ == "__main__":
+    main()
