@@ -31,8 +31,10 @@ def teacher_files(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+def free_port(monkeypatch) -> int:
+    """A TCP port that was free a moment ago, for processes on the CPU: they see no GPU, where
+    Detectron2 would want one for each of them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
