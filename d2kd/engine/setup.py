@@ -194,9 +194,8 @@ def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
 def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Detectron2's set-up of a job, which makes the output folder, and d2kd's own logger."""
     # It logs the file's text, and knows no names of the model zoo.
-    args = argparse.Namespace(
-        **{**vars(args), "config_file": resolve_config_file(args.config_file)}
-    )
+    file = args.config_file and resolve_config_file(args.config_file)
+    args = argparse.Namespace(**{**vars(args), "config_file": file})
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
     if not torch.cuda.is_available():

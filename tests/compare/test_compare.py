@@ -542,3 +542,35 @@ def test_an_empty_report(tmp_path):
     """Before the first run has finished there are no tables, and no error."""
     (tmp_path / "results.jsonl").write_text(json.dumps(fake_lines()[0]) + "\n")
     assert reports.write_report(tmp_path) == ""
+
+
+# --- as a user runs it --------------------------------------------------------------------------
+
+
+def test_a_project_elsewhere(tmp_path, digits_root):
+    """A suite, its config and the weights beside it are found from any directory; runs are made
+    below the working directory, and a report from yet another one names them."""
+    project = tmp_path / "project"
+    (project / "weights").mkdir(parents=True)
+    config = detector_config(num_classes=10)
+    config.DATASETS.TRAIN, config.DATASETS.TEST = ("digits_tiny_train",), ("digits_tiny_val",)
+    config.SOLVER.MAX_ITER = 1
+    del config.DISTILL["TOY_MIMIC"]  # the trainings do not know it
+    write_config(config, project / "student.yaml")
+    torch.save({"model": build_model(config).state_dict()}, project / "weights/start.pth")
+    (project / "suite.yaml").write_text(
+        "baseline: alone\nseeds: [1]\nopts: {MODEL.WEIGHTS: weights/start.pth}\n"
+        "arms:\n  alone: {config: student.yaml}\n  longer: {config: student.yaml, times: 2}\n"
+    )
+    cli.main(["compare", "--suite", str(project / "suite.yaml"), "SOLVER.BASE_LR", "0.001"])
+    output = Path("output/compare/suite")
+    lines = tables.read_lines(output / "results.jsonl")
+    assert [line["iterations"] for line in lines] == [1, 2]
+    dumped = (output / "alone_1/config.yaml").read_text()
+    assert f"WEIGHTS: {project}/weights/start.pth" in dumped and "BASE_LR: 0.001" in dumped
+    assert (output / "detections.jpg").stat().st_size > 1000
+    (project / "weights/start.pth").unlink()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--suite", str(project / "suite.yaml"), "--output", "other"])
+    assert f"no file 'weights/start.pth'; looked in {Path.cwd()} and {project}" in str(stop.value)
+    assert not Path("other").exists()
