@@ -248,9 +248,10 @@ class Distiller(nn.Module):
             student = self.taps.bundle(batch)
             teacher = self.teacher.bundle(batched_inputs, self.teacher_spec, student, self.taps)
             for name, head in self.distill_heads.items():
-                if factors[name]:
+                factor = factors[name]
+                if factor:
                     for term, loss in head(student, teacher, batch).items():
-                        terms[_loss_name(name, term)] = loss * factors[name]
+                        terms[_loss_name(name, term)] = loss if factor == 1 else loss * factor
             student.release()
             teacher.release()
         self.taps.clear()

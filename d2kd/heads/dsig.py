@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -275,14 +274,12 @@ class DSIG(DistillHead):
             if self.pooling.strides
             else (mine.features, theirs.features)
         )
-        return Graph(*nodes, foreground, has_edges, Ragged.of(mine.boxes))
+        return Graph(*nodes, Ragged.of(mine.boxes), foreground, has_edges)
 
     def _prediction_graph(self, student: FeatureBundle, teacher: FeatureBundle) -> Graph:
         """The student's top predictions, all of them foreground."""
         boxes = self.predictions(student.dense, student.image_sizes)
-        nodes = self._pool(student, teacher, boxes)
-        every = torch.ones(len(nodes[0]), dtype=torch.bool, device=nodes[0].device)
-        return Graph(*nodes, every, every, Ragged.of(boxes))
+        return Graph(*self._pool(student, teacher, boxes), Ragged.of(boxes))
 
     def _pool(
         self, student: FeatureBundle, teacher: FeatureBundle, boxes: list[Tensor]
@@ -294,19 +291,21 @@ class DSIG(DistillHead):
     def _compare_graphs(self, graph: Graph) -> dict[str, Tensor]:
         reduction, terms = self.options.image_reduction, {}
         if self._any(("foreground", "background")):
-            foreground, background = losses.node_losses(
-                self.node_adapter(graph.student),
-                graph.teacher,
-                graph.foreground,
-                graph.layout,
-                alpha=self.options.background_alpha,
-                image_reduction=reduction,
-            )
-            terms = {"foreground": foreground, "background": background}
-            terms = {term: loss for term, loss in terms.items() if term in self.weights}
+            nodes = self.node_adapter(graph.student), graph.teacher
+            if graph.foreground is None:
+                loss = losses.foreground_node_loss(*nodes, graph.layout, image_reduction=reduction)
+                terms["foreground"] = loss
+            else:
+                terms["foreground"], terms["background"] = losses.node_losses(
+                    *nodes,
+                    graph.foreground,
+                    graph.layout,
+                    alpha=self.options.background_alpha,
+                    image_reduction=reduction,
+                )
         if "edge" in self.weights:
             terms["edge"] = losses.edge_loss(*graph.with_edges(), image_reduction=reduction)
-        return terms
+        return {term: loss for term, loss in terms.items() if term in self.weights}
 
     # --- outputs, masks and pyramids -------------------------------------------------------------
 
@@ -345,10 +344,9 @@ class DSIG(DistillHead):
         if "mask" in self.weights:
             terms["mask"] = mask_loss(mine.logits, theirs.logits, mine.labels)
         if "mask_node" in self.weights:
-            terms["mask_node"], _ = losses.node_losses(
+            terms["mask_node"] = losses.foreground_node_loss(
                 self.node_adapter(mine.features),
                 theirs.features,
-                torch.ones_like(mine.labels, dtype=torch.bool),
                 Ragged.of(mine.boxes),
                 image_reduction=self.options.image_reduction,
             )

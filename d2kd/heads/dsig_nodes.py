@@ -20,7 +20,7 @@ from ..detectors.bundle import DenseView
 from ..numerics import Ragged, on_device
 from .dense import at_anchors, join_levels
 
-# Coordinates beyond this are an overflow, which is for the trainer to report.
+# Further than any sound box, in pixels; infinity, which is for the trainer to report, becomes it.
 _FARTHEST = 1e5
 
 
@@ -30,15 +30,15 @@ class Graph:
 
     Attributes:
         student, teacher: (R, C, P, P) pooled features.
-        foreground, has_edges: (R,) bool.
         layout: the images of the nodes.
+        foreground, has_edges: (R,) bool; None: all.
     """
 
     student: Tensor
     teacher: Tensor
-    foreground: Tensor
-    has_edges: Tensor
     layout: Ragged
+    foreground: Tensor | None = None
+    has_edges: Tensor | None = None
 
     @property
     def looks_are_free(self) -> bool:
@@ -52,10 +52,12 @@ class Graph:
         it would take a wait for the device to know how many those are.
         """
         nodes, layout = [self.student.flatten(1), self.teacher.flatten(1)], self.layout
-        has_edges = layout.pad(self.has_edges)
-        if self.looks_are_free:
-            rows = self.has_edges.nonzero().squeeze(1)
-            if len(rows) < len(self.has_edges):
+        if self.has_edges is None:
+            has_edges = layout.valid
+        else:
+            has_edges = layout.pad(self.has_edges)
+            if self.looks_are_free:
+                rows = self.has_edges.nonzero().squeeze(1)
                 layout = Ragged(has_edges.sum(1).tolist())
                 nodes, has_edges = [x.index_select(0, rows) for x in nodes], layout.valid
         student, teacher = map(layout.pad, nodes)
@@ -146,4 +148,4 @@ class TopPredictions:
         chosen = at_anchors(deltas, anchors).float()
         origins = torch.cat(list(dense.anchors.values()))[anchors]
         boxes = dense.decode(chosen.flatten(0, 1), origins.flatten(0, 1)).view_as(origins)
-        return boxes.nan_to_num().clamp(-_FARTHEST, _FARTHEST)
+        return boxes.nan_to_num(0, _FARTHEST, -_FARTHEST)

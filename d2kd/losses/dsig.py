@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..numerics import Ragged, full_precision, inverse_lengths, softened_kl
+from ..numerics import Ragged, full_precision, inverse_lengths, on_device, softened_kl
 
 IMAGE_REDUCTIONS = ("mean", "sum")
 
@@ -72,27 +72,44 @@ def node_losses(
     Returns:
         The scalars (foreground loss, background loss).
     """
+    squares, size = _squares(student, teacher)
+    share = _image_share(len(layout.counts), image_reduction) / size
+    weights = _node_weights(foreground, layout, alpha, share, squares.dtype)
+    # Not a product of matrices: those sum a thousand numbers one after the other.
+    foreground_loss, background_loss = (squares[:, None] * weights).sum(0).unbind()
+    return foreground_loss, background_loss
+
+
+@full_precision
+def foreground_node_loss(
+    student: Tensor, teacher: Tensor, layout: Ragged, *, image_reduction: str = "mean"
+) -> Tensor:
+    """The first of :func:`node_losses` where all nodes are foreground."""
+    squares, size = _squares(student, teacher)
+    share = _image_share(len(layout.counts), image_reduction) / size
+    weights = [share / count for count in layout.counts for _ in range(count)]
+    return (squares * on_device(weights, squares.device, squares.dtype)).sum()
+
+
+def _squares(student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
+    """(R,) squared distance of each pair of nodes, and the number D of squares in it."""
     difference = (student - teacher.detach()).flatten(1)
     # One fused reduction per direction: no squared copy of the (R, D) difference is made.
-    error = torch.linalg.vector_norm(difference, dim=1).square()
-    share = _image_share(len(layout.counts), image_reduction) / difference.shape[1]
-    weights = _node_weights(foreground, layout, alpha, share, error.dtype)
-    # Not a product of matrices: those sum a thousand numbers one after the other.
-    foreground_loss, background_loss = (error[:, None] * weights).sum(0).unbind()
-    return foreground_loss, background_loss
+    return torch.linalg.vector_norm(difference, dim=1).square(), difference.shape[1]
 
 
 @torch.no_grad()
 def _node_weights(
     foreground: Tensor, layout: Ragged, alpha: float, share: float, dtype: torch.dtype
 ) -> Tensor:
-    """(R, 2) weight of each node's squared error in the foreground and in the background loss."""
+    """(R, 2) weight of each node's squares in the foreground and in the background loss."""
     foreground = layout.pad(foreground)
     background = ~foreground if layout.is_full else ~foreground & layout.valid
     kinds = torch.stack([foreground, background], dim=-1).to(dtype)  # (B, n, 2)
     counts = kinds.sum(1, keepdim=True)
-    weights = kinds * (share / counts.clamp(min=1))
-    weights[..., 1] *= adaptive_background_weight(counts[..., 0], counts[..., 1], alpha)
+    weights = kinds / (counts.clamp(min=1) / share)
+    omega = adaptive_background_weight(counts[..., 0], counts[..., 1], alpha)
+    weights[..., 1].mul_(omega)
     return layout.unpad(weights)
 
 
@@ -180,8 +197,8 @@ def edge_loss(
         image_reduction: "mean" or "sum" (the authors' code) over images.
     """
     with torch.no_grad():
-        # Edges over M_b: the sum of their squares is then the mean.
-        scale = valid * valid.sum(1, keepdim=True).clamp(min=1).to(student.dtype).rsqrt()
+        # 1 / sqrt(M_b) for each node, so edges over M_b: the sum of their squares is the mean.
+        scale = F.normalize(valid.to(student.dtype), dim=1)
         teacher_edges = cosine_graph(teacher, scale)
     total = F.mse_loss(cosine_graph(student, scale), teacher_edges, reduction="sum")
     return total * (0.5 * _image_share(len(valid), image_reduction))

@@ -147,6 +147,19 @@ def test_node_losses_equal_the_loops(counts):
             torch.testing.assert_close(loss.item(), value * scale, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("counts", [[(3, 0)], [(0, 0), (2, 0)], [(7, 0), (1, 0), (4, 0)]])
+def test_nodes_of_which_all_are_foreground(counts):
+    """The foreground loss without a background to tell apart."""
+    student, teacher, foreground, index = random_batch(counts, seed=2)
+    for reduction in dsig.IMAGE_REDUCTIONS:
+        expected, _ = node_losses(
+            student, teacher, foreground, index, len(counts), image_reduction=reduction
+        )
+        layout = layout_of(index, len(counts))
+        loss = dsig.foreground_node_loss(student, teacher, layout, image_reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+
+
 def test_node_values():
     """Oracle 4: MSE 1 of zeros against ones; two images add 1 + 3 whatever their node counts."""
     zeros, index = torch.zeros(5, 2, 3, 3), torch.zeros(5, dtype=torch.long)
