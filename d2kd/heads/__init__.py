@@ -2,6 +2,7 @@
 
 from ..registry import DISTILL_HEAD_REGISTRY, node_name
 from .base import DistillHead, build_head
+from .crosskd import CrossKD
 from .cwd import CWD
 from .drkd import DRKD
 from .dsig import DSIG
@@ -21,6 +22,7 @@ __all__ = [
     "MAR",
     "PKD",
     "SSIM",
+    "CrossKD",
     "DistillHead",
     "FeatureMimic",
     "GlobalKnowledge",

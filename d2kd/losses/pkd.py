@@ -84,10 +84,10 @@ def _moments(maps: Sequence[Tensor], count: Tensor) -> tuple[Tensor, Tensor, Ten
     means = [x.mean((0, 2, 3), keepdim=True) for x in maps]
     # torch.var_mean would be one call; on a CPU it takes ten times as long as all of this.
     centred = [x - mean for x, mean in zip(maps, means, strict=True)]
-    products = torch._foreach_mul(centred[:half], centred[half:])
+    together = torch._foreach_mul(centred[:half], centred[half:])
     torch._foreach_mul_(centred, centred)
     squares, products = (
-        stack_channels([x.sum((0, 2, 3)) for x in level]) for level in (centred, products)
+        stack_channels([x.sum((0, 2, 3)) for x in levels]) for levels in (centred, together)
     )
     mean, var = stack_channels([x.flatten() for x in means]), squares / count
     strongest = torch.addcmul(var, mean, mean).amax(1, keepdim=True)
