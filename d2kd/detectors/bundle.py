@@ -12,7 +12,7 @@ P pooled size, A anchors a location, N = sum of H x W x A over levels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -262,6 +262,12 @@ class DenseView(View):
         logits, deltas: the same by anchor, (B, H W A, K) and (B, H W A, 4); copies.
         delta_weights: (wx, wy, ww, wh) that the deltas are multiplied by.
         class_tower, box_tower: (B, C, H, W), the maps that the final convolutions read.
+        tower_maps: "cls" and "box" -> stride -> what each convolution of that tower reads and
+            what the tower returns, (B, C_i, H, W) each; of the student.
+        finish_tower: function (branch, maps, n) -> predictions: what the last n convolutions of the
+            tower "cls" or "box", and the prediction behind it, make of ``maps``, stride ->
+            (B, C_i, H, W), with gradients to the maps: stride -> (B, A K or A 4, H, W); of the
+            teacher.
         anchors: (H W A, 4), ordered y, x, anchor.
         labels: (B, N) over all levels, K for background, -1 to ignore: the student's own matching.
         matched_boxes: (B, N, 4) the ground-truth box of each anchor; undefined off the foreground.
@@ -275,6 +281,8 @@ class DenseView(View):
     delta_weights: tuple[float, ...]
     class_tower: dict[int, Tensor]
     box_tower: dict[int, Tensor]
+    tower_maps: dict[str, dict[int, Sequence[Tensor]]]
+    finish_tower: Callable[[str, Mapping[int, Tensor], int], dict[int, Tensor]]
     anchors: dict[int, Tensor]
     labels: Tensor
     matched_boxes: Tensor

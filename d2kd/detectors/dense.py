@@ -14,13 +14,19 @@ from .bundle import DenseView, lazy
 from .part import DetectorPart, StudentStep, TeacherStep, by_stride
 from .spec import DetectorSpec, Facts, strides_of
 
+# Branch of a dense head -> names of its tower of convolutions and of the one that predicts.
+_BRANCHES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
+
 
 @DETECTOR_PART_REGISTRY.register()
 class DensePart(DetectorPart):
     """``bundle.dense``."""
 
     name = "dense"
-    optional = ("class_tower", "box_tower", "labels", "matched_boxes")
+    optional = (
+        *("class_tower", "box_tower", "tower_maps", "finish_tower"),
+        *("labels", "matched_boxes"),
+    )
 
     def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
         if not (hasattr(model, "head") and hasattr(model, "head_in_features")):
@@ -39,12 +45,20 @@ class DensePart(DetectorPart):
         if hasattr(dense.head, "cls_subnet") and hasattr(dense.head, "bbox_subnet"):
             sizes["class_tower_channels"] = dense.head.cls_score.in_channels
             fields |= {"dense.class_tower", "dense.box_tower"}
+            widths = [_widths(getattr(dense.head, tower)) for tower, _ in _BRANCHES.values()]
+            if widths[0] and widths[0] == widths[1]:
+                sizes["tower_channels"] = widths[0]
+                fields.add("dense.tower_maps" if student is None else "dense.finish_tower")
         return Facts(fields, sizes)
 
     def taps(self, model: nn.Module, spec: DetectorSpec) -> Iterable[str]:
         yield from ("head", "anchor_generator")
         if "dense.class_tower" in spec.fields:
             yield from ("head.cls_subnet", "head.bbox_subnet")
+        if "dense.tower_maps" in spec.fields:
+            for tower, _ in _BRANCHES.values():
+                positions = _convolutions(model.get_submodule(f"head.{tower}"))
+                yield from (f"head.{tower}.{position}" for position in positions)
         if "dense.labels" in spec.fields:
             yield "label_anchors"
 
@@ -53,6 +67,23 @@ class DensePart(DetectorPart):
 
     def teacher_view(self, step: TeacherStep) -> DenseView:
         return _TeacherDense(step)
+
+
+def _convolutions(tower: nn.Module) -> list[int]:
+    """Positions of the convolutions in a tower; [] for one that is no sequence that begins with a
+    convolution, in which one map cannot be told from the next."""
+    if not isinstance(tower, nn.Sequential):
+        return []
+    positions = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
+    distinct = len({tower[i] for i in positions}) == len(positions)
+    return positions if positions[:1] == [0] and distinct else []
+
+
+def _widths(tower: nn.Module) -> tuple[int, ...]:
+    """Channels of the map that each convolution of a tower reads, and of the tower's output."""
+    layers: Any = tower
+    convolutions = [layers[position] for position in _convolutions(tower)]
+    return (*(c.in_channels for c in convolutions), *(c.out_channels for c in convolutions[-1:]))
 
 
 def _anchor_numbers(model: Any) -> dict[int, tuple[float, ...]] | None:
@@ -79,7 +110,7 @@ def flatten_maps(maps: Mapping[int, Tensor], width: int) -> dict[int, Tensor]:
 class _StudentDense(DenseView):
     def __init__(self, step: StudentStep):
         model, strides = step.model, step.spec.head_strides
-        self._num_classes = model.num_classes
+        self._step, self._num_classes = step, model.num_classes
         logits, deltas, *_ = step.outputs("head")[0]
         anchors = step.outputs("anchor_generator")[0]
         fields = {
@@ -108,6 +139,19 @@ class _StudentDense(DenseView):
         return flatten_maps(self.delta_maps, 4)
 
     @lazy
+    def tower_maps(self) -> dict[str, dict[int, Sequence[Tensor]]]:
+        return {branch: self._tower_maps(tower) for branch, (tower, _) in _BRANCHES.items()}
+
+    def _tower_maps(self, tower: str) -> dict[int, Sequence[Tensor]]:
+        step = self._step
+        positions = _convolutions(getattr(step.model.head, tower))
+        # What a convolution reads, not what the layer before it returns: all convolutions of a
+        # tower may share one activation.
+        maps = [[c.inputs[0] for c in step.calls(f"head.{tower}.{i}")] for i in positions]
+        outputs = step.outputs(f"head.{tower}")
+        return by_stride(step.spec.head_strides, zip(*maps, outputs, strict=True))
+
+    @lazy
     def labels(self) -> Tensor:
         return torch.stack(list(self._matched[0]))
 
@@ -124,6 +168,7 @@ class _TeacherDense(DenseView):
             "teacher",
             delta_weights=delta_weights(step.model),
             decode=step.model.box2box_transform.apply_deltas,
+            finish_tower=self._finish_tower,
         )
 
     # Every level, in order: with BN the towers keep one norm a level and count the calls.
@@ -169,3 +214,19 @@ class _TeacherDense(DenseView):
     def anchors(self) -> dict[int, Tensor]:
         boxes = self._model.anchor_generator(self._step.maps(self._model.head_in_features))
         return by_stride(self._strides, [b.tensor for b in boxes])
+
+    def _finish_tower(
+        self, branch: str, maps: Mapping[int, Tensor], convolutions: int
+    ) -> dict[int, Tensor]:
+        tower, prediction = (getattr(self._model.head, name) for name in _BRANCHES[branch])
+        start = [*_convolutions(tower), len(tower)][-1 - convolutions]
+        rest, weight = tower[start:], prediction.weight
+        # A level that is not asked for is a pixel, for towers that count the calls: see class_tower.
+        pixel = weight.new_zeros(1, self._step.spec.tower_channels[-1 - convolutions], 1, 1)
+        # The teacher's own precision; its parameters are frozen, the maps are not.
+        with self._context(), torch.enable_grad():
+            levels = {stride: maps.get(stride, pixel) for stride in self._strides}
+            if not torch.is_autocast_enabled(weight.device.type):
+                levels = {stride: level.to(weight.dtype) for stride, level in levels.items()}
+            read = {stride: rest(level) for stride, level in levels.items()}
+            return {stride: prediction(read[stride]) for stride in maps}

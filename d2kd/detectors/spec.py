@@ -29,6 +29,7 @@ class DetectorSpec:
         num_stages: stages of a cascade, 1 for an ordinary box head, 0 for dense detectors.
         box_hidden_dim: width of the box head's output.
         class_tower_channels: width of the map that a dense detector's class prediction reads.
+        tower_channels: widths of what each convolution of its towers reads and of what they return.
         rpn_channels: width of the RPN's hidden map.
         head_strides: levels that the RPN, or the dense head, reads.
         anchors_per_location: A, of the RPN or of the dense head.
@@ -53,6 +54,7 @@ class DetectorSpec:
     num_stages: int = 0
     box_hidden_dim: int | None = None
     class_tower_channels: int | None = None
+    tower_channels: tuple[int, ...] = ()
     rpn_channels: int | None = None
     head_strides: tuple[int, ...] = ()
     anchors_per_location: int | None = None

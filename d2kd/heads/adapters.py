@@ -97,6 +97,16 @@ def build_roi_adapter(student: DetectorSpec, teacher: DetectorSpec, stride: int)
     return adapters[str(stride)] if len(adapters) else nn.Identity()
 
 
+def build_tower_adapter(
+    student: DetectorSpec, teacher: DetectorSpec, convolutions: int
+) -> nn.Module:
+    """1x1 convolution on the map that the last ``convolutions`` of a dense detector's tower read,
+    student -> teacher; the identity for equal channels. All levels share it, as they share a tower.
+    """
+    c_in, c_out = (spec.tower_channels[-1 - convolutions] for spec in (student, teacher))
+    return nn.Identity() if c_in == c_out else _build_adapter(c_in, c_out, 1, "default")
+
+
 def _build_adapter(c_in: int, c_out: int, kernel_size: int, init: str) -> nn.Conv2d:
     conv = nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2)
     assert conv.bias is not None

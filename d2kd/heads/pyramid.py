@@ -67,8 +67,15 @@ def adapted_levels(
     students, teachers = [], []
     for stride in strides:
         mine, theirs = student.pyramid[stride], teacher.pyramid[stride]
-        if mine.shape[-2:] != theirs.shape[-2:]:
-            mine = F.interpolate(mine, theirs.shape[-2:], mode="bilinear", align_corners=False)
-        students.append(adapters(stride, mine))
+        students.append(adapters(stride, resized_like(mine, theirs)))
         teachers.append(theirs)
     return students, teachers
+
+
+def resized_like(mine: Tensor, theirs: Tensor) -> Tensor:
+    """The student's map, of the size of the teacher's: they differ only where backbones round
+    differently."""
+    height, width = theirs.shape[-2:]
+    if mine.shape[-2:] == (height, width):
+        return mine
+    return F.interpolate(mine, (height, width), mode="bilinear", align_corners=False)
