@@ -221,7 +221,7 @@ class _TeacherDense(DenseView):
         tower, prediction = (getattr(self._model.head, name) for name in _BRANCHES[branch])
         start = [*_convolutions(tower), len(tower)][-1 - convolutions]
         rest, weight = tower[start:], prediction.weight
-        # A level that is not asked for is a pixel, for towers that count the calls: see class_tower.
+        # A level not asked for is a pixel, for towers that count the calls: see class_tower.
         pixel = weight.new_zeros(1, self._step.spec.tower_channels[-1 - convolutions], 1, 1)
         # The teacher's own precision; its parameters are frozen, the maps are not.
         with self._context(), torch.enable_grad():
