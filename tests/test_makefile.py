@@ -44,13 +44,13 @@ def make(clone: Path, *words: str) -> str:
 @pytest.mark.parametrize("folder", ["env", "a b"])
 def test_sets_up_once(clone, folder):
     """And again when what the set-up depends on has changed, not when it was only touched."""
-    words = [f"VENV={folder}", "lint"]
-    lint = f"{folder}/bin/python: -m ruff check --quiet .\n"
-    assert make(clone, *words) == f"set up {folder}\n{lint}"
+    words = [f"VENV={folder}", "demo"]
+    demo = f"{folder}/bin/python: -m d2kd demo\n"
+    assert make(clone, *words) == f"set up {folder}\n{demo}"
     (clone / "pyproject.toml").touch()
-    assert make(clone, *words) == lint
+    assert make(clone, *words) == demo
     (clone / INSTALLER).write_text("")
-    assert make(clone, *words) == f"set up {folder}\n{lint}"
+    assert make(clone, *words) == f"set up {folder}\n{demo}"
     assert len(list((clone / folder).glob(".set-up-*"))) == 1
 
 

@@ -1,8 +1,13 @@
-"""The command that checks datasets: annotation files, images, and a sheet of samples."""
+"""Check the datasets of a config: annotations, images, sizes of objects; draw samples.
+
+    d2kd check --config-file student.yaml
+    d2kd check --config-file ... --no-images --sheet ''
+
+It ends with an error for what a training would refuse.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
+from ..arguments import CommandParser, natural
 from ..config_rules import check_detectron2_keys
 from ..data import check_images, loading
 from ..data.check import Use
@@ -51,12 +57,9 @@ class DatasetCheck:
         return any(report.fatal for report in self.reports)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="d2kd check",
-        description="Check the datasets of a config: annotations, images, sizes of objects.",
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config to check")
     add_import_argument(parser)
     parser.add_argument(
@@ -67,9 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-images", action="store_true", help="do not open the images")
     parser.add_argument(
-        "--threads", type=int, default=0, help="that open images (default: one a processor)"
+        "--threads", type=natural, default=0, help="that open images (default: one a processor)"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as in training")
     return parser
 
 
@@ -143,8 +145,8 @@ def main(argv: list[str] | None = None) -> None:
 
     Ends with exit code 1 and an ``error:`` line for datasets that training would refuse.
     """
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_command(argv)
         for name in args.imports:
             import_user_module(name)
         cfg = merged_config(args.config_file, args.opts)
