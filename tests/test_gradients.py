@@ -12,6 +12,7 @@ from tools import gradients
 def small(monkeypatch):
     monkeypatch.setattr(gradients, "DENSE", (2, 1, 5, 40))
     monkeypatch.setattr(gradients, "NODES", (2, 6, 300))
+    monkeypatch.setattr(gradients, "LEVEL", (2, 3, 8, 8))
 
 
 def test_both_gradients_are_equal():
@@ -19,7 +20,8 @@ def test_both_gradients_are_equal():
     for name, x, written, plain in gradients.cases("cpu"):
         x.requires_grad_()
         ours, theirs = (torch.autograd.grad(loss(x), x)[0] for loss in (written, plain))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+        rtol = 1e-2 if x.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-5, msg=name)
 
 
 def test_less_is_kept():

@@ -22,12 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd.losses.dsig import cosine_graph
 from d2kd.losses.logits import dense_class_loss
+from d2kd.losses.mimic import mimic_loss
 from d2kd.numerics import inverse_lengths, softened_kl
 
 Loss = Callable[[Tensor], Tensor]
 
 # Two images of 320 px on RetinaNet: anchors a location, classes, locations.
 DENSE = (2, 9, 80, 2134)
+# Two images of 320 px at stride 4.
+LEVEL = (2, 256, 80, 80)
 # Two images of 256 nodes with 256 channels of 7 x 7 cells.
 NODES = (2, 256, 12544)
 
@@ -81,6 +84,13 @@ def cases(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
         nodes,
         lambda x: F.mse_loss(cosine_graph(x), edges),
         lambda x: F.mse_loss(plain_cosines(x), edges),
+    )
+    level, target = randn(*LEVEL).bfloat16(), randn(*LEVEL).bfloat16()
+    yield (
+        "L2 of a pyramid level in bf16",
+        level,
+        lambda x: mimic_loss(x, target),
+        lambda x: F.mse_loss(x.float(), target.float()),
     )
 
 
