@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 # A shorter vector has no direction worth comparing: the gradient of its cosine, which grows as
 # 1 / length, would outweigh all others.
@@ -55,7 +55,7 @@ def full_precision(loss: Callable[P, T]) -> Callable[P, T]:
 
         def widen(tensor: Tensor) -> Tensor:
             devices.add(tensor.device.type)
-            return tensor.float() if tensor.dtype in _HALF else tensor
+            return tensor.float() if tensor.dtype in HALF else tensor
 
         wide_args, wide_kwargs = _map_tensors(widen, args), _map_tensors(widen, kwargs)
         device = next(iter(devices - {"cpu"}), "cpu")

@@ -71,12 +71,41 @@ def test_degenerate_maps(rescale):
         assert student.grad.shape == shape and (student.grad == 0).all()
 
 
-def test_half_precision_is_widened():
-    """bfloat16 features are compared in float32."""
-    student, teacher = (x.bfloat16() for x in random_maps(1, 2, 8, 8))
-    loss = mimic_loss(student, teacher)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_half_precision(dtype, distance):
+    """Summed in float32, with the gradient of full precision, rounded; also of large numbers."""
+    for scale in (1.0, 100.0):  # squares of which float16 does not hold
+        student, teacher = (
+            (scale * x).to(dtype).requires_grad_() for x in random_maps(2, 16, 24, 24)
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = 1e3 * mimic_loss(student, teacher, distance)
+        (gradient,) = torch.autograd.grad(loss, student)
+        wide = student.detach().double().requires_grad_()
+        expected = 1e3 * mimic_loss(wide, teacher.detach().double(), distance)
+        (expected_gradient,) = torch.autograd.grad(expected, wide)
+        assert loss.dtype == torch.float32 and gradient.dtype == dtype
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        torch.testing.assert_close(gradient, expected_gradient.to(dtype), rtol=1e-2, atol=1e-6)
+
+
+def test_precisions_that_differ():
+    """A teacher in another precision than the student: compared in float32."""
+    student, teacher = random_maps(1, 2, 8, 8)
+    loss = mimic_loss(student.bfloat16(), teacher.float())
+    expected = mimic_loss(student.bfloat16().double(), teacher.float().double())
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(mimic_loss(student.double(), teacher.double()).item())
+    assert loss.item() == pytest.approx(expected.item())
+
+
+def test_rescaled_levels_are_rescaled_apart():
+    """Several levels in one call are each in a frame of its own."""
+    pairs = [random_maps(2, 3, 6, 5), random_maps(2, 3, 3, 2, seed=1)]
+    for scope in ("image", "channel"):
+        together = pyramid_mimic_loss(*zip(*pairs, strict=True), "l2", scope)
+        apart = sum(mimic_loss(s, t, "l2", scope) for s, t in pairs)
+        torch.testing.assert_close(together, apart)
 
 
 def test_errors_name_the_problem():

@@ -109,7 +109,7 @@ class DRKDOptions(HeadOptions):
     adapter_init: str = key(
         "default",
         one_of(INITS),
-        'First weights of the 1x1 convolutions on the student\'s side: "default" (PyTorch\'s, as '
+        "First weights of the 1x1 convolutions on the student's side: \"default\" (PyTorch's, as "
         'in the released code), "identity" (starts as no adapter, where channels agree) or '
         '"small" (near zero).',
     )
