@@ -54,8 +54,7 @@ def masks_by_kind(cfg: CfgNode, item: dict, kinds: list[str]) -> dict[str, dict[
     bundle = taps.bundle(batch)
     masks = {}
     for kind in kinds:
-        head.mask_options["kind"] = kind
-        levels = head.build_masks(bundle, batch.gt_boxes)
+        levels = head.build_masks(bundle, batch.gt_boxes, kind)
         masks[kind] = {stride: mask[0].cpu() for stride, mask in levels.items()}
     return masks
 
