@@ -101,13 +101,10 @@ def check_proposals(cfg: CfgNode) -> None:
     Raises:
         ConfigError: names the key and what is valid.
     """
-    precomputed = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
-    if cfg.MODEL.LOAD_PROPOSALS or precomputed:
-        name = "PROPOSAL_GENERATOR.NAME PrecomputedProposals" if precomputed else "LOAD_PROPOSALS"
+    if cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError(
-            f"MODEL.{name}: d2kd does not load pre-computed proposals, as their files are "
-            "pickles, which can run code; valid: MODEL.PROPOSAL_GENERATOR.NAME RPN, "
-            "MODEL.LOAD_PROPOSALS False"
+            "MODEL.LOAD_PROPOSALS: d2kd does not load pre-computed proposals, as their files are "
+            "pickles, which can run code; valid: False, with MODEL.PROPOSAL_GENERATOR.NAME RPN"
         )
 
 
@@ -183,12 +180,14 @@ def dataset_uses(cfg: CfgNode, train: bool) -> dict[str, Use]:
     """Name -> use of each dataset of the config, training sets first.
 
     Raises:
-        ConfigError: a name is not registered, or there is nothing to train on.
+        ConfigError: a name is not registered.
     """
-    trained = _names(cfg, "TRAIN") if train else []
-    tested = _names(cfg, "TEST")
-    if train and not trained:
-        raise ConfigError("DATASETS.TRAIN is empty: name the datasets to train on")
+    trained = list(cfg.DATASETS.TRAIN) if train else []
+    tested = list(cfg.DATASETS.TEST)
+    for part, names in (("TRAIN", trained), ("TEST", tested)):
+        for name in names:
+            if name not in DatasetCatalog:
+                raise ConfigError(f"DATASETS.{part}: {_unknown_name(name)}")
     head = cfg.MODEL.ROI_KEYPOINT_HEAD
     common = Use(
         masks=bool(cfg.MODEL.MASK_ON),
@@ -201,17 +200,6 @@ def dataset_uses(cfg: CfgNode, train: bool) -> dict[str, Use]:
         name: replace(common, train=name in trained, test=name in tested)
         for name in dict.fromkeys([*trained, *tested])
     }
-
-
-def _names(cfg: CfgNode, part: str) -> list[str]:
-    """The datasets of ``DATASETS.TRAIN`` or ``DATASETS.TEST``, all of which are registered."""
-    names = cfg.DATASETS[part]
-    if not isinstance(names, (list, tuple)):
-        raise ConfigError(f"DATASETS.{part} is {shown(names)}; it must be a list of names")
-    for name in names:
-        if not isinstance(name, str) or name not in DatasetCatalog:
-            raise ConfigError(f"DATASETS.{part}: {_unknown_name(name)}")
-    return list(names)
 
 
 def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
@@ -479,8 +467,8 @@ def _compare_images(
 # --- files --------------------------------------------------------------------------------------
 
 
-def _unknown_name(name: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(DatasetCatalog), n=3, cutoff=0.5)
+def _unknown_name(name: str) -> str:
+    close = difflib.get_close_matches(name, list(DatasetCatalog), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"register your own with {_KEY}"
     return f"there is no dataset {shown(name, 60)}; {hint}"
 

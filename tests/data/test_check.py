@@ -317,12 +317,12 @@ REFUSED = {
     "proposal generator": (
         lambda parts: None,
         {"MODEL.PROPOSAL_GENERATOR.NAME": "PrecomputedProposals"},
-        "PROPOSAL_GENERATOR.NAME PrecomputedProposals: .*valid: .*RPN",
+        "PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals'; valid: RPN",
     ),
     "format YUV": (
         lambda parts: None,
         {"INPUT.FORMAT": "YUV-BT.601"},
-        "INPUT.FORMAT is 'YUV-BT.601'; valid: .*BGR.*RGB",
+        "FORMAT is 'YUV-BT.601'; .*BGR.*RGB",
     ),
     "format L": (
         lambda parts: None,

@@ -439,16 +439,6 @@ def test_an_unknown_dataset_is_refused_with_the_closest_names(cfg):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("zzz",)
     with pytest.raises(ConfigError, match="DATASETS.TEST: .*'zzz'; register your own"):
         check_datasets(cfg)
-    for key, value, message in (
-        ("TEST", None, "DATASETS.TEST is None; it must be a list of names"),
-        ("TEST", [["a"]], r"DATASETS.TEST: there is no dataset \['a'\]; register your own"),
-        ("TRAIN", None, "DATASETS.TRAIN is None; it must be a list of names"),
-        ("TRAIN", (), "DATASETS.TRAIN is empty: name the datasets to train on"),
-    ):
-        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("digits_tiny_val",)
-        cfg.DATASETS[key] = value
-        with pytest.raises(ConfigError, match=message):
-            check_datasets(cfg)
 
 
 def test_missing_files_of_a_known_dataset_are_named(cfg, builtin_root, monkeypatch):
