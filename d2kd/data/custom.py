@@ -317,7 +317,8 @@ def trained_classes(cfg: CfgNode) -> tuple[str, ...] | None:
 
 def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] | None:
     """Class names of a dataset, from its annotation file or its metadata; None if not known."""
-    files = {entry[0]: str(entry[1]) for entry in cfg.DATASETS.get("COCO_FORMAT", ())}
+    entries = cfg.DATASETS.get("COCO_FORMAT", ())  # a teacher's, which nobody has checked
+    files = {str(e[0]): str(e[1]) for e in entries if isinstance(e, (list, tuple)) and len(e) > 2}
     known = name in DatasetCatalog
     if name not in files and known and is_readable(name):
         files[name] = str(MetadataCatalog.get(name).json_file)
