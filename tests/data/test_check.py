@@ -15,11 +15,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-import train_net
 from d2kd import ConfigError
 from d2kd.data import loading
 from d2kd.data.custom import check_datasets, log_reports, trained_classes
 from d2kd.data.report import MAX_LINES, DatasetReport, Finding, error_line, report_lines
+from d2kd.engine import train as train_net
 from d2kd.engine.setup import read_config
 
 from ..detectors import write_config
@@ -361,7 +361,7 @@ def refusal(parts: Parts, capsys, config=None, **values) -> tuple[str, list[str]
     file = write_config(config, parts.folder / "config.yaml")
     before = parts.files()
     with pytest.raises(SystemExit) as stop:
-        train_net.run(["--config-file", file])
+        train_net.main(["--config-file", file])
     line = str(stop.value)
     assert line.startswith("error: ") and "\n" not in line and len(line) <= 307
     assert parts.files() == before
@@ -681,7 +681,7 @@ def test_the_log_of_a_training_says_them(parts):
             del entry["area"], entry["iscrowd"]
     parts.write()
     cfg = parts.config(**{"SOLVER.MAX_ITER": 1})
-    train_net.run(["--config-file", write_config(cfg, parts.folder / "config.yaml")])
+    train_net.main(["--config-file", write_config(cfg, parts.folder / "config.yaml")])
     out = parts.folder / "out"
     assert "12 of 12 annotations have no 'area'" in (out / "log.txt").read_text()
     assert "AP" in json.loads((out / "results.json").read_text())["results"]["bbox"]
