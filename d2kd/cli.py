@@ -28,8 +28,8 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
     "compare": Verb("d2kd.compare.command", "train a student alone and distilled, compare AP"),
+    "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
-    "check": Verb("d2kd.engine.check_command", "check the datasets of a config"),
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
     "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
     "convert": Verb("d2kd.commands.convert", "turn torchvision's ResNet weights into Detectron2's"),

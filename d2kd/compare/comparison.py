@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..config import student_config
+from ..data.loading import release
 from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
 from ..engine.setup import merged_config, read_config
 from ..engine.trainer import DistillTrainer
@@ -120,6 +121,7 @@ class Comparison:
                     )
         for arm, seed in {arm.label: (arm, seed) for arm, seed in reversed(todo)}.values():
             self.check_config(arm, {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))})
+        release()  # the datasets that the check read; the runs are processes of their own
 
     def check_config(self, arm: Arm, own: dict | None = None) -> None:
         """Check what a training would, and that the weights are there or will be.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import first_line
-from .coco import Table, hashable, numbers, types_of
+from .coco import Table, hashable, is_number, numbers, types_of
 from .image_files import (
     UNREADABLE,
     Header,
@@ -153,8 +153,10 @@ def _check_annotation_keys(table: Table) -> Iterator[Finding]:
         ("bbox", "each needs its box [x, y, width, height] in pixels"),
     ):
         values = table.column(table.annotations, key)
+        if key != "bbox":
+            values = hashable(values)  # a list is no id
         missing = np.fromiter((value is None for value in values), bool, count)
-        yield from _findings(missing, f"annotations have no '{key}'", words, example)
+        yield from _findings(missing, f"annotations have no usable '{key}'", words, example)
 
 
 def _check_annotation_ids(table: Table) -> Iterator[Finding]:
@@ -213,6 +215,13 @@ def check_links(table: Table, use: Use) -> Iterator[Finding]:
         )
     if use.train:
         yield from _check_trained_images(table, use)
+    elif table.has_annotations:  # else it is a test set whose annotations nobody has
+        if not ((table.image_of >= 0) & ~table.crowd & ~boxes_without_area(table)).any():
+            yield Finding(
+                "no image has an object to evaluate",
+                "take it out of DATASETS.TEST, or give it annotations",
+                fatal=True,
+            )
 
 
 def _check_trained_images(table: Table, use: Use) -> Iterator[Finding]:
@@ -264,7 +273,7 @@ def known_area(table: Table) -> np.ndarray:
     areas = table.column(table.annotations, "area")
     found = numbers(areas)
     if found is None:
-        found = np.array([v if type(v) in (int, float) else np.nan for v in areas], float)
+        found = np.array([v if is_number(v) and abs(v) < 1e18 else np.nan for v in areas], float)
     with np.errstate(invalid="ignore"):
         return (found >= 0) & (found < np.inf)
 

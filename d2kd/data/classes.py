@@ -155,10 +155,8 @@ def _is_counted(
 def check_category_ids(table: Table) -> list[Finding]:
     """Annotations of a category that the file does not list."""
     known = {category.get("id") for category in table.categories if type(category.get("id")) is int}
-    counts = Counter(
-        shown(value) if type(value) in (list, dict) else value for value in table.category_ids
-    )
-    counts.pop(None, None)  # missing, which is named elsewhere
+    counts = Counter(hashable(table.category_ids))
+    counts.pop(None, None)  # missing or no id at all, which is named elsewhere
     unknown = {category: count for category, count in counts.items() if category not in known}
     if not unknown or not known:
         return []

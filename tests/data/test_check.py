@@ -15,11 +15,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-import train_net
 from d2kd import ConfigError
 from d2kd.data import loading
 from d2kd.data.custom import check_datasets, log_reports, trained_classes
 from d2kd.data.report import MAX_LINES, DatasetReport, Finding, error_line, report_lines
+from d2kd.engine import train as train_net
 from d2kd.engine.setup import read_config
 
 from ..detectors import write_config
@@ -147,10 +147,14 @@ REFUSED = {
     "true and false": (one("annotations", bbox=[True, 2, 3, 4]), {}, "not four numbers"),
     "a box too big to read": (one("annotations", bbox=[10**400, 2, 3, 4]), {}, "not four numbers"),
     "box is an object": (one("annotations", bbox={"x": 1}), {}, "not four numbers"),
-    "no box": (each("annotations", bbox=None), {}, "18 of 18 annotations have no 'bbox'"),
-    "no annotation id": (one("annotations", id=None), {}, "1 of 18 annotations have no 'id'"),
-    "no image_id": (one("annotations", image_id=None), {}, "annotations have no 'image_id'"),
-    "no category_id": (one("annotations", category_id=None), {}, "have no 'category_id'"),
+    "no box": (each("annotations", bbox=None), {}, "18 of 18 annotations have no usable 'bbox'"),
+    "no annotation id": (
+        one("annotations", id=None),
+        {},
+        "1 of 18 annotations have no usable 'id'",
+    ),
+    "no image_id": (one("annotations", image_id=None), {}, "annotations have no usable 'image_id'"),
+    "no category_id": (one("annotations", category_id=None), {}, "have no usable 'category_id'"),
     "ids twice": (one("annotations", id=1), {}, "1 of 18 annotation ids occurred before"),
     "joined files": (join_twice, {}, "6 of 12 image ids occurred before.*give the images of the"),
     "text image_id": (
@@ -158,7 +162,7 @@ REFUSED = {
         {},
         "18 of 18 annotations belong to no image.*there it is str, here int",
     ),
-    "image_id is a list": (each("annotations", image_id=[1]), {}, "belong to no image"),
+    "image_id is a list": (each("annotations", image_id=[1]), {}, "have no usable 'image_id'"),
     "other images": (each("annotations", image_id=99), {}, "18 of 18 annotations belong to no ima"),
     "unknown category": (one("annotations", category_id=7), {}, "unknown category_id"),
     "categories from 0": (
@@ -168,12 +172,24 @@ REFUSED = {
     ),
     "text category": (one("annotations", category_id="nut"), {}, "category_id.*whole number"),
     "category is a list": (one("annotations", category_id=[1]), {}, "category_id"),
+    "id is a list": (one("annotations", id=[1]), {}, "1 of 18 annotations have no usable 'id'"),
+    "one image_id is a list": (one("annotations", image_id=[1]), {}, "no usable 'image_id'"),
     "ignore": (one("annotations", ignore=1), {}, "annotations have 'ignore' set"),
     "iscrowd 2": (one("annotations", iscrowd=2), {}, "'iscrowd' that is not 0 or 1"),
     "iscrowd text": (one("annotations", iscrowd="0"), {}, "'iscrowd' that is not 0 or 1"),
     "iscrowd list": (one("annotations", iscrowd=[0]), {}, "'iscrowd' that is not 0 or 1"),
     "all crowd": (each("annotations", iscrowd=1), {}, "no image has an object.*all 18 annotations"),
     "no annotation": (replace_content(annotations=[]), {}, "no image has an object"),
+    "nothing to evaluate": (
+        lambda parts: parts.val.update(annotations=[]),
+        {},
+        "dataset 'v'.*no image has an object to evaluate; take it out of DATASETS.TEST",
+    ),
+    "only boxes outside to evaluate": (
+        lambda parts: [a.update(bbox=[900, 9, 5, 5]) for a in parts.val["annotations"]],
+        {},
+        "dataset 'v'.*no image has an object to evaluate",
+    ),
     "no annotations key": (remove("annotations"), {}, "it has no 'annotations'"),
     "no images": (replace_content(images=[]), {}, "it has no images"),
     "no images key": (
@@ -345,7 +361,7 @@ def refusal(parts: Parts, capsys, config=None, **values) -> tuple[str, list[str]
     file = write_config(config, parts.folder / "config.yaml")
     before = parts.files()
     with pytest.raises(SystemExit) as stop:
-        train_net.run(["--config-file", file])
+        train_net.main(["--config-file", file])
     line = str(stop.value)
     assert line.startswith("error: ") and "\n" not in line and len(line) <= 307
     assert parts.files() == before
@@ -665,7 +681,7 @@ def test_the_log_of_a_training_says_them(parts):
             del entry["area"], entry["iscrowd"]
     parts.write()
     cfg = parts.config(**{"SOLVER.MAX_ITER": 1})
-    train_net.run(["--config-file", write_config(cfg, parts.folder / "config.yaml")])
+    train_net.main(["--config-file", write_config(cfg, parts.folder / "config.yaml")])
     out = parts.folder / "out"
     assert "12 of 12 annotations have no 'area'" in (out / "log.txt").read_text()
     assert "AP" in json.loads((out / "results.json").read_text())["results"]["bbox"]

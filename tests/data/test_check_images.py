@@ -12,7 +12,6 @@ from PIL import Image, ImageFilter
 
 from d2kd.data import check_images
 from d2kd.data.coco import Table
-from d2kd.data.custom import check_datasets
 from d2kd.data.object_sizes import (
     anchor_shapes,
     best_iou,
@@ -22,9 +21,8 @@ from d2kd.data.object_sizes import (
 )
 from d2kd.data.records import Reading, make_records
 from d2kd.data.sheet import choose, draw_record, draw_sheet
-from d2kd.engine import check_command
 
-from ..detectors import detector_config, write_config
+from ..detectors import detector_config
 from .parts import CLASSES, Parts, forget_datasets
 
 
@@ -256,93 +254,3 @@ def test_the_sheet_shows_every_kind_of_annotation(parts):
     chosen = choose(records, 5)
     assert sum(bool(record.get("annotations")) for record in chosen) == 4
     assert [r["image_id"] for r in choose(records, 5)] == [r["image_id"] for r in chosen]
-
-
-# --- the command --------------------------------------------------------------------------------
-
-
-def run_check(parts: Parts, capsys, *options: str, **values) -> tuple[str, str]:
-    """Output of the command, and its error line ("" for none)."""
-    parts.write()
-    file = write_config(parts.config(**values), parts.folder / "config.yaml")
-    error = ""
-    try:
-        check_command.main(["--config-file", file, *options])
-    except SystemExit as stop:
-        error = str(stop.code)
-    return capsys.readouterr().out, error
-
-
-def test_the_command_on_a_good_dataset(parts, capsys):
-    """Nothing to say of the test set, sizes of the training set, and a sheet."""
-    sheet = parts.folder / "sheet.png"
-    before = parts.files()
-    out, error = run_check(parts, capsys, "--sheet", str(sheet))
-    assert error == ""
-    assert "objects in training: square roots of areas" in out
-    assert re.search("dataset 'v': .*4 images, 12 annotations: nothing to say", out)
-    assert f"wrote {sheet}" in out and Image.open(sheet).size == (6 * 320, 2 * 338)
-    new = {path.name for path in parts.files() - before}
-    assert new == {"sheet.png", "config.yaml", "train.json", "val.json"}
-
-
-def test_the_command_lists_all(parts, capsys):
-    """More than 20 lines where there is more to say; exit with the error line of training."""
-    for place, entry in enumerate(parts.train["annotations"][:8]):
-        broken = ([], [1, 2, -3, 4], None, [9, 9, 0, 3], [500, 1, 2, 3], [1, 2, float("nan"), 3])
-        entry["bbox"] = broken[place % 6]
-    parts.train["annotations"][9]["id"] = 1
-    parts.train["annotations"][10]["category_id"] = 17
-    parts.train["annotations"][11]["iscrowd"] = 5
-    parts.train["annotations"][12]["ignore"] = 1
-    parts.val["annotations"][0]["id"] = 0
-    cut(parts, 2, 0.5)
-    (parts.folder / "images/train_4.png").unlink()
-    out, error = run_check(parts, capsys, "--sheet", "")
-    assert len(out.splitlines()) > 20 and "more; 'd2kd check'" not in out
-    assert "1 of 6 images are not there" in out
-    assert "1 of 5 images that were opened cannot be read" in out
-    assert "numbered from 1 for evaluation" in out
-    assert error.startswith("error: dataset 't'") and len(error) <= 307 and "\n" not in error
-
-
-def test_the_command_finds_images_that_were_trained_on(parts, capsys):
-    """It opens the images of both sets and compares them."""
-    shutil.copy(parts.folder / "images/train_2.png", parts.folder / "images/val_3.png")
-    out, error = run_check(parts, capsys, "--sheet", "", "--threads", "1")
-    assert error == "" and "1 of 4 images are in 't', too: the same file" in out
-    out, _ = run_check(parts, capsys, "--sheet", "", "--no-images")
-    assert "the same file" not in out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--sheet", "no/such/folder/a.png"], "--sheet: cannot write 'no/such/folder/a.png'"),
-        (["--sheet", "."], "--sheet: cannot write '.'"),
-        (["--sheet", "sheet.pdf"], "'sheet.pdf' must end in .jpg or .png"),
-        (["--import", "no.py"], "--import: no file 'no.py'"),
-        (["DATASETS.TRIAN", "('t',)"], "no config key 'DATASETS.TRIAN'"),
-        (["DATASETS.TRAIN", "('tt',)"], "there is no dataset 'tt'"),
-        (["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L'"),
-    ],
-)
-def test_mistakes_of_the_command_are_one_line(parts, capsys, options, message):
-    """As everywhere; no sheet is left."""
-    before = parts.files()
-    _, error = run_check(parts, capsys, *options)
-    assert error.startswith("error: ") and message in error and "\n" not in error
-    assert {path.name for path in parts.files() - before} <= {
-        "config.yaml",
-        "train.json",
-        "val.json",
-    }
-
-
-def test_a_check_from_python(parts):
-    """The same as a function, with the records that the loader would have."""
-    parts.write()
-    found = check_command.check_config(parts.config())
-    assert not found.refused
-    assert [(name, len(records)) for name, records, _ in found.rows] == [("t", 6), ("v", 4)]
-    check_datasets(parts.config())

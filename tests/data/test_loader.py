@@ -16,7 +16,6 @@ from detectron2.structures import BitMasks
 from PIL import Image
 
 import d2kd.data.loader as loader_module
-import train_net
 from d2kd import ConfigError
 from d2kd.data.custom import check_datasets
 from d2kd.data.loader import (
@@ -26,6 +25,7 @@ from d2kd.data.loader import (
     build_train_loader,
     validate_loader_config,
 )
+from d2kd.engine import train as train_net
 from d2kd.engine.trainer import DistillTrainer
 
 from ..detectors import detector_config, write_config
@@ -189,7 +189,7 @@ def test_training_ends_in_that_line(parts):
     file = write_config(cfg, parts.folder / "config.yaml")
     truncate(parts.folder / "images/train_3.png")
     with pytest.raises(SystemExit, match="^error: image .*train_3.png cannot be read") as stop:
-        train_net.run(["--config-file", file])
+        train_net.main(["--config-file", file])
     assert "\n" not in str(stop.value)
 
 
@@ -201,7 +201,7 @@ def test_processes_end_in_that_line(parts, free_port):
     truncate(parts.folder / "images/train_3.png")
     args = ["--num-gpus", "2", "--dist-url", f"tcp://127.0.0.1:{free_port}"]
     with pytest.raises(SystemExit, match="^error: image .*train_3.png cannot be read") as stop:
-        train_net.run(["--config-file", file, "--import", "tests.toy_head", *args])
+        train_net.main(["--config-file", file, "--import", "tests.toy_head", *args])
     assert "\n" not in str(stop.value)
 
 
@@ -318,7 +318,7 @@ def test_training_with_keypoints(parts):
     values = {**KEYPOINTS, "DATASETS.TEST": ("v",), "TEST.KEYPOINT_OKS_SIGMAS": [0.1, 0.1]}
     values |= {"SOLVER.MAX_ITER": 1, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": [8]}
     file = write_config(parts.config(**values), parts.folder / "config.yaml")
-    train_net.run(["--config-file", file])
+    train_net.main(["--config-file", file])
     results = json.loads((parts.folder / "out/results.json").read_text())["results"]
     assert {"bbox", "keypoints"} <= results.keys()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 
-from d2kd.data.check_benchmark import (
+from d2kd.benchmark.datasets import (
     MOST_MEMORY,
     WAYS,
     Cost,
@@ -17,7 +17,7 @@ from d2kd.data.check_benchmark import (
 from d2kd.data.coco import Table, read_json
 from d2kd.data.masks import POLYGONS, Masks
 
-from .parts import forget_datasets
+from ..data.parts import forget_datasets
 
 
 def test_the_synthetic_file(tmp_path):

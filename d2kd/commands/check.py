@@ -1,16 +1,17 @@
-"""Check the datasets of a config: annotations, images, sizes of objects; draw samples.
+"""Check the datasets of a config: annotation files, images, and a sheet of samples.
 
-    d2kd check --config-file student.yaml
-    d2kd check --config-file ... --no-images --sheet ''
+    d2kd check --config-file my_config.yaml
+    d2kd check --config-file my_config.yaml --sheet samples.png DATASETS.TEST "('parts_val',)"
 
-It ends with an error for what a training would refuse.
+Says all that training would say of the annotation files, opens all images (truncated files, sizes,
+16 bits, EXIF orientation), finds images that stand in training and test sets, tells how many
+objects are too small for the model, and draws samples with their annotations.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from detectron2.config import CfgNode
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from ..arguments import CommandParser, natural
 from ..config_rules import check_detectron2_keys
-from ..data import check_images, loading
+from ..data import check_images
 from ..data.check import Use
 from ..data.coco import Table, read_json
 from ..data.custom import (
@@ -33,8 +34,8 @@ from ..data.custom import (
 from ..data.object_sizes import anchor_shapes, check_sizes, sides_in_training, strides_of
 from ..data.report import DatasetReport, error_line, report_lines
 from ..data.sheet import draw_sheet
+from ..engine.setup import add_import_argument, import_user_module, merged_config
 from ..errors import ConfigError
-from .setup import add_import_argument, import_user_module, merged_config
 
 _SHEET = "dataset_check.jpg"
 
@@ -61,17 +62,17 @@ def build_parser() -> CommandParser:
     """The command's arguments."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config to check")
-    add_import_argument(parser)
     parser.add_argument(
         "--sheet",
         default=_SHEET,
         metavar="FILE",
-        help="where the sheet of samples goes; '' draws none (default: %(default)s)",
+        help="where the samples go; '' draws none (default: %(default)s)",
     )
     parser.add_argument("--no-images", action="store_true", help="do not open the images")
     parser.add_argument(
         "--threads", type=natural, default=0, help="that open images (default: one a processor)"
     )
+    add_import_argument(parser)
     return parser
 
 
@@ -140,21 +141,19 @@ def _compare_with_trained(name: str, uses: dict[str, Use], looked: dict) -> Iter
             yield from check_images.compare(looked[other], looked[name])
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Checks the datasets of a config, prints all that was found and draws a sheet.
 
-    Ends with exit code 1 and an ``error:`` line for datasets that training would refuse.
+    Raises:
+        ConfigError: in one line: a mistake in the arguments, or, after the report, datasets that
+            training would refuse.
     """
-    try:
-        args = build_parser().parse_command(argv)
-        for name in args.imports:
-            import_user_module(name)
-        cfg = merged_config(args.config_file, args.opts)
-        _check_sheet_path(args.sheet)
-        found = check_config(cfg, not args.no_images, args.threads)
-        loading.release()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    args = build_parser().parse_command(argv)
+    for name in args.imports:
+        import_user_module(name)
+    cfg = merged_config(args.config_file, args.opts)
+    _check_sheet_path(args.sheet)
+    found = check_config(cfg, not args.no_images, args.threads)
     for line in report_lines(found.reports, limit=None):
         print(line)
     for report in found.reports:
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_sheet(found.rows).save(args.sheet)
         print(f"wrote {args.sheet}: look whether boxes and masks fit")
     if found.refused:
-        sys.exit(f"error: {error_line(found.reports)}")
+        raise ConfigError(error_line(found.reports))
 
 
 def _check_sheet_path(path: str) -> None:
@@ -173,7 +172,3 @@ def _check_sheet_path(path: str) -> None:
         raise ConfigError(f"--sheet: cannot write '{path}': name a file in a folder that you own")
     if path and os.path.splitext(path)[1].lower() not in (".jpg", ".jpeg", ".png"):
         raise ConfigError(f"--sheet: '{path}' must end in .jpg or .png")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """What the check of a dataset costs: time and memory of reading one annotation file, by Detectron2
 alone and by d2kd, which reads and checks it.
 
-    python -m d2kd.data.check_benchmark
+    python -m d2kd.benchmark.datasets
 
 writes a synthetic file of COCO's size (118,000 images, 860,000 annotations) into a temporary folder
 and reads it in new processes.
@@ -91,8 +91,8 @@ def _annotations(images: int, count: int) -> Iterator[dict]:
 
 def read(way: str, json_file: Path) -> Cost:
     """Reads a file in this process, which should be a new one."""
-    from .check import Use
-    from .loading import Question, inspect, load
+    from ..data.check import Use
+    from ..data.loading import Question, inspect, load
 
     root = str(json_file.parent / "images")
     before, start = _peak(), time.process_time()
