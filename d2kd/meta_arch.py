@@ -30,6 +30,7 @@ from .config import head_schedule, student_config, validate_distillation_config
 from .data.custom import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
+from .detectors.inputs import to_device
 from .detectors.spec import DetectorSpec, describe_detector
 from .detectors.taps import Taps
 from .detectors.teacher import Teacher
@@ -196,15 +197,23 @@ class Distiller(nn.Module):
         """Copy ``DISTILL.INHERIT`` from the teacher over the student's own weights, and log it.
 
         Each rank copies from its own teacher: all of them loaded the same file.
+
+        Raises:
+            RuntimeError: training began, which changed the teacher's modules.
         """
         if self._inheritance is not None:
+            if self.teacher is None or self.teacher.is_prepared:
+                raise RuntimeError("start_from_weights() comes before the first step, not after it")
             self._inheritance.copy(self.student, self.teacher.model)
             logger.info("Inherited from the teacher (DISTILL.INHERIT):\n%s", self._inheritance)
 
     def before_training(self) -> None:
-        """Free the memory of a teacher that no head reads: nothing is left to inherit from it."""
+        """Make the teacher ready; free the memory of one that no head reads: nothing is left to
+        inherit from it."""
         if not len(self.distill_heads):
             self._hidden = (None,)
+        else:
+            self.teacher.prepare()
 
     def after_backward(self) -> None:
         """Leave heads that were at rest in this step as they are.
@@ -227,9 +236,10 @@ class Distiller(nn.Module):
         In evaluation: the student's output."""
         if not self.training or not len(self.distill_heads):
             return self.student(batched_inputs)
+        inputs = to_device(batched_inputs, self.device)
         with self.taps:
-            losses = self.student(batched_inputs)
-        losses.update(self._distill(batched_inputs, losses))
+            losses = self.student(batched_inputs if _is_pictured(self.student) else inputs)
+        losses.update(self._distill(inputs, losses))
         return _with_parameters_in_graph(losses, self.distill_heads.parameters())
 
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,6 +270,12 @@ class Distiller(nn.Module):
     def inference(self, *args, **kwargs):
         """The student's inference."""
         return self.student.inference(*args, **kwargs)
+
+
+def _is_pictured(student: nn.Module) -> bool:
+    """Whether Detectron2 draws this step's images, with boxes that it expects on the CPU."""
+    period = getattr(student, "vis_period", 0)
+    return period > 0 and get_event_storage().iter % period == 0
 
 
 def describe_pair(

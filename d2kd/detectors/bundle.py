@@ -20,7 +20,8 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..geometry.pooling import PlacedBoxes, PoolOptions, place_boxes, pool_boxes
+from ..geometry.pooling import PlacedBoxes, PooledBoxes, PoolOptions, place_boxes, pool_boxes
+from .inputs import to_device
 from .spec import DetectorSpec
 
 T = TypeVar("T")
@@ -53,8 +54,9 @@ class Batch:
     def from_inputs(
         cls, inputs: list[dict[str, Any]], device: torch.device, **kwargs: Any
     ) -> Batch:
-        """Move the ground truth of Detectron2's ``batched_inputs`` to ``device``."""
-        return cls(inputs, [item["instances"].to(device) for item in inputs], **kwargs)
+        """Detectron2's ``batched_inputs``, copied to ``device`` unless they lie there already."""
+        inputs = to_device(inputs, device)
+        return cls(inputs, [item["instances"] for item in inputs], **kwargs)
 
     @property
     def gt_boxes(self) -> list[Tensor]:
@@ -204,6 +206,7 @@ class RoIView(View):
 
     Attributes:
         boxes: per image (R_i, 4) xyxy in pixels of the resized image; constants.
+        pooled: the call of the student's pooler that these boxes are of.
         labels: (R,) long, the matched class, K for background.
         image_index: (R,) long, the image a RoI belongs to.
         features: (R, C, P, P) pooled, before the box head; pooled alike in both detectors.
@@ -213,6 +216,7 @@ class RoIView(View):
         delta_weights: (wx, wy, ww, wh) that the deltas are multiplied by.
     """
 
+    pooled: PooledBoxes
     boxes: list[Tensor]
     labels: Tensor
     image_index: Tensor
@@ -227,11 +231,13 @@ class MaskView(View):
     """The student's foreground RoIs in the mask branch (F of them in the batch).
 
     Attributes:
+        pooled: the call of the student's pooler that these boxes are of.
         boxes: per image (F_i, 4). labels: (F,) long. image_index: (F,) long.
         features: (F, C, P, P) pooled for the mask head, alike in both detectors.
         logits: (F, K, M, M), or (F, 1, M, M) when class-agnostic.
     """
 
+    pooled: PooledBoxes
     boxes: list[Tensor]
     labels: Tensor
     image_index: Tensor
@@ -304,7 +310,7 @@ class FeatureBundle(View):
 
     image_sizes: list[tuple[int, int]]
     padded_size: tuple[int, int]
-    pyramid: dict[int, Tensor]
+    pyramid: Mapping[int, Tensor]
     rois: list[RoIView]
     mask: MaskView
     rpn: RPNView

@@ -40,7 +40,7 @@ class DensePart(DetectorPart):
             "head_strides": strides_of(dense, dense.head_in_features),
             "box_coding": type(dense.box2box_transform).__name__,
         }
-        if hasattr(dense, "label_anchors"):
+        if student is None and hasattr(dense, "label_anchors"):
             fields |= {"dense.labels", "dense.matched_boxes"}
         if hasattr(dense.head, "cls_subnet") and hasattr(dense.head, "bbox_subnet"):
             sizes["class_tower_channels"] = dense.head.cls_score.in_channels
@@ -212,8 +212,11 @@ class _TeacherDense(DenseView):
 
     @lazy
     def anchors(self) -> dict[int, Tensor]:
-        boxes = self._model.anchor_generator(self._step.maps(self._model.head_in_features))
-        return by_stride(self._strides, [b.tensor for b in boxes])
+        own, students = (spec.anchors or {} for spec in (self._step.spec, self._step.student.spec))
+        if own and all(students.get(stride) == own[stride] for stride in self._strides):
+            made = self._step.student.dense.anchors
+            return {stride: made[stride] for stride in self._strides}
+        return self._step.anchors(self._model.anchor_generator, self._model.head_in_features)
 
     def _finish_tower(
         self, branch: str, maps: Mapping[int, Tensor], convolutions: int

@@ -13,7 +13,7 @@ from ..registry import DETECTOR_PART_REGISTRY
 from .bundle import MaskView, lazy
 from .part import DetectorPart, StudentStep, TeacherStep
 from .spec import DetectorSpec, Facts, fields_on_student_boxes, strides_of
-from .student_boxes import pool_for_own_head, pool_like_student
+from .student_boxes import pool_for_own_head, pool_like_student, pooled_boxes, pooling_taps
 
 
 @DETECTOR_PART_REGISTRY.register()
@@ -32,7 +32,7 @@ class MaskPart(DetectorPart):
         return own._replace(fields=fields)
 
     def taps(self, model: nn.Module, spec: DetectorSpec) -> Iterable[str]:
-        yield from ("roi_heads.mask_pooler", "roi_heads.mask_head")
+        yield from ("roi_heads.mask_head", *pooling_taps(model, "mask"))
         if "mask.logits" in spec.fields:
             yield "roi_heads.mask_head.predictor"
 
@@ -60,12 +60,12 @@ def _describe_mask_head(model: Any) -> Facts:
 
 class _StudentMasks(MaskView):
     def __init__(self, step: StudentStep):
-        (_, pooled), features = step.calls("roi_heads.mask_pooler")[0]
+        pooled = pooled_boxes(step, "mask")
         (_, self._instances), _ = step.calls("roi_heads.mask_head")[0]
-        fields = {"features": features}
+        fields: dict[str, Any] = {"boxes": pooled.boxes, "features": pooled.features}
         if "mask.logits" in step.spec.fields:
             fields["logits"] = step.outputs("roi_heads.mask_head.predictor")[0]
-        super().__init__("student", boxes=[b.tensor.detach() for b in pooled], **fields)
+        super().__init__("student", pooled=pooled, **fields)
 
     @lazy
     def labels(self) -> Tensor:
@@ -79,7 +79,8 @@ class _StudentMasks(MaskView):
 class _TeacherMasks(MaskView):
     def __init__(self, step: TeacherStep):
         self._step, self._student = step, step.student.mask
-        super().__init__("teacher", boxes=self._student.boxes)
+        pooled = self._student.pooled
+        super().__init__("teacher", pooled=pooled, boxes=pooled.boxes)
 
     @lazy
     def labels(self) -> Tensor:
@@ -91,7 +92,7 @@ class _TeacherMasks(MaskView):
 
     @lazy
     def features(self) -> Tensor:
-        return pool_like_student(self._step, "mask", self.boxes)
+        return pool_like_student(self._step, "mask", self.pooled)
 
     @lazy
     def logits(self) -> Tensor:

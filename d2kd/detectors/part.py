@@ -18,8 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor, nn
 
+from ..geometry.anchors import grid_anchors
 from ..registry import DETECTOR_PART_REGISTRY
 from .bundle import Batch, FeatureBundle, View
 from .spec import DetectorSpec, Facts, strides_of
@@ -86,8 +88,25 @@ class TeacherStep:
         self.student_model: Any = student_model
 
     @property
-    def pyramid(self) -> dict[int, Tensor]:
+    def pyramid(self) -> Mapping[int, Tensor]:
         return self.bundle.pyramid
+
+    def size(self, stride: int) -> tuple[int, int]:
+        """(H, W) of the teacher's map, where possible without computing it."""
+        maps = self.student.pyramid if stride in self.student.pyramid else self.pyramid
+        height, width = maps[stride].shape[-2:]
+        return height, width
+
+    def anchors(self, generator: Any, in_features: Iterable[str]) -> dict[int, Tensor]:
+        """Stride -> (H W A, 4) of an anchor generator of the teacher's."""
+        strides = strides_of(self.model, in_features)
+        if type(generator).forward is not DefaultAnchorGenerator.forward:
+            boxes = generator([self.pyramid[s] for s in strides])
+            return by_stride(strides, [b.tensor for b in boxes])
+        return {
+            stride: grid_anchors(cell, self.size(stride), stride, generator.offset)
+            for stride, cell in zip(strides, generator.cell_anchors, strict=True)
+        }
 
     def maps(self, in_features: Iterable[str]) -> list[Tensor]:
         """The teacher's maps of these names, as one of its own heads reads them."""

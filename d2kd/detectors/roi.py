@@ -13,7 +13,7 @@ from ..registry import DETECTOR_PART_REGISTRY
 from .bundle import RoIView, lazy
 from .part import DetectorPart, StudentStep, TeacherStep
 from .spec import DetectorSpec, Facts, fields_on_student_boxes, strides_of
-from .student_boxes import pool_for_own_head, pool_like_student
+from .student_boxes import pool_for_own_head, pool_like_student, pooled_boxes, pooling_taps
 
 
 def box_stages(roi_heads: nn.Module) -> list[tuple[str, Any, Any]]:
@@ -41,7 +41,7 @@ class RoIPart(DetectorPart):
         return own._replace(fields=fields | {"roi"} if student.two_stage else ())
 
     def taps(self, model: nn.Module, spec: DetectorSpec) -> Iterable[str]:
-        yield from ("roi_heads", "roi_heads.box_pooler")
+        yield from ("roi_heads", *pooling_taps(model, "box"))
         for suffix, _, _ in box_stages(model.get_submodule("roi_heads")):
             yield from (f"roi_heads.box_head{suffix}", f"roi_heads.box_predictor{suffix}")
         if spec.num_stages > 1:  # a cascade labels the RoIs of its later stages inside its forward
@@ -78,13 +78,14 @@ class _StudentRoIs(RoIView):
     # Boxes come from the pooler's inputs: with TRAIN_ON_PRED_BOXES the proposals that roi_heads
     # returns are overwritten after pooling.
     def __init__(self, step: StudentStep, stage: int):
-        (_, pooled), features = step.calls("roi_heads.box_pooler")[stage]
+        pooled = pooled_boxes(step, "box", stage)
         suffix, _, predictor = box_stages(step.model.roi_heads)[stage]
         logits, deltas = step.outputs(f"roi_heads.box_predictor{suffix}")[0]
         super().__init__(
             "student",
-            boxes=[boxes.tensor.detach() for boxes in pooled],
-            features=features,
+            pooled=pooled,
+            boxes=pooled.boxes,
+            features=pooled.features,
             hidden=step.outputs(f"roi_heads.box_head{suffix}")[0],
             logits=logits,
             deltas=deltas,
@@ -107,7 +108,8 @@ class _StudentRoIs(RoIView):
 class _TeacherRoIs(RoIView):
     def __init__(self, step: TeacherStep, stage: int):
         self._step, self._student = step, step.student.rois[stage]
-        fields: dict[str, Any] = {"boxes": self._student.boxes}
+        pooled = self._student.pooled
+        fields: dict[str, Any] = {"pooled": pooled, "boxes": pooled.boxes}
         if "roi.logits" in step.spec.fields:
             stages = box_stages(step.model.roi_heads)
             _, self._head, self._predictor = stages[min(stage, len(stages) - 1)]
@@ -124,7 +126,7 @@ class _TeacherRoIs(RoIView):
 
     @lazy
     def features(self) -> Tensor:
-        return pool_like_student(self._step, "box", self.boxes)
+        return pool_like_student(self._step, "box", self.pooled)
 
     @lazy
     def hidden(self) -> Tensor:

@@ -77,5 +77,4 @@ class _TeacherRPN(RPNView):
 
     @lazy
     def anchors(self) -> dict[int, Tensor]:
-        boxes = self._rpn.anchor_generator(self._step.maps(self._rpn.in_features))
-        return by_stride(self._step.spec.head_strides, [b.tensor for b in boxes])
+        return self._step.anchors(self._rpn.anchor_generator, self._rpn.in_features)

@@ -1,7 +1,7 @@
-"""The teacher's pyramid, pooled on the student's boxes; for every branch of Detectron2's RoI heads.
+"""The student's boxes as its own poolers read them, and the teacher's pyramid pooled on them.
 
-A branch ("box", "mask", "keypoint") has a ``<branch>_pooler`` and ``<branch>_in_features`` in
-``roi_heads``.
+A branch of Detectron2's RoI heads ("box", "mask", "keypoint") has a ``<branch>_pooler`` and
+``<branch>_in_features``.
 """
 
 from __future__ import annotations
@@ -9,56 +9,72 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from detectron2.structures import Boxes
-from torch import Tensor
+from torch import Tensor, nn
 
-from .part import TeacherStep
+from ..geometry.pooling import PooledBoxes, place_boxes, pool_levels
+from .part import StudentStep, TeacherStep
 from .spec import strides_of
 
 
 class PooledView(Protocol):
-    """A view of boxes whose features were, or can be, pooled as the student pools them."""
+    """A view of boxes that the student pooled."""
 
-    boxes: list[Tensor]
+    @property
+    def pooled(self) -> PooledBoxes: ...
 
     @property
     def features(self) -> Tensor: ...
 
 
-def pool_like_student(step: TeacherStep, branch: str, boxes: list[Tensor]) -> Tensor:
-    """Pool ``boxes`` on the teacher's pyramid as the student's ``branch`` pools its own.
+def pooling_taps(model: nn.Module, branch: str) -> list[str]:
+    """What to tap for :func:`pooled_boxes`."""
+    path = f"roi_heads.{branch}_pooler"
+    pooler: Any = model.get_submodule(path)
+    return [path, *(f"{path}.level_poolers.{level}" for level in range(len(pooler.level_poolers)))]
 
-    Args:
-        boxes: per image (n_i, 4) xyxy in pixels of the resized image.
+
+def pooled_boxes(step: StudentStep, branch: str, call: int = 0) -> PooledBoxes:
+    """The call number ``call`` of the student's ``branch`` pooler in this step."""
+    pooler = step.model.get_submodule(f"roi_heads.{branch}_pooler")
+    path, *level_paths = pooling_taps(step.model, branch)
+    (_, boxes), features = step.calls(path)[call]
+    level_rois = [step.calls(level)[call].inputs[1] for level in level_paths]
+    return PooledBoxes([b.tensor.detach() for b in boxes], features, level_rois, pooler)
+
+
+def pool_like_student(step: TeacherStep, branch: str, pooled: PooledBoxes) -> Tensor:
+    """Pool the boxes on the teacher's pyramid as the student's ``branch`` pooled its own.
 
     Returns:
         (sum n_i, C, P, P), P and the levels being the student's.
     """
-    pooler = _pooler(step.student_model, branch)
     maps = [step.pyramid[s] for s in _branch_strides(step.student_model, branch)]
     # Pooling rounds the boxes to the precision of the maps: let it be the student's.
-    like = next(iter(step.student.pyramid.values()))
-    is_half = like.dtype.itemsize == 2
-    with torch.autocast(like.device.type, like.dtype if is_half else None, is_half):
-        # forward() and not a call: a call would fire the student's taps.
-        pooled = pooler.forward([m.to(like.dtype) for m in maps], [Boxes(b) for b in boxes])
-    same: Tensor = pooled.to(maps[0].dtype)
-    return same
+    dtype = next(iter(step.student.pyramid.values())).dtype
+    is_half = dtype.itemsize == 2
+    with torch.autocast(maps[0].device.type, dtype if is_half else None, is_half):
+        same = pooled.pool(pooled.pooler.level_poolers, [m.to(dtype) for m in maps])
+    return same.to(maps[0].dtype)
 
 
 def pool_for_own_head(step: TeacherStep, branch: str, view: PooledView) -> Tensor:
-    """Pool a view's boxes as the teacher's own ``branch`` expects; once where that is the same.
+    """Pool the boxes as the teacher's own ``branch`` expects; once where that is the same.
 
     Returns:
         (sum n_i, C, P, P), P and the levels being the teacher's.
     """
-    own, students = _pooler(step.model, branch), _pooler(step.student_model, branch)
+    own, students = (_pooler(model, branch) for model in (step.model, step.student_model))
     strides = _branch_strides(step.model, branch)
     same_levels = strides == _branch_strides(step.student_model, branch)
     if same_levels and _pooling(own) == _pooling(students):
         return view.features
-    pooled: Tensor = own([step.pyramid[s] for s in strides], [Boxes(b) for b in view.boxes])
-    return pooled
+    maps = [step.pyramid[s] for s in strides]
+    if same_levels and _level_rule(own) == _level_rule(students):
+        return view.pooled.pool(own.level_poolers, maps)
+    # FPN's rule: a box of the canonical size belongs to the canonical level.
+    base_size = own.canonical_box_size * strides[0] / 2**own.canonical_level
+    placed = place_boxes(view.pooled.boxes, strides, base_size)
+    return pool_levels(own.level_poolers, maps, placed.rois)
 
 
 def _pooler(model: Any, branch: str) -> Any:
@@ -68,6 +84,11 @@ def _pooler(model: Any, branch: str) -> Any:
 def _branch_strides(model: Any, branch: str) -> tuple[int, ...]:
     """The levels that a branch pools from."""
     return strides_of(model, getattr(model.roi_heads, f"{branch}_in_features"))
+
+
+def _level_rule(pooler: Any) -> tuple[int, int]:
+    """What decides which level a box is pooled from, beside the levels that there are."""
+    return pooler.canonical_box_size, pooler.canonical_level
 
 
 def _pooling(pooler: Any) -> tuple[Any, ...]:
@@ -81,4 +102,4 @@ def _pooling(pooler: Any) -> tuple[Any, ...]:
         )
         for p in pooler.level_poolers
     ]
-    return (pooler.output_size, pooler.canonical_level, pooler.canonical_box_size, levels)
+    return (pooler.output_size, _level_rule(pooler), levels)

@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .bundle import Batch, FeatureBundle
+from .inputs import feeds_backbone, normalisation
 from .part import Call, StudentStep, detector_parts
 from .spec import DetectorSpec, feature_strides
 
@@ -29,6 +30,9 @@ class Taps:
         student: the detector to tap.
         spec: its :func:`~d2kd.detectors.spec.describe_detector`.
 
+    Attributes:
+        normalisation: how its backbone's input was made; None where that is not known.
+
     Raises:
         ConfigError: the student lacks a submodule or method that a part taps.
     """
@@ -36,6 +40,7 @@ class Taps:
     def __init__(self, student: nn.Module, spec: DetectorSpec):
         self.student = student
         self.spec = spec
+        self.normalisation = normalisation(student) if feeds_backbone(student) else None
         self.parts = [part for part in detector_parts() if part.is_served(spec)]
         self._recording = False
         self._calls: dict[str, list[Call]] = defaultdict(list)
@@ -102,14 +107,20 @@ class Taps:
         """Drop the references to the last step's tensors."""
         self._calls.clear()
 
+    @property
+    def images(self) -> Tensor:
+        """(B, 3, H, W), normalised and padded: what the student's backbone read."""
+        images: Tensor = self._calls["backbone"][0].inputs[0]
+        return images
+
     def bundle(self, batch: Batch) -> FeatureBundle:
         """The student's view of the forward that was recorded last."""
         step = StudentStep(self.student, self.spec, batch, self._calls)
-        (images, *_), features = step.calls("backbone")[0]
+        features = step.outputs("backbone")[0]
         bundle = FeatureBundle(
             self.spec,
             image_sizes=batch.image_sizes,
-            padded_size=tuple(images.shape[-2:]),
+            padded_size=tuple(self.images.shape[-2:]),
             pyramid={s: features[name] for name, s in feature_strides(self.student).items()},
         )
         for part in self.parts:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from ..config import PRECISIONS
 from ..data.custom import trained_classes
 from ..errors import ConfigError
-from .bundle import FeatureBundle, Lazy
+from .bundle import Context, FeatureBundle, Lazy
+from .folding import fold_norms, in_precision
+from .inputs import batch_size, normalisation, normalise, pad_images, to_device
 from .part import TeacherStep, detector_parts
+from .pyramid import LazyLevels, last_convolutions_left_out
 from .spec import DetectorSpec, describe_detector, feature_strides
 from .taps import Taps
 from .weights import load_teacher_weights, teacher_config
@@ -29,6 +32,9 @@ from .weights import load_teacher_weights, teacher_config
 
 class Teacher:
     """A frozen detector, read through a :class:`~d2kd.detectors.bundle.FeatureBundle`.
+
+    The model is kept as it was loaded until :meth:`prepare`, which the first step calls if nobody
+    did before.
 
     Args:
         model: a Detectron2 detector.
@@ -55,6 +61,9 @@ class Teacher:
         self.flip_channels = input_format != student_format
         self.precision = precision
         self.class_names = class_names
+        self.normalisation = normalisation(model)
+        self.is_prepared = False
+        self._in_precision: dict[torch.dtype, nn.Module] = {}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Teacher:
@@ -84,6 +93,7 @@ class Teacher:
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         """What ``.to()``, ``.cuda()`` or ``.to(memory_format=...)`` of the Distiller calls."""
         self.model._apply(fn, recurse)
+        self._in_precision.clear()
         return self
 
     def describe(self, student: DetectorSpec) -> DetectorSpec:
@@ -100,18 +110,22 @@ class Teacher:
         spec = describe_detector(self.model, "teacher", student)
         return dataclasses.replace(spec, class_names=self.class_names)
 
-    @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
-        """No gradient, and the teacher's own precision."""
-        device = next(self.model.parameters()).device.type
-        dtype = PRECISIONS[self.precision]
-        with contextlib.ExitStack() as stack:
-            # Not inference_mode: its tensors cannot be saved for the student's backward.
-            stack.enter_context(torch.no_grad())
-            if self.precision:
-                enabled = dtype != torch.float32
-                stack.enter_context(torch.autocast(device, dtype if enabled else None, enabled))
-            yield
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """No gradient, and the teacher's own precision, else that of the caller's autocast."""
+        return _frozen(self._device_type, self._dtype())
+
+    @property
+    def _device_type(self) -> str:
+        device: torch.device = next(self.model.parameters()).device
+        return device.type
+
+    def _dtype(self) -> torch.dtype:
+        """What the teacher computes in, called now."""
+        if self.precision:
+            return PRECISIONS[self.precision] or torch.float32
+        device = self._device_type
+        is_half = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_half else torch.float32
 
     def preprocess(self, inputs: list[dict[str, Any]], padded_size: tuple[int, int]) -> Tensor:
         """Normalise and pad the student's images for the teacher.
@@ -126,14 +140,15 @@ class Teacher:
         Returns:
             (B, 3, H', W') with H' >= H and W' >= W.
         """
-        images = [item["image"].flip(0) if self.flip_channels else item["image"] for item in inputs]
-        tensor = self.model.preprocess_image([{"image": image} for image in images]).tensor
-        divisor = max(self.model.backbone.size_divisibility, 1)
-        target = [
-            -(-max(mine, theirs) // divisor) * divisor
-            for mine, theirs in zip(tensor.shape[-2:], padded_size, strict=True)
-        ]
-        return F.pad(tensor, (0, target[1] - tensor.shape[-1], 0, target[0] - tensor.shape[-2]))
+        device = next(self.model.parameters()).device
+        images = [item["image"] for item in to_device(inputs, device)]
+        if self.normalisation is None:
+            images = [image.flip(0) if self.flip_channels else image for image in images]
+            own: Tensor = self.model.preprocess_image([{"image": image} for image in images]).tensor
+            return pad_images(own, batch_size(own, self.model.backbone, padded_size))
+        size = batch_size(images, self.model.backbone, padded_size)
+        mean, std = self.model.pixel_mean, self.model.pixel_std
+        return normalise(images, mean, std, size, self.flip_channels)
 
     def bundle(
         self,
@@ -150,24 +165,68 @@ class Teacher:
             student: the student's bundle, for its boxes and the sizes of its maps.
             taps: the student's taps, for the poolers that its RoIs were pooled with.
         """
+        dtype = self._dtype()
+        model = self._model_for(dtype)
+        # Of this moment, whatever autocast is where a field is read.
+        context = functools.partial(_frozen, self._device_type, dtype)
+
+        def images() -> Tensor:
+            if not self.flip_channels and taps.normalisation == self.normalisation is not None:
+                shared = taps.images
+                return pad_images(shared, batch_size(shared, model.backbone, student.padded_size))
+            return self.preprocess(inputs, student.padded_size)
+
         bundle = FeatureBundle(
             spec,
-            self.context,
+            context,
             image_sizes=student.image_sizes,
-            pyramid=Lazy(lambda: self._pyramid(inputs, student)),
+            pyramid=Lazy(lambda: _pyramid(model, images(), student, context)),
         )
-        step = TeacherStep(self.model, bundle, taps.student, student)
+        step = TeacherStep(model, bundle, taps.student, student)
         for part in detector_parts():
             if part.is_served(spec):
                 part.join(bundle, part.teacher_view(step))
         return bundle
 
-    def _pyramid(self, inputs: list[dict[str, Any]], student: FeatureBundle) -> dict[int, Tensor]:
-        """The teacher's maps by stride, without padding that only the teacher has: maps of one
-        stride have one size."""
-        named = self.model.backbone(self.preprocess(inputs, student.padded_size))
-        maps = {stride: named[name] for name, stride in feature_strides(self.model).items()}
-        for stride, like in student.pyramid.items():
-            if stride in maps:
-                maps[stride] = maps[stride][..., : like.shape[-2], : like.shape[-1]]
-        return maps
+    def prepare(self) -> None:
+        """Fold the model's norms into its convolutions: its state dict has other keys from then on,
+        and its outputs are the same."""
+        if not self.is_prepared:
+            fold_norms(self.model)
+            self.is_prepared = True
+
+    def _model_for(self, dtype: torch.dtype) -> Any:
+        """The prepared model, with the weights that it needs in autocast to ``dtype``."""
+        self.prepare()
+        if dtype == torch.float32:
+            return self.model
+        if dtype not in self._in_precision:
+            self._in_precision[dtype] = in_precision(self.model, dtype)
+        return self._in_precision[dtype]
+
+
+@contextlib.contextmanager
+def _frozen(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Without gradients, in autocast to ``dtype``, or without it where that is float32."""
+    # Not inference_mode: its tensors cannot be saved for the student's backward.
+    is_half = dtype != torch.float32
+    with torch.no_grad(), torch.autocast(device, dtype if is_half else None, is_half):
+        yield
+
+
+def _pyramid(
+    model: Any, images: Tensor, student: FeatureBundle, context: Context
+) -> Mapping[int, Tensor]:
+    """The teacher's maps by stride, without padding that only the teacher has: maps of one stride
+    have one size."""
+    with last_convolutions_left_out(model.backbone) as left_out:
+        maps = model.backbone(images)
+
+    def level(name: str, stride: int) -> Tensor:
+        with context():
+            finished: Tensor = left_out[name](maps[name]) if name in left_out else maps[name]
+        like = student.pyramid.get(stride)
+        return finished if like is None else finished[..., : like.shape[-2], : like.shape[-1]]
+
+    strides = feature_strides(model)
+    return LazyLevels({s: functools.partial(level, name, s) for name, s in strides.items()})

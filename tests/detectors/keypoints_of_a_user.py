@@ -16,7 +16,13 @@ from d2kd.config import HeadOptions
 from d2kd.detectors.bundle import View, lazy
 from d2kd.detectors.part import DetectorPart, StudentStep, TeacherStep
 from d2kd.detectors.spec import DetectorSpec, Facts, fields_on_student_boxes, strides_of
-from d2kd.detectors.student_boxes import pool_for_own_head, pool_like_student
+from d2kd.detectors.student_boxes import (
+    pool_for_own_head,
+    pool_like_student,
+    pooled_boxes,
+    pooling_taps,
+)
+from d2kd.geometry.pooling import PooledBoxes
 from d2kd.keys import POSITIVE, key
 from d2kd.registry import DETECTOR_PART_REGISTRY
 
@@ -24,7 +30,7 @@ from d2kd.registry import DETECTOR_PART_REGISTRY
 class KeypointView(View):
     """(F, J, M, M) heat maps of J joints for the student's F RoIs with keypoints."""
 
-    boxes: list[Tensor]
+    pooled: PooledBoxes
     features: Tensor
     logits: Tensor
 
@@ -48,13 +54,12 @@ class KeypointPart(DetectorPart):
         return own._replace(fields=fields_on_student_boxes(self.name, own.fields, model, strides))
 
     def taps(self, model: nn.Module, spec: DetectorSpec) -> Iterable[str]:
-        return ("roi_heads.keypoint_pooler", "roi_heads.keypoint_head.layers")
+        return ("roi_heads.keypoint_head.layers", *pooling_taps(model, "keypoint"))
 
     def student_view(self, step: StudentStep) -> KeypointView:
-        (_, pooled), features = step.calls("roi_heads.keypoint_pooler")[0]
+        pooled = pooled_boxes(step, "keypoint")
         logits = step.outputs("roi_heads.keypoint_head.layers")[0]
-        boxes = [b.tensor.detach() for b in pooled]
-        return KeypointView("student", boxes=boxes, features=features, logits=logits)
+        return KeypointView("student", pooled=pooled, features=pooled.features, logits=logits)
 
     def teacher_view(self, step: TeacherStep) -> KeypointView:
         return TeacherKeypoints(step)
@@ -62,12 +67,12 @@ class KeypointPart(DetectorPart):
 
 class TeacherKeypoints(KeypointView):
     def __init__(self, step: TeacherStep):
-        super().__init__("teacher", boxes=step.student.view(KeypointView).boxes)
+        super().__init__("teacher", pooled=step.student.view(KeypointView).pooled)
         self._step = step
 
     @lazy
     def features(self) -> Tensor:
-        return pool_like_student(self._step, "keypoint", self.boxes)
+        return pool_like_student(self._step, "keypoint", self.pooled)
 
     @lazy
     def logits(self) -> Tensor:

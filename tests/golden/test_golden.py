@@ -26,6 +26,9 @@ DIFFERENCES = (
     "loss_kd_mar_relation",
 )
 DIFFERENCES_RTOL = 1e-5
+# Version 0.1 applied the teacher's norms after its convolutions; now they are folded into them.
+# That is a rounding of 1e-7 of a map, and of up to 2.1e-5 of the smallest of these differences.
+FOLDED_RTOL = {"loss_kd_mar_relation": 5e-5}
 # The gradient passes 50 convolutions once more, and a ReLU whose input is about 0 may change sides:
 # it moved by up to 7e-6.
 GRADIENT_RTOL = 2e-5
@@ -44,7 +47,8 @@ def folder(tmp_path_factory):
 def rtol_of(name: str, has_noise: bool) -> float:
     if has_noise:
         return NOISE_RTOL
-    return DIFFERENCES_RTOL if name in DIFFERENCES else LOSS_RTOL
+    rtol = DIFFERENCES_RTOL if name in DIFFERENCES else LOSS_RTOL
+    return FOLDED_RTOL.get(name, rtol)
 
 
 def test_every_case_is_golden():

@@ -278,7 +278,7 @@ class DRKD(DistillHead):
             for placed in levels
         ]
 
-    def _pixel_loss(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
+    def _pixel_loss(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
         """L_PR over levels; the pyramids are stride -> (B, C_s, H, W), (B, C_t, H, W)."""
         squared_gaps = squared_relation_gaps(
             _in_order(self.student_graphs),
