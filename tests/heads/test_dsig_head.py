@@ -526,14 +526,19 @@ def dense_view(model, anchors, outputs):
     )
 
 
-@pytest.mark.parametrize("per_level", [40, 1000])
-def test_top_predictions_equal_detectron2s_inference(retinanet, per_level):
+@pytest.mark.parametrize(
+    ("per_level", "threshold", "per_image"),
+    [(40, 0.5, 20), (1000, 0.5, 20), (1000, 0.02, 60)],
+    ids=["few", "the first are enough", "the first are not enough"],
+)
+def test_top_predictions_equal_detectron2s_inference(retinanet, per_level, threshold, per_image):
     """The nodes of a dense student are what Detectron2's own inference finds at threshold 0."""
     model, anchors, outputs = retinanet
     dense = dense_view(model, anchors, outputs)
-    found = TopPredictions(per_level, 0.5, 20)(dense, [(64, 64), (64, 64)])
-    model.test_score_thresh, model.test_nms_thresh = 0.0, 0.5
-    model.test_topk_candidates, model.max_detections_per_image = per_level, 20
+    found = TopPredictions(per_level, threshold, per_image)(dense, [(64, 64), (64, 64)])
+    model.test_score_thresh, model.test_nms_thresh = 0.0, threshold
+    model.test_topk_candidates, model.max_detections_per_image = per_level, per_image
+    assert (min(map(len, found)) == per_image) == (threshold == 0.5)
     for image, boxes in enumerate(found):
         expected = model.inference_single_image(
             anchors,
