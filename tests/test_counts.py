@@ -7,7 +7,7 @@ Faster R-CNN and RetinaNet on two images of 160 px; blocks have the sizes of a G
 
 from __future__ import annotations
 
-import traceback
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,9 +16,9 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2kd import add_distillation_config
+from d2kd.benchmark.counts import Counts, count_operators
 from d2kd.losses import gaussian, ssim_fast
 
 from .detectors import build, distiller_config, make_batch, run_step, write_config
@@ -44,66 +44,6 @@ MOST_WAITS = {"DSIG": 1}
 MAY_WAIT = ("nms", "pick_foreground")
 # Past every warm-up, before the end.
 ITERATION = 45000
-
-# Operators that start no kernel.
-VIEWS = {
-    *("_has_compatible_shallow_copy_type", "_reshape_alias", "_unsafe_view", "alias"),
-    *("as_strided", "chunk", "detach", "diagonal", "empty", "empty_like", "empty_strided"),
-    *("expand", "expand_as", "flatten", "is_pinned", "is_same_size", "lift_fresh", "movedim"),
-    *("narrow", "new_empty", "new_empty_strided", "numpy_T", "permute", "prim", "reshape"),
-    *("resolve_conj", "resolve_neg", "select", "slice", "split", "split_with_sizes", "squeeze"),
-    *("sym_numel", "sym_size", "sym_storage_offset", "sym_stride", "t", "transpose"),
-    *("unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
-}
-# Operators whose result the host must see, or whose size depends on values.
-WAITING = {
-    *("_local_scalar_dense", "_unique2", "equal", "masked_select", "nonzero"),
-    *("repeat_interleave", "unique_consecutive", "unique_dim"),
-}
-
-
-class OperatorCount(TorchDispatchMode):
-    """Counts operators, and those outside of the student's own forward pass that would wait."""
-
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.operators = 0
-        self.waits: list[str] = []
-        self.student_waits = 0
-        self._in_student = False
-        self._hooks = [
-            student.register_forward_pre_hook(lambda *_: self._enter(True)),
-            student.register_forward_hook(lambda *_: self._enter(False)),
-        ]
-
-    def _enter(self, in_student: bool) -> None:
-        self._in_student = in_student
-
-    def __exit__(self, *error):
-        for hook in self._hooks:
-            hook.remove()
-        return super().__exit__(*error)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.operators += name not in VIEWS
-        if name in WAITING or (name in ("index", "index_put_") and _by_mask(args[1])):
-            self.wait(name)
-        return function(*args, **(kwargs or {}))
-
-    def wait(self, name: str) -> None:
-        """Take down a wait and its place."""
-        stack = traceback.extract_stack()
-        if self._in_student:
-            self.student_waits += 1
-        elif not any(exempt in frame.name for frame in stack for exempt in MAY_WAIT):
-            own = [frame for frame in stack if "/d2kd/" in frame.filename]
-            place = f"{own[-1].filename}:{own[-1].lineno}" if own else "backward"
-            self.waits.append(f"{name} at {place}")
-
-
-def _by_mask(indices: list[Tensor | None]) -> bool:
-    return any(index is not None and index.dtype == torch.bool for index in indices)
 
 
 def zoo_config(arch: str) -> CfgNode:
@@ -140,50 +80,31 @@ def gpu_blocks(monkeypatch):
     monkeypatch.setattr(gaussian, "_TILE_CPU", gaussian._TILE_GPU)
 
 
-def count(model: nn.Module, monkeypatch) -> OperatorCount:
-    """Operators and waits of a step's forward and backward pass, after a first one."""
-    for _ in range(2):  # the first one fills caches, folds norms, ...
-        batch = make_batch((4, 4), size=(160, 160))
-        counter = OperatorCount(model.student)
-        with monkeypatch.context() as patch, counter:
-            for name in ("tolist", "numpy", "cpu"):  # no operators on a CPU, waits on a GPU
-                _watch(patch, name, counter)
-            sum(run_step(model, batch, ITERATION).values()).backward()
-        model.zero_grad()
-    return counter
+def count(model: nn.Module) -> Counts:
+    """Of a step's forward and backward pass, after a first one, which fills caches, folds norms."""
 
+    batch = make_batch((4, 4), size=(160, 160))
 
-def _watch(patch, name: str, counter: OperatorCount) -> None:
-    original = getattr(Tensor, name)
+    def step() -> None:
+        sum(run_step(model, batch, ITERATION).values()).backward()
 
-    def watched(*args, **kwargs):
-        counter.wait(name)
-        return original(*args, **kwargs)
-
-    patch.setattr(Tensor, name, watched)
+    step()
+    model.zero_grad()  # else the gradients of two steps would be added
+    return count_operators(step, model.student, MAY_WAIT)
 
 
 @pytest.fixture(scope="module")
 def student_alone(models):
     """arch -> the counts of the student's own step."""
-    counts = {}
-
-    def alone(arch: str, monkeypatch) -> OperatorCount:
-        if arch not in counts:
-            counts[arch] = count(models(arch, ""), monkeypatch)
-        return counts[arch]
-
-    return alone
+    return functools.cache(lambda arch: count(models(arch, "")))
 
 
 @pytest.mark.parametrize("arch", ZOO)
 @pytest.mark.parametrize("head", MOST_OPERATORS)
-def test_a_head_adds_few_operators_and_no_wait(
-    head, arch, models, student_alone, gpu_blocks, monkeypatch
-):
+def test_a_head_adds_few_operators_and_no_wait(head, arch, models, student_alone, gpu_blocks):
     """Both passes, the teacher's included; nothing is asked of the device but what is named."""
-    alone = student_alone(arch, monkeypatch)
-    found = count(models(arch, head), monkeypatch)
+    alone = student_alone(arch)
+    found = count(models(arch, head))
     assert found.operators - alone.operators <= MOST_OPERATORS[head]
     assert len(found.waits) <= MOST_WAITS.get(head, 0), found.waits
     assert found.student_waits == alone.student_waits

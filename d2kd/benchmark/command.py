@@ -14,7 +14,15 @@ For each pair of detectors and each list of heads it times, interleaved in one r
 
 overhead = full / (student + teacher), from the medians. The FLOP bound is the same ratio of
 floating-point operations (products and convolutions, forward and backward). Memory is what a step
-needs at its peak beyond what is held before it, gradients included.
+needs at its peak beyond what is held before it, gradients included. Operators are those that would
+launch a kernel on a GPU, waits the places of d2kd at which the host would wait for it; on a GPU the
+kernels themselves, the time that they take and the real waits are beside them. Weights are random,
+but behave as trained ones do: maps stay finite, and the teacher knows background.
+
+A GPU's rows, within minutes; called again, it measures what is missing:
+
+    d2kd benchmark --json output/gpu.json --pairs 50-101 --size 800 --batch 4 --precision bf16 \
+        --minutes 8
 
 With --json the file is written after each row, with a plot beside it. Rows that the file has are
 not measured again, so a run that was stopped goes on, and runs with other options add their rows;
@@ -25,22 +33,30 @@ tables are about.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
+import re
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from ..arguments import CommandParser, natural, positive
+from ..detectors.teacher import Teacher
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
+from ..meta_arch import Distiller
 from . import tables as report
+from .counts import count_operators, count_waits, profile_kernels
 from .steps import (
     BASES,
     PRECISIONS,
@@ -53,6 +69,7 @@ from .steps import (
     phases,
     plain_copy,
     random_batch,
+    settle,
     timed,
     whole_inference,
     working_memory,
@@ -71,6 +88,10 @@ PARTS = (
 )
 DEPTHS = ("18", "34", "50", "101", "152")
 WARM_UP = {"cpu": 1, "cuda": 5}
+# The parts that make the overhead: a student's step, the teacher's part, the full step.
+COUNTED = ("student", "teacher", "full")
+# Functions that may wait: suppression decides how many boxes are left.
+MAY_WAIT = ("nms",)
 
 
 def parse_variant(text: str) -> tuple[list[str], list[str]]:
@@ -128,56 +149,118 @@ def settings(args: argparse.Namespace) -> list[dict]:
 def measure(setting: dict, args: argparse.Namespace) -> dict:
     """The setting, and beside it median seconds, ratios, FLOPs, memory in MiB and parameters."""
     torch.manual_seed(0)
-    student_cfg = detector_config(setting["arch"], setting["student"], args.device)
-    teacher_cfg = detector_config(setting["arch"], setting["teacher"], args.device)
-    opts = ["DISTILL.TEACHER.PRECISION", setting["teacher_precision"], *setting["opts"]]
-    student = build_model(student_cfg).train()
-    distiller = build_model(distiller_config(student_cfg, setting["heads"], teacher_cfg, opts))
-    distiller.train().student.load_state_dict(student.state_dict())
-    distiller.max_iter = 90000
-    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
-    plain_teacher = plain_copy(distiller.teacher) if has_options else None
-    if setting["channels_last"]:
-        distiller.teacher.model.to(memory_format=torch.channels_last)
     batch = random_batch(setting["batch"], setting["size"], setting["objects"], 80)
+    student, distiller, plain_teacher = build_models(setting, args.device, batch)
+    precision = setting["precision"]
     # After every warm-up and before every decay: each head at its full cost.
     with EventStorage(distiller.max_iter // 2):
-        teacher_part = TeacherPart(distiller, batch)
-        parts = {
-            "student": TrainingStep(student, batch, setting["precision"]),
+        teacher_part = TeacherPart(distiller, batch, precision)
+        parts: dict[str, Callable[[], None]] = {
+            "student": TrainingStep(student, batch, precision),
             "teacher": teacher_part,
-            "full": TrainingStep(distiller, batch, setting["precision"]),
-            "inference": lambda: whole_inference(distiller.teacher, batch),
+            "full": TrainingStep(distiller, batch, precision),
+            "inference": lambda: whole_inference(distiller.teacher, batch, precision),
         }
-        if has_options:
+        if plain_teacher is not None:
             parts["plain_teacher"] = teacher_part.of(plain_teacher)
         for part in parts.values():
             for _ in range(WARM_UP[args.device]):
                 part()
+        check_finite(parts)
         memory = {name: working_memory(part, args.device) for name, part in parts.items()}
         seconds = interleaved(parts, args.repeats, args.device)
-        counted = ("student", "teacher", "full")
-        flops = {name: count_flops(parts[name]) for name in counted}
+        flops = {name: count_flops(parts[name]) for name in COUNTED}
+        counts = count_parts(parts, student, distiller, trace_file(setting, args), args.device)
         profile = profile_parts(parts, args) if args.profile else None
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [
-        full / (alone + needed)
-        for alone, needed, full in zip(*(seconds[name] for name in counted), strict=True)
-    ]
     return {
         **setting,
         "repeats": args.repeats,
-        "seconds": median,
-        "overhead": median["full"] / (median["student"] + median["teacher"]),
-        "overhead_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
+        **summary(seconds, setting["batch"]),
         "flops": flops,
-        "teacher_share_of_step": median["teacher"] / median["full"],
-        "teacher_share_of_inference": median["teacher"] / median["inference"],
-        "images_per_second": setting["batch"] / median["full"],
         "memory_mib": memory,
+        **counts,
         "parameters_added": sum(p.numel() for p in distiller.distill_heads.parameters()),
         "teacher_fields": [".".join(map(str, path)) for path in teacher_part.paths],
         "profile": profile,
+    }
+
+
+def build_models(
+    setting: dict, device: str, batch: list[dict]
+) -> tuple[nn.Module, Distiller, Teacher | None]:
+    """A plain student, a Distiller with the same student, and, where the teacher has options, its
+    copy without."""
+    student_cfg = detector_config(setting["arch"], setting["student"], device)
+    teacher_cfg = detector_config(setting["arch"], setting["teacher"], device)
+    opts = ["DISTILL.TEACHER.PRECISION", setting["teacher_precision"], *setting["opts"]]
+    distiller_cfg = distiller_config(student_cfg, setting["heads"], teacher_cfg, opts)
+    student = build_model(student_cfg).train()
+    settle(student, batch)
+    distiller: Distiller = build_model(distiller_cfg).train()
+    distiller.student.load_state_dict(student.state_dict())
+    distiller.max_iter = 90000
+    teacher = distiller.teacher
+    assert teacher is not None
+    settle(teacher.model, batch)
+    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
+    plain_teacher = plain_copy(teacher) if has_options else None
+    if setting["channels_last"]:
+        teacher.model.to(memory_format=torch.channels_last)
+    return student, distiller, plain_teacher
+
+
+def check_finite(parts: dict) -> None:
+    """Refuse to time steps whose losses are not numbers.
+
+    Raises:
+        ConfigError: they are not, which settled weights should never do.
+    """
+    for name in ("student", "full"):
+        if not torch.isfinite(parts[name].last_loss):
+            raise ConfigError(f"the {name} step's loss is not finite: other sizes or a precision")
+
+
+def count_parts(
+    parts: dict, student: nn.Module, distiller: Distiller, trace: str, device: str
+) -> dict:
+    """Operators and waits of the steps; on a GPU kernels and the time that it is busy, too."""
+    students = {"student": student, "teacher": distiller.student, "full": distiller.student}
+    steps = {"teacher": parts["teacher"]}
+    steps |= {name: parts[name].pass_both_ways for name in ("student", "full")}
+    counted = {n: count_operators(steps[n], students[n], MAY_WAIT) for n in COUNTED}
+    found: dict[str, Any] = {"operators": {n: c.operators for n, c in counted.items()}}
+    waits = counted["full"].waits
+    if device == "cuda":
+        waits = count_waits(steps["full"], distiller.student, MAY_WAIT).waits
+        profiles = {n: profile_kernels(parts[n], trace if n == "full" else "") for n in COUNTED}
+        found["kernels"] = {n: kernels for n, (kernels, _) in profiles.items()}
+        found["device_seconds"] = {n: busy for n, (_, busy) in profiles.items()}
+    return {**found, "waits": waits}
+
+
+def trace_file(setting: dict, args: argparse.Namespace) -> str:
+    """Where the profiler's trace of the full step goes, "" for nowhere."""
+    if args.traces is None:
+        return ""
+    args.traces.mkdir(parents=True, exist_ok=True)
+    words = f"{report.pair_name(setting)} {report.label(setting)}"
+    return str(args.traces / f"{'_'.join(re.findall(r'[A-Za-z0-9]+', words))}.json")
+
+
+def summary(seconds: dict[str, list[float]], images: int) -> dict:
+    """Medians and ratios of the parts' seconds."""
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [
+        full / (alone + needed)
+        for alone, needed, full in zip(*(seconds[name] for name in COUNTED), strict=True)
+    ]
+    return {
+        "seconds": median,
+        "overhead": median["full"] / (median["student"] + median["teacher"]),
+        "overhead_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
+        "teacher_share_of_step": median["teacher"] / median["full"],
+        "teacher_share_of_inference": median["teacher"] / median["inference"],
+        "images_per_second": images / median["full"],
     }
 
 
@@ -201,10 +284,7 @@ def profile_parts(parts: dict, args: argparse.Namespace) -> dict:
             name: {phase: statistics.median(run[phase] for run in found) for phase in found[0]}
             for name, found in runs.items()
         },
-        "operators": {
-            name: operator_seconds(parts[name], args.device)
-            for name in ("student", "teacher", "full")
-        },
+        "operators": {name: operator_seconds(parts[name], args.device) for name in COUNTED},
     }
 
 
@@ -279,7 +359,9 @@ def build_parser() -> CommandParser:
     add("--teacher-precision", default="", choices=PRECISIONS, help="the teacher's own")
     add("--channels-last", action="store_true", help="the teacher in channels_last")
     add("--profile", action="store_true", help="phases and operators too, and DRKD's terms alone")
+    add("--traces", type=Path, help="folder for a profiler's trace of each row's full step (GPU)")
     add("--repeats", type=positive, default=9)
+    add("--minutes", type=positive, help="start no row after so many; call again for the rest")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
     add("--json", type=Path, help="add the rows to this file; a plot goes beside it")
@@ -297,22 +379,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     data = open_results(args)
-    wanted = settings(args)
-    done = {json.dumps(identity(row)): row for row in data["rows"]}
-    for number, setting in enumerate(wanted):
-        old = done.get(json.dumps(identity(setting)))
-        state = "done before"
-        if old is None or (args.profile and not old["profile"]):
-            row = measure(setting, args)
-            data["rows"] = [other for other in data["rows"] if other is not old] + [row]
-            state = f"overhead {row['overhead']:.3f}"
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                write_json(data, args.json)
-        names = (report.pair_name(setting), report.label(setting))
-        print(f"[{number + 1}/{len(wanted)}] {', '.join(names)}: {state}", file=sys.stderr)
+    _measure_rows(data, settings(args), args)
     print(tables(data))
     if args.json:
         picture = args.json.with_suffix(".png")
         write_atomically(picture, lambda temporary: report.plot(data, temporary))
         print(f"\nwrote {args.json} and {picture}")
+
+
+def _measure_rows(data: dict, wanted: list[dict], args: argparse.Namespace) -> None:
+    """Add what ``data`` lacks of the ``wanted`` settings, and write the file after each row."""
+    done = {json.dumps(identity(row)): row for row in data["rows"]}
+    start, too_large = time.monotonic(), set()
+    for number, setting in enumerate(wanted):
+        old = done.get(json.dumps(identity(setting)))
+        kind = json.dumps(identity({**setting, "batch": 0, "size": 0}))
+        if old is not None and not (args.profile and not old["profile"]):
+            state = "done before"
+        elif kind in too_large:
+            state = "left out, a smaller one did not fit"
+        elif args.minutes and time.monotonic() - start > 60 * args.minutes:
+            state = "left for another call (--minutes)"
+        else:
+            try:
+                row = measure(setting, args)
+            except torch.OutOfMemoryError:
+                too_large.add(kind)
+                state = "does not fit in memory"
+            else:
+                data["rows"] = [other for other in data["rows"] if other is not old] + [row]
+                state = f"overhead {row['overhead']:.3f}"
+                if args.json:
+                    args.json.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(data, args.json)
+            if args.device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+        names = (report.pair_name(setting), report.label(setting))
+        print(f"[{number + 1}/{len(wanted)}] {', '.join(names)}: {state}", file=sys.stderr)

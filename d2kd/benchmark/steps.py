@@ -1,6 +1,7 @@
 """The steps that the benchmark times: models, a batch, the teacher's part, and stopwatches.
 
-Weights are random and the learning rate is 0, so that every repetition does the same work.
+Weights are random, but behave as trained ones do: see :func:`settle`. The learning rate is 0, so
+that every repetition does the same work.
 """
 
 from __future__ import annotations
@@ -8,20 +9,26 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BitMasks, Boxes, Instances
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import validate_distillation_config
 from ..config_files import merge_overrides
 from ..detectors.bundle import Batch, FeatureBundle
+from ..detectors.roi import box_stages
+from ..detectors.taps import Taps
 from ..detectors.teacher import Teacher
 from ..engine.cost import peak_memory as process_peak
 from ..engine.setup import merged_config
@@ -83,22 +90,97 @@ def random_batch(images: int, size: int, objects: int, num_classes: int) -> list
     return batch
 
 
+# --- weights that behave as trained ones do -------------------------------------------------------
+
+# The share of RoIs that a trained teacher finds hard to call background, and how hard at least
+# (DSIG's MINING_THRESHOLD, the others being left out of its graph).
+HARD_SHARE, HARDNESS = 0.1, 0.6
+
+
+@torch.no_grad()
+def settle(model: nn.Module, batch: list[dict]) -> None:
+    """Make a detector with random weights behave as a trained one.
+
+    Frozen norms take the statistics of what they normalise: at random they let a ResNet's maps grow
+    until bfloat16 overflows. The box heads of a two-stage detector come to call most RoIs
+    background: at random they are sure of nothing, which is the worst case of DSIG's mining.
+    """
+    detector: Any = model
+    was_training = detector.training
+    detector.eval()
+    hooks = [
+        module.register_forward_pre_hook(_take_statistics)
+        for module in detector.modules()
+        if isinstance(module, FrozenBatchNorm2d)
+    ]
+    images = detector.preprocess_image(batch)
+    maps = detector.backbone(images.tensor)
+    for hook in hooks:
+        hook.remove()
+    roi_heads = getattr(detector, "roi_heads", None)
+    if hasattr(roi_heads, "box_pooler"):
+        boxes = [_all_over(size, images.tensor.device) for size in images.image_sizes]
+        pooled = roi_heads.box_pooler([maps[name] for name in roi_heads.box_in_features], boxes)
+        for _, head, predictor in box_stages(roi_heads):
+            _prefer_background(predictor.cls_score, head(pooled))
+    detector.train(was_training)
+
+
+def _take_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    variance, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3))
+    norm.get_buffer("running_mean").copy_(mean)
+    norm.get_buffer("running_var").copy_(variance)
+
+
+def _all_over(size: tuple[int, int], device: torch.device, count: int = 256) -> Boxes:
+    """Random boxes of an image of ``size`` (height, width)."""
+    generator = torch.Generator().manual_seed(0)
+    limit = torch.tensor([size[1], size[0]])
+    corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * limit
+    return Boxes(corners.flatten(1).to(device))
+
+
+def _prefer_background(scores: nn.Linear, hidden: Tensor) -> None:
+    """Spread the logits, then move that of background, the last, until as few RoIs are hard as a
+    trained detector finds."""
+
+    def margins() -> Tensor:
+        logits = scores(hidden).float()
+        return logits[:, :-1].logsumexp(dim=1) - logits[:, -1]
+
+    scores.weight.mul_(2 / margins().std().clamp(min=1e-6))
+    # Background's cross-entropy is log(1 + exp(margin)).
+    limit = math.log(math.expm1(HARDNESS))
+    scores.bias[-1] += margins().quantile(1 - HARD_SHARE) - limit
+
+
 # --- the teacher's needed part ------------------------------------------------------------------
 
 
 class TeacherPart:
-    """What the heads of a Distiller read of the teacher in one step, to be repeated alone."""
+    """What the heads of a Distiller read of the teacher in one step, to be repeated alone.
 
-    def __init__(self, distiller: Distiller, batch: list[dict]):
-        self.distiller = distiller
+    Args:
+        distiller: with its heads.
+        batch: Detectron2's ``batched_inputs``.
+        precision: of the step's autocast, which the teacher follows.
+    """
+
+    def __init__(self, distiller: Distiller, batch: list[dict], precision: str = ""):
+        self.distiller, self.precision = distiller, precision
         self.teacher = distiller.teacher
-        self.inputs = batch
         self.pooled: list[tuple] = []
-        with distiller.taps:
-            distiller.student(batch)
         device = unwrap(distiller).device
         self.batch = Batch.from_inputs(batch, device, student_losses={"loss": torch.ones(())})
-        self.student = distiller.taps.bundle(self.batch)
+        # Of its own: the Distiller forgets what its taps recorded when its step ends.
+        self.taps = Taps(distiller.student, distiller.taps.spec)
+        with autocast(device, precision):
+            self._record()
+
+    def _record(self) -> None:
+        with self.taps:
+            self.distiller.student(self.batch.inputs)
+        self.student = self.taps.bundle(self.batch)
         teacher = self.bundle()
         pool = FeatureBundle.pool
 
@@ -109,7 +191,7 @@ class TeacherPart:
 
         FeatureBundle.pool = recorded
         try:
-            for head in distiller.distill_heads.values():
+            for head in self.distiller.distill_heads.values():
                 head(self.student, teacher, self.batch)
         finally:
             FeatureBundle.pool = pool
@@ -117,8 +199,8 @@ class TeacherPart:
         teacher.release()
 
     def bundle(self) -> FeatureBundle:
-        d = self.distiller
-        return self.teacher.bundle(self.inputs, d.teacher_spec, self.student, d.taps)
+        spec = self.distiller.teacher_spec
+        return self.teacher.bundle(self.batch.inputs, spec, self.student, self.taps)
 
     def of(self, teacher: Teacher) -> TeacherPart:
         """The same part of another teacher of the same build."""
@@ -127,11 +209,12 @@ class TeacherPart:
         return other
 
     def __call__(self) -> None:
-        teacher = self.bundle()
-        for path in self.paths:
-            teacher.at(path)
-        for args, kwargs in self.pooled:
-            teacher.pool(*args, **kwargs)
+        with autocast(self.distiller.device, self.precision):
+            teacher = self.bundle()
+            for path in self.paths:
+                teacher.at(path)
+            for args, kwargs in self.pooled:
+                teacher.pool(*args, **kwargs)
         teacher.release()
 
 
@@ -143,10 +226,16 @@ def plain_copy(teacher: Teacher) -> Teacher:
     return plain
 
 
-def whole_inference(teacher: Teacher, batch: list[dict]) -> None:
+def whole_inference(teacher: Teacher, batch: list[dict], precision: str = "") -> None:
     """What evaluating the teacher on the batch would cost."""
-    with teacher.context():
+    device = next(teacher.model.parameters()).device
+    with autocast(device, precision), teacher.context():
         teacher.model(batch)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Of a step in ``precision``, "" or "bf16"."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=bool(precision))
 
 
 # --- training steps -----------------------------------------------------------------------------
@@ -161,7 +250,7 @@ class TrainingStep:
         precision: "" or "bf16", of autocast.
     """
 
-    def __init__(self, model: torch.nn.Module, batch: list[dict], precision: str = ""):
+    def __init__(self, model: nn.Module, batch: list[dict], precision: str = ""):
         self.model, self.batch, self.precision = model, batch, precision
         parameters = [p for p in model.parameters() if p.requires_grad]
         sgd = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
@@ -169,17 +258,23 @@ class TrainingStep:
 
     def forward(self) -> None:
         torch.manual_seed(0)
-        device, dtype = self.model.device.type, PRECISIONS[self.precision]
-        with torch.autocast(device, dtype, enabled=bool(self.precision)):
+        with autocast(self.model.device, self.precision):
             self.loss = sum(self.model(self.batch).values())
 
     def backward(self) -> None:
         self.loss.backward()
+        self.last_loss = self.loss.detach()
         del self.loss
 
     def update(self) -> None:
         self.optimizer.step()
         # Here and not in the next step, so that gradients are part of this step's memory.
+        self.optimizer.zero_grad()
+
+    def pass_both_ways(self) -> None:
+        """Without the update, which is the same for every head."""
+        self.forward()
+        self.backward()
         self.optimizer.zero_grad()
 
     def __call__(self) -> None:

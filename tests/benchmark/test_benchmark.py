@@ -12,7 +12,10 @@ from d2kd import ConfigError, cli
 from d2kd.benchmark import command as benchmark
 from d2kd.benchmark import selection, steps
 from d2kd.benchmark import tables as report
+from d2kd.benchmark.counts import count_operators
 from d2kd.commands import prototypes
+from d2kd.detectors.roi import box_stages
+from d2kd.losses.dsig import background_hardness
 
 from ..detectors import build, detector_config, distiller_config, make_batch
 
@@ -183,3 +186,131 @@ def test_selection_file(tmp_path, capsys):
     made |= {"objects": 90, "images": 30, "prototypes": 50, "features_mib": 1.0}
     table = selection.refresh_markdown({"period": 400, "refreshes": [made]})
     assert "| 5.0 " in table
+
+
+@pytest.mark.parametrize("arch", ["faster", "cascade", "retinanet"])
+def test_settled_weights(arch):
+    """Frozen norms at random let maps grow; settled ones do not, and the teacher knows most
+    background without being sure of all of it."""
+    cfg = detector_config(arch, depth=50)
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM = "FrozenBN", ""
+    model, batch = build(cfg), make_batch((2, 2), size=(96, 96))
+    images = model.preprocess_image(batch).tensor
+    with torch.no_grad():
+        wild = model.backbone.bottom_up(images)["res5"].std()
+        steps.settle(model, batch)
+        settled = model.backbone.bottom_up(images)["res5"].std()
+    assert model.training
+    assert settled < 10 < wild
+    if arch == "retinanet":
+        return
+    boxes = [steps._all_over(size, images.device) for size in ((96, 96),) * 2]
+    with torch.no_grad():
+        maps = model.backbone(images)
+        pooled = model.roi_heads.box_pooler([maps[f"p{level}"] for level in (2, 3, 4, 5)], boxes)
+        for _, head, predictor in box_stages(model.roi_heads):
+            hard = background_hardness(predictor.cls_score(head(pooled))) >= steps.HARDNESS
+            assert hard.float().mean().item() == pytest.approx(steps.HARD_SHARE, abs=0.01)
+
+
+@pytest.mark.parametrize("precision", ["", "bf16"])
+def test_the_teachers_part_follows_the_precision_of_the_step(precision, teacher_files):
+    """Under autocast its convolutions give bfloat16, as they do in the step."""
+    model = build(distiller_config(detector_config(), ["FeatureMimic"], teacher_files["faster"]))
+    found = []
+    hook = model.teacher.model.backbone.bottom_up.stem.conv1.register_forward_hook
+    with EventStorage(5):
+        part = steps.TeacherPart(model, make_batch(), precision)
+        steps.TrainingStep(model, make_batch(), precision)()  # forgets what its own taps recorded
+        handle = hook(lambda module, inputs, output: found.append(output.dtype))
+        part()
+        handle.remove()
+    assert found == [torch.bfloat16 if precision else torch.float32]
+
+
+def test_losses_that_are_no_numbers_are_refused():
+    """Timing them would time nothing that a training does."""
+
+    class Step:
+        last_loss = torch.tensor(float("nan"))
+
+    with pytest.raises(ConfigError, match="the student step's loss is not finite"):
+        benchmark.check_finite({"student": Step(), "full": Step()})
+
+
+def test_rows_that_do_not_fit_or_come_too_late(tmp_path, monkeypatch, capsys):
+    """Larger batches of what did not fit are not tried; after the minutes no row is started."""
+    tried = []
+
+    def measure(setting, args):
+        tried.append((setting["heads"][0], setting["batch"]))
+        if setting["batch"] == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return fake_row(setting)
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    file = tmp_path / "cost.json"
+    words = ["--json", str(file), "--device", "cpu", "--archs", "faster", "--growth"]
+    words += ["--sizes", "320", "--object-counts", "8", "--batches", "2", "4", "8"]
+    benchmark.main([*words, "--heads", "SSIM", "MAR"])
+    assert tried == [("SSIM", 2), ("MAR", 2), ("SSIM", 4), ("MAR", 4)]
+    printed = capsys.readouterr().err
+    assert printed.count("does not fit in memory") == 2 and printed.count("a smaller one") == 2
+    assert len(json.loads(file.read_text())["rows"]) == 2
+    clock = iter([0.0, 0.0, 61.0])
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(clock))
+    benchmark.main([*words[:6], "--heads", "DSIG", "DRKD", "--minutes", "1"])
+    assert tried[-1] == ("DSIG", 2) and "left for another call" in capsys.readouterr().err
+
+
+def test_a_row_counts_operators_and_waits(teacher_files):
+    """What a head adds, the teacher's part included; on a CPU no kernels."""
+    cfg = distiller_config(detector_config(), ["FeatureMimic"], teacher_files["faster"])
+    model, batch = build(cfg), make_batch()
+    with EventStorage(5):
+        parts = {
+            "student": steps.TrainingStep(model.student, batch),
+            "teacher": steps.TeacherPart(model, batch),
+            "full": steps.TrainingStep(model, batch),
+        }
+        for part in parts.values():
+            part()
+        found = benchmark.count_parts(parts, model.student, model, "", "cpu")
+    operators = found["operators"]
+    assert operators["student"] + operators["teacher"] < operators["full"]
+    assert "kernels" not in found and isinstance(found["waits"], list)
+
+
+def test_waits_have_a_place():
+    """An operator that would wait is counted with the function that calls it, unless it may."""
+    student = torch.nn.Linear(2, 2)
+
+    def nms() -> None:
+        torch.ones(3).nonzero()
+
+    def step() -> None:
+        student(torch.ones(1, 2)).sum().item()
+        torch.arange(4)[torch.ones(4, dtype=torch.bool)].tolist()
+        nms()
+
+    counts = count_operators(step, student, may_wait=("nms",))
+    assert counts.waits == ["_local_scalar_dense", "index", "tolist"]
+    assert counts.student_waits == 0 and counts.operators > 4
+    handle = student.register_forward_hook(lambda *_: nms())
+    assert count_operators(lambda: student(torch.ones(1, 2)), student).student_waits == 1
+    handle.remove()
+    assert torch.ones(1).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("place", "arch", "head", "expected"),
+    [
+        (report.PROMISED_AT, "faster", "SSIM", 1.15),
+        (report.PROMISED_ON_GPU_AT, "faster", "SSIM", 1.08),
+        (report.PROMISED_ON_GPU_AT, "retinanet", "DRKD", 1.20),
+        ({**report.PROMISED_ON_GPU_AT, "precision": ""}, "faster", "SSIM", None),
+    ],
+)
+def test_bounds(place, arch, head, expected):
+    """Of a CPU and of a GPU, each at its own setting."""
+    assert report.bound({**place, "arch": arch, "heads": [head], "opts": []}) == expected

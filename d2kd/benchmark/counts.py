@@ -1,0 +1,185 @@
+"""What a step costs a GPU, whatever its speed: operators, kernels, and waits for the device.
+
+Operators that would launch a kernel, and those that would make the host wait, are counted on any
+device. What a GPU really launched, how long it was busy, and where the host really waited, only
+on one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators that start no kernel.
+VIEWS = {
+    *("_has_compatible_shallow_copy_type", "_reshape_alias", "_unsafe_view", "alias"),
+    *("as_strided", "chunk", "detach", "diagonal", "empty", "empty_like", "empty_strided"),
+    *("expand", "expand_as", "flatten", "is_pinned", "is_same_size", "lift_fresh", "movedim"),
+    *("narrow", "new_empty", "new_empty_strided", "numpy_T", "permute", "prim", "reshape"),
+    *("resolve_conj", "resolve_neg", "select", "slice", "split", "split_with_sizes", "squeeze"),
+    *("sym_numel", "sym_size", "sym_storage_offset", "sym_stride", "t", "transpose"),
+    *("unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
+}
+# Operators whose result the host must see, or whose size depends on values.
+WAITING = {
+    *("_local_scalar_dense", "_unique2", "equal", "masked_select", "nonzero"),
+    *("repeat_interleave", "unique_consecutive", "unique_dim"),
+}
+# Methods of tensors that are no operators on a CPU, and wait on a GPU.
+READING = ("tolist", "numpy", "cpu")
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+@dataclass
+class Counts:
+    """Of one step.
+
+    Attributes:
+        operators: that would launch a kernel.
+        waits: places of d2kd's own at which the host waits, or would.
+        student_waits: number of those in the student's own forward pass.
+    """
+
+    operators: int = 0
+    waits: list[str] = field(default_factory=list)
+    student_waits: int = 0
+
+    def wait(self, name: str, in_student: bool, may_wait: tuple[str, ...]) -> None:
+        """Take down a wait, unless a function that may is under way."""
+        stack = traceback.extract_stack()
+        if in_student:
+            self.student_waits += 1
+        elif not any(words in frame.name for frame in stack for words in may_wait):
+            own = [f for f in stack if f.filename.startswith(_PACKAGE) and f.filename != __file__]
+            place = own[-1].filename.removeprefix(_PACKAGE) if own else ""
+            self.waits.append(f"{name} at {place}:{own[-1].lineno}" if own else name)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self, counts: Counts, wait: Callable[[str], None]):
+        super().__init__()
+        self.counts, self.wait = counts, wait
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        self.counts.operators += name not in VIEWS
+        if name in WAITING or (name in ("index", "index_put_") and _by_mask(args[1])):
+            self.wait(name)
+        return function(*args, **(kwargs or {}))
+
+
+def _by_mask(indices: list[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+def count_operators(
+    step: Callable[[], object], student: nn.Module, may_wait: tuple[str, ...] = ()
+) -> Counts:
+    """Operators of a call of ``step``, its backward pass too, and those that would wait.
+
+    Args:
+        student: whose forward pass within ``step`` waits on its own account.
+        may_wait: parts of names of functions whose waits are not counted.
+    """
+    counts = Counts()
+    with _watched_student(student) as is_in_student:
+
+        def wait(name: str) -> None:
+            counts.wait(name, is_in_student(), may_wait)
+
+        with contextlib.ExitStack() as stack:
+            for name in READING:
+                stack.enter_context(_watched_method(name, wait))
+            stack.enter_context(_Count(counts, wait))
+            step()
+    return counts
+
+
+def count_waits(
+    step: Callable[[], object], student: nn.Module, may_wait: tuple[str, ...] = ()
+) -> Counts:
+    """On a GPU: waits of a call of ``step`` as CUDA reports them. Arguments as above."""
+    counts = Counts()
+    torch.cuda.synchronize()
+    with _watched_student(student) as is_in_student, warnings.catch_warnings():
+
+        def take_down(message: Any, *_: Any, **__: Any) -> None:
+            if "synchron" in str(message):
+                counts.wait("wait", is_in_student(), may_wait)
+
+        warnings.simplefilter("always")
+        warnings.showwarning = take_down
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return counts
+
+
+@contextlib.contextmanager
+def _watched_student(student: nn.Module) -> Iterator[Callable[[], bool]]:
+    depth = [0]
+
+    def enter(*_: Any) -> None:
+        depth[0] += 1
+
+    def leave(*_: Any) -> None:
+        depth[0] -= 1
+
+    hooks = [student.register_forward_pre_hook(enter), student.register_forward_hook(leave)]
+    try:
+        yield lambda: depth[0] > 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def _watched_method(name: str, wait: Callable[[str], None]) -> Iterator[None]:
+    original = getattr(Tensor, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        wait(name)
+        return original(*args, **kwargs)
+
+    inherited = name not in vars(Tensor)
+    setattr(Tensor, name, watched)
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(Tensor, name)
+        else:
+            setattr(Tensor, name, original)
+
+
+def profile_kernels(step: Callable[[], object], trace: str = "") -> tuple[int, float]:
+    """On a GPU: the number of kernels that a call of ``step`` launches, copies left out, and the
+    seconds that they take.
+
+    Args:
+        trace: file for the profiler's trace, for chrome://tracing or Perfetto; "" for none.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    if trace:
+        profile.export_chrome_trace(trace)
+    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
+    kernels = [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+    return len(kernels), sum(e.self_device_time_total for e in kernels) / 1e6
