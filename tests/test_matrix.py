@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from d2kd import ConfigError
+from d2kd import DISTILL_HEAD_REGISTRY, ConfigError
 from d2kd.detectors.spec import describe_detector
 
 from .detectors import (
@@ -19,24 +19,27 @@ from .detectors import (
     write_config,
 )
 
-METHODS = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR")
+BUILT_IN = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
+# What not every pair can serve: one-stage detectors, masks, the same outputs in both detectors.
+METHODS = tuple(name for name in BUILT_IN if name not in ("CrossKD", "MaskMimic"))
 FEATURES = tuple(method for method in METHODS if method != "Logits")
+DENSE_FEATURES = (*FEATURES, "CrossKD")
 # (student, teacher) of different build, and what each pair can serve.
 MIXED = [
     ("retinanet", "faster", FEATURES),
     ("retinanet", "cascade", FEATURES),
     ("faster", "retinanet", FEATURES),
     ("cascade", "retinanet", FEATURES),
-    ("fcos", "retinanet", FEATURES),
+    ("fcos", "retinanet", DENSE_FEATURES),
     ("fcos", "faster", FEATURES),
-    ("retinanet", "fcos", FEATURES),
+    ("retinanet", "fcos", DENSE_FEATURES),
     ("faster", "fcos", FEATURES),
     ("faster", "cascade", METHODS),
     ("cascade", "faster", METHODS),
     ("faster", "mask", METHODS),
-    ("mask", "cascade", ("SSIM", "FeatureMimic", "DRKD", "GlobalKnowledge", "MAR")),
+    ("mask", "cascade", tuple(method for method in FEATURES if method != "DSIG")),
     ("faster", "cascade_mask", METHODS),
-    ("mask", "cascade_mask", METHODS),
+    ("mask", "cascade_mask", (*METHODS, "MaskMimic")),
 ]
 # What makes do without outputs that a teacher of another kind, or with other anchors, lacks.
 DSIG_GRAPH = ("DISTILL.DSIG.CLASS_WEIGHT", 0.0, "DISTILL.DSIG.BOX_WEIGHT", 0.0)
@@ -90,8 +93,20 @@ def check_step(model, losses: dict, expected: dict[str, float] | None) -> None:
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("method", METHODS)
+def methods_for(arch: str) -> tuple[str, ...]:
+    """The heads that a pair of two detectors of one kind can serve."""
+    also = {"mask": ("MaskMimic",), **dict.fromkeys(DENSE, ("CrossKD",))}
+    return (*METHODS, *also.get(arch, ()))
+
+
+def test_every_head_is_in_the_matrix():
+    """A new head is in ``METHODS``, or for the detectors that it is made for."""
+    assert {method for arch in ARCHS for method in methods_for(arch)} == set(BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    ("method", "arch"), [(method, arch) for arch in ARCHS for method in methods_for(arch)]
+)
 def test_situations(method, arch, teacher_files, plain_losses):
     """Normal, without objects in an image or the batch, in bf16; then saved and resumed."""
     for objects in BATCHES.values():
@@ -147,6 +162,9 @@ def test_mixed_pairs(student, teacher, method, teacher_files, plain_losses):
         ("faster", "fcos", "GlobalKnowledge", GLOBAL_HARD[0]),
         ("faster", "fcos", "Logits", "SSIM, FeatureMimic, DRKD"),
         ("faster", "fcos", "MAR", "DISTILL.MAR.RELATION.WEIGHT 0"),
+        ("faster", "fcos", "CrossKD", "SSIM, FeatureMimic, DRKD"),
+        ("fcos", "faster", "CrossKD", "SSIM, FeatureMimic, DRKD"),
+        ("mask", "cascade", "CrossKD", "SSIM, FeatureMimic, DRKD"),
     ],
 )
 def test_refused_pairs(student, teacher, method, remedy, teacher_files):
@@ -160,7 +178,7 @@ def test_refused_pairs(student, teacher, method, remedy, teacher_files):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("method", ("SSIM", "FeatureMimic", "DRKD"))
+@pytest.mark.parametrize("method", ("SSIM", "FeatureMimic", "DRKD", "PKD", "CWD"))
 def test_other_models(method, teacher_files, tmp_path):
     """The pyramid of a student with no outputs that d2kd knows; a teacher must take images."""
     cfg = detector_config("faster")
@@ -177,8 +195,11 @@ def test_models_without_a_backbone_are_refused():
         describe_detector(torch.nn.Linear(1, 1), "teacher")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("methods", [METHODS[:4], METHODS[4:]], ids=", ".join)
+@pytest.mark.parametrize(
+    ("methods", "arch"),
+    [(methods_for(arch)[start::3], arch) for arch in ARCHS for start in range(3)],
+    ids=str,
+)
 def test_heads_add_up(methods, arch, teacher_files):
     """Methods together give each method's own losses, with the same parameters."""
     together = distiller(arch, teacher_files[arch], *methods)

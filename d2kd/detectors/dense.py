@@ -224,11 +224,11 @@ class _TeacherDense(DenseView):
         tower, prediction = (getattr(self._model.head, name) for name in _BRANCHES[branch])
         start = [*_convolutions(tower), len(tower)][-1 - convolutions]
         rest, weight = tower[start:], prediction.weight
-        # A level not asked for is a pixel, for towers that count the calls: see class_tower.
-        pixel = weight.new_zeros(1, self._step.spec.tower_channels[-1 - convolutions], 1, 1)
+        # In place of a level that is not asked for, as towers may count the calls: see class_tower.
+        empty = weight.new_zeros(1, self._step.spec.tower_channels[-1 - convolutions], 2, 2)
         # The teacher's own precision; its parameters are frozen, the maps are not.
         with self._context(), torch.enable_grad():
-            levels = {stride: maps.get(stride, pixel) for stride in self._strides}
+            levels = {stride: maps.get(stride, empty) for stride in self._strides}
             if not torch.is_autocast_enabled(weight.device.type):
                 levels = {stride: level.to(weight.dtype) for stride, level in levels.items()}
             read = {stride: rest(level) for stride, level in levels.items()}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..numerics import connected_zero, full_precision
 
-# Keeps boxes without area finite. Areas are relative to the anchor's.
-_EPS = 1e-7
+# Keeps boxes without area finite. Small, as boxes may be given in units of their anchors.
+_EPS = 1e-9
 
 
 @full_precision

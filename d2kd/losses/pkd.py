@@ -77,8 +77,8 @@ def _moments(maps: Sequence[Tensor], count: Tensor) -> tuple[Tensor, Tensor, Ten
         maps: s_1 ... s_L, t_1 ... t_L. count: (2 L, 1) m.
 
     Returns:
-        Means and inverse standard deviations, (2 L, C) each, 0 for a channel that is constant; sums
-        of the products of s and t without their means, (L, C).
+        Means and inverse standard deviations, (2 L, C) each, 0 for a channel that is constant or
+        has fewer than three values; sums of the products of s and t without their means, (L, C).
     """
     half = len(maps) // 2
     means = [x.mean((0, 2, 3), keepdim=True) for x in maps]
@@ -91,8 +91,9 @@ def _moments(maps: Sequence[Tensor], count: Tensor) -> tuple[Tensor, Tensor, Ten
     )
     mean, var = stack_channels([x.flatten() for x in means]), squares / count
     strongest = torch.addcmul(var, mean, mean).amax(1, keepdim=True)
-    scale = var.masked_fill(var <= _CONSTANT**2 * strongest, torch.inf).rsqrt()
-    return mean, scale, products
+    # Of two values r is 1 or -1, whatever they are: that is no correlation, and has no gradient.
+    left_out = (var <= _CONSTANT**2 * strongest).logical_or_(count < 3)
+    return mean, var.masked_fill(left_out, torch.inf).rsqrt(), products
 
 
 def _row(numbers: Tensor, level: int, like: Tensor) -> Tensor:
@@ -105,7 +106,8 @@ def pyramid_pkd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> 
     """Sum over pyramid levels of the mean over channels of 1 - r.
 
     A channel that is constant (deviation below a millionth of its level's strongest channel)
-    becomes 0 and gets no gradient: two constant channels cost 0, one of two costs 1 / 2.
+    becomes 0 and gets no gradient: two constant channels cost 0, one of two costs 1 / 2. So does a
+    level of fewer than three positions in the batch.
 
     Args:
         students: one (B, C_r, H_r, W_r) per level, after its adapter.

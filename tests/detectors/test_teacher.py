@@ -21,10 +21,17 @@ def distil(student_arch: str, teacher_file: str, opts=()):
     return build(distiller_config(detector_config(student_arch), ["ToyMimic"], teacher_file, opts))
 
 
-def bundles(student_arch: str, teacher_cfg, batch=None, teacher_model=None, **teacher_kwargs):
+def bundles(
+    student_arch: str,
+    teacher_cfg,
+    batch=None,
+    teacher_model=None,
+    student_cfg=None,
+    **teacher_kwargs,
+):
     """Both bundles of one step, and the teacher."""
     batch = batch or make_batch()
-    student = build(detector_config(student_arch))
+    student = build(student_cfg or detector_config(student_arch))
     spec = describe_detector(student, "student")
     taps = Taps(student, spec)
     teacher = Teacher(teacher_model or build(teacher_cfg, 1), **teacher_kwargs)

@@ -12,7 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..detectors import build, detector_config, distiller_config, make_batch
 from ..toy_head import ToyMimic  # noqa: F401  (registers)
 
-BUILT_IN = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR")
+BUILT_IN = (
+    *("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR"),
+    *("PKD", "CWD"),
+)
+ALSO = {"mask": ("MaskMimic",), "retinanet": ("CrossKD",)}
 
 
 def train_rank(rank: int, arch: str, teacher_file: str, port: int, results: str) -> None:
@@ -21,7 +25,8 @@ def train_rank(rank: int, arch: str, teacher_file: str, port: int, results: str)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     # The toy head starts at iteration 1: in iteration 0 its parameters have nothing to do.
     opts = ("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 1)
-    cfg = distiller_config(detector_config(arch), [*BUILT_IN, "ToyMimic"], teacher_file, opts)
+    heads = [*BUILT_IN, *ALSO[arch], "ToyMimic"]
+    cfg = distiller_config(detector_config(arch), heads, teacher_file, opts)
     model = DistributedDataParallel(build(cfg), broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     torch.manual_seed(rank)

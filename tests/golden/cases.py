@@ -92,6 +92,18 @@ VARIANTS: dict[str, dict[str, tuple[str, tuple]]] = {
         "unfocused": ("retinanet fcos", ("DENSE_FOCUS", 0.0)),
         "boxes": ("mask retinanet", ("CLASS_WEIGHT", 0.0, "MASK_WEIGHT", 0.0)),
     },
+    "PKD": {"strides": ("faster retinanet", ("STRIDES", [8, 32]))},
+    "CWD": {
+        "temperature": ("faster retinanet", ("TEMPERATURE", 4.0)),
+        "strides": ("retinanet", ("STRIDES", [16, 128])),
+    },
+    "CrossKD": {
+        "prediction alone": ("retinanet fcos", ("TEACHER_CONVS", 0)),
+        "whole head": ("retinanet fcos", ("TEACHER_CONVS", 2)),
+        "unfocused": ("retinanet", ("FOCUS", 0.0, "BOX_WEIGHT", 0.0)),
+        "squared focus": ("fcos", ("FOCUS", 2.0, "BOX_WEIGHT", 0.0)),
+        "boxes": ("retinanet", ("CLASS_WEIGHT", 0.0)),
+    },
     "MaskMimic": {
         "temperature": ("mask", ("TEMPERATURE", 3.0, "FEATURES_WEIGHT", 0.0)),
         "features": ("mask", ("LOGITS_WEIGHT", 0.0)),
@@ -181,6 +193,9 @@ EQUAL_WIDTH = (
     ("MAR", "adapter identity", (), True),
     ("MAR", "adapter auto", ("ADAPTER", "auto"), False),
     ("MaskMimic", "same width", (), False),
+    ("PKD", "same width", (), False),
+    ("CWD", "adapter always", ("ADAPTER", "always"), False),
+    ("CrossKD", "same width", (), False),
 )
 
 
@@ -205,7 +220,7 @@ def all_cases() -> Iterator[Case]:
             for arch in students.split():
                 yield Case(arch, arch, head, variant, opts)
     for head, variant, opts, own_start in EQUAL_WIDTH:
-        arch = "mask" if head == "MaskMimic" else "faster"
+        arch = {"MaskMimic": "mask", "CrossKD": "retinanet"}.get(head, "faster")
         yield Case(arch, arch, head, variant, opts, 16, own_start)
 
 

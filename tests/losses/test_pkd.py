@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2kd.losses.pkd import pkd_loss, pyramid_pkd_loss
 
-SHAPES = ((2, 3, 6, 5), (2, 3, 3, 3), (2, 4, 1, 2))
+SHAPES = ((2, 3, 6, 5), (2, 3, 3, 3), (2, 4, 1, 2))  # the last: four values a channel
 
 
 def random_maps(*shapes: tuple[int, ...], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
@@ -121,6 +121,17 @@ def test_degenerate_maps():
         loss.backward()
         assert loss == 0
         assert student.grad.shape == shape and (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 1, 1), (1, 3, 1, 2)])
+def test_two_values_have_no_correlation(shape):
+    """They would lie on a line, up or down: r is 1 or -1. Of three it is a number."""
+    (student,), (teacher,) = random_maps(shape)
+    loss = pkd_loss(student, teacher)
+    loss.backward()
+    assert loss == 0 and (student.grad == 0).all()
+    (student,), (teacher,) = random_maps((3, 3, 1, 1))
+    assert pkd_loss(student, teacher).item() == pytest.approx(reference(student, teacher))
 
 
 def test_nan_stays_nan():
