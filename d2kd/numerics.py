@@ -100,6 +100,15 @@ def stack_channels(parts: Sequence[Tensor]) -> Tensor:
     )
 
 
+def repeat_each(values: Tensor, times: Sequence[int]) -> Tensor:
+    """Each value of the last dimension as often as the host says: (..., L) -> (..., sum of times).
+
+    ``torch.repeat_interleave`` takes the numbers from the device, and waits for it.
+    """
+    parts = zip(values.split(1, dim=-1), times, strict=True)
+    return torch.cat([value.expand(*value.shape[:-1], n) for value, n in parts], dim=-1)
+
+
 # --- divergence of softened distributions ---------------------------------------------------------
 
 

@@ -4,8 +4,9 @@ The mask of MAR (reconstruction): a position weighs as much as it has anchors th
 nearly as well as the level's best anchor does. The weight is zero far away, small near an object's
 border and largest at its core.
 
-Shapes: B images, G objects (of the batch, or of a chunk), L levels; a level has K anchors at each
-of its H x W positions. Boxes and anchors are (x1, y1, x2, y2) in pixels of the network's input.
+Shapes: B images, G objects (of the batch, or of a chunk), L levels of H x W positions, P positions
+of all levels, K anchors at each. Boxes and anchors are (x1, y1, x2, y2) in pixels of the network's
+input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ..numerics import image_index, on_device, repeat_each
+from .boxes import assign_levels
 
 MASK_KINDS = ("count", "binary", "iou", "gauss", "zones", "roi_level")
 
@@ -23,14 +28,16 @@ MASK_KINDS = ("count", "binary", "iou", "gauss", "zones", "roi_level")
 _RING = 1.5
 # "roi_level": objects of this side (or less) lie on the finest level, of twice it on the next.
 _FINEST_SIDE = 56
-# Object-anchor pairs held at a time: 16 MiB of IoU and a few temporaries of that size.
+# Object-anchor pairs held at a time: 16 MiB of IoU, and 6 times that while it is computed.
 _MAX_PAIRS = 1 << 22
+
+Sizes = Mapping[int, tuple[int, int]]
 
 
 @torch.no_grad()
 def multi_value_masks(
     anchors: Mapping[int, Tensor],
-    sizes: Mapping[int, tuple[int, int]],
+    sizes: Sizes,
     gt_boxes: Sequence[Tensor],
     *,
     kind: str = "count",
@@ -75,29 +82,28 @@ def multi_value_masks(
     """
     if kind not in MASK_KINDS:
         raise ValueError(f"unknown mask kind {kind!r}, valid are {', '.join(MASK_KINDS)}")
-    levels = _build_levels(anchors, sizes)
-    boxes = torch.cat(list(gt_boxes)).float()
-    images = torch.cat(
-        [boxes.new_full((len(b),), i, dtype=torch.long) for i, b in enumerate(gt_boxes)]
-    )
-    masks = {stride: boxes.new_zeros(len(gt_boxes), *size) for stride, size in sizes.items()}
-    step = max(1, max_pairs // max(1, sum(len(a) for a in anchors.values())))
+    grid = _Grid.of(anchors, sizes)
+    boxes, images = torch.cat(list(gt_boxes)).float(), image_index(gt_boxes)
+    mask = boxes.new_zeros(len(gt_boxes), sum(grid.lengths))
+    step = max(1, max_pairs // max(1, grid.anchors[..., 0].numel()))
     for box, image in zip(boxes.split(step), images.split(step), strict=True):
-        ious = [level.iou(box) for level in levels]
-        best = torch.stack([iou.amax((1, 2, 3)) for iou in ious])  # (L, G)
-        active = _active_levels(best, box, None if kind == "roi_level" else participation)
-        for i, level in enumerate(levels):
-            values = _values(kind, level, box, ious[i], best[i], active[i], iou_ratio)
-            _accumulate(masks[level.stride], image, values, kind)
+        values = _values(grid, box, kind, iou_ratio, participation)
+        if kind in ("count", "binary", "roi_level"):
+            mask.index_add_(0, image, values)
+        else:
+            mask.scatter_reduce_(0, image[:, None].expand_as(values), values, "amax")
     if kind == "binary":
-        return {stride: (mask > 0).float() for stride, mask in masks.items()}
+        mask = (mask > 0).float()
+    by_level = zip(sizes.items(), mask.split(grid.lengths, dim=1), strict=True)
+    masks = {stride: level.unflatten(1, size) for (stride, size), level in by_level}
     if cap:
-        return {level.stride: masks[level.stride].clamp(max=level.per_location) for level in levels}
+        per_location = {s: len(anchors[s]) // math.prod(size) for s, size in sizes.items()}
+        return {stride: level.clamp(max=per_location[stride]) for stride, level in masks.items()}
     return masks
 
 
 def pseudo_anchors(
-    sizes: Mapping[int, tuple[int, int]],
+    sizes: Sizes,
     device: torch.device,
     scale: float = 8.0,
     ratios: Sequence[float] = (0.5, 1.0, 2.0),
@@ -114,126 +120,96 @@ def pseudo_anchors(
         stride -> (H * W * K, 4) in the order (y, x, anchor).
     """
     half = [(scale / 2 / math.sqrt(r), scale / 2 * math.sqrt(r)) for r in ratios]
-    half = torch.tensor(half, device=device)  # (K, 2)
+    corners = on_device([(-w, -h, w, h) for w, h in half], device)  # (K, 4)
     anchors = {}
-    for stride, (height, width) in sizes.items():
-        y = torch.arange(height, device=device)[:, None, None] + 0.5
-        x = torch.arange(width, device=device)[None, :, None] + 0.5
-        centre = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (H, W, 1, 2)
-        anchors[stride] = stride * torch.cat([centre - half, centre + half], -1).flatten(0, 2)
+    for stride, size in sizes.items():
+        centre = _cell_centres(size, device).repeat(1, 2)[:, None]  # (H W, 1, 4)
+        anchors[stride] = stride * (centre + corners).flatten(0, 1)
     return anchors
 
 
-@dataclass(frozen=True)
-class _Level:
-    """Anchors of one level as intervals along x and along y, each (K, H, W, 2).
+def _cell_centres(size: tuple[int, int], device: torch.device) -> Tensor:
+    """(H W, 2) centres x, y of the cells of a level, in strides."""
+    y, x = (torch.arange(length, device=device) + 0.5 for length in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
 
-    On a regular grid x does not depend on the row nor y on the column. These axes then have
-    length one, so that an overlap with an object takes H + W intervals and one outer product.
+
+@dataclass(frozen=True)
+class _Grid:
+    """All positions of all levels, level after level.
+
+    Attributes:
+        anchors: (P, K, 4). Where a level has fewer, the rest have no area and touch nothing.
+        sizes: stride -> (H, W).
+        lengths: positions of each level.
     """
 
-    stride: int
-    size: tuple[int, int]
-    x: Tensor
-    y: Tensor
+    anchors: Tensor
+    sizes: Sizes
+    lengths: list[int]
 
-    @property
-    def per_location(self) -> int:
-        return len(self.x)
+    @classmethod
+    def of(cls, anchors: Mapping[int, Tensor], sizes: Sizes) -> _Grid:
+        lengths = [math.prod(size) for size in sizes.values()]
+        levels = [anchors[s].float().view(n, -1, 4) for s, n in zip(sizes, lengths, strict=True)]
+        most = max(level.shape[1] for level in levels)
+        padded = [
+            F.pad(level, (0, 0, 0, most - level.shape[1])) if level.shape[1] < most else level
+            for level in levels
+        ]
+        return cls(torch.cat(padded), sizes, lengths)
 
     def iou(self, boxes: Tensor) -> Tensor:
-        """IoU (G, K, H, W) of ``boxes`` (G, 4) with each anchor; zero for boxes without area."""
-        x1, y1, x2, y2 = boxes[:, :, None, None, None].unbind(1)
-        intersection = _overlap(self.x, x1, x2) * _overlap(self.y, y1, y2)
-        anchor_area = (self.x[..., 1] - self.x[..., 0]) * (self.y[..., 1] - self.y[..., 0])
-        box_area = (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
-        union = (anchor_area + box_area).sub_(intersection)
+        """IoU (G, P, K) of ``boxes`` (G, 4) with each anchor; zero for boxes without area."""
+        boxes = boxes[:, None, None]
+        sides = torch.minimum(self.anchors[..., 2:], boxes[..., 2:])
+        sides = sides.sub_(torch.maximum(self.anchors[..., :2], boxes[..., :2])).clamp_(min=0)
+        intersection = sides[..., 0] * sides[..., 1]
+        union = (_areas(self.anchors) + _areas(boxes)).sub_(intersection)
         return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
 
-    def gauss(self, boxes: Tensor) -> Tensor:
-        """(G, H, W) Gaussian of the cell centres inside ``boxes`` (G, 4), elsewhere zero."""
-        u, v = self._offsets(boxes)
-        inside = (u.abs() < 1) & (v.abs() < 1)
-        return torch.exp(-0.5 * (u.square() + v.square())) * inside
+    def offsets(self, boxes: Tensor) -> Tensor:
+        """(G, P, 2) cell centres from the centre of ``boxes`` (G, 4), in half sides of the box."""
+        levels = [s * _cell_centres(size, boxes.device) for s, size in self.sizes.items()]
+        start, end = boxes[:, None, :2], boxes[:, None, 2:]
+        return (2 * torch.cat(levels) - start - end) / (end - start).clamp(min=1e-6)
 
-    def zones(self, boxes: Tensor) -> Tensor:
-        """(G, H, W) 2 for cell centres inside ``boxes`` (G, 4), 1 in a ring around, else 0."""
-        u, v = self._offsets(boxes)
-        distance = torch.maximum(u.abs(), v.abs())
-        return (distance < 1).float() + (distance < _RING).float()
-
-    def _offsets(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Cell centres from the box centre in half sides, along x (G, 1, W) and y (G, H, 1)."""
-        x1, y1, x2, y2 = boxes[:, :, None, None].unbind(1)
-        x = (torch.arange(self.size[1], device=boxes.device) + 0.5) * self.stride
-        y = (torch.arange(self.size[0], device=boxes.device)[:, None] + 0.5) * self.stride
-        u = (2 * x - x1 - x2) / (x2 - x1).clamp(min=1e-6)
-        v = (2 * y - y1 - y2) / (y2 - y1).clamp(min=1e-6)
-        return u, v
+    def best(self, of_position: Tensor) -> Tensor:
+        """The largest value of each level: (G, P) -> (G, L)."""
+        return torch.stack([level.amax(1) for level in of_position.split(self.lengths, 1)], 1)
 
 
-def _build_levels(
-    anchors: Mapping[int, Tensor], sizes: Mapping[int, tuple[int, int]]
-) -> list[_Level]:
-    """Anchors (H * W * K, 4) of each level as intervals; regular grids lose their idle axes."""
-    grids = {}
-    for stride, (height, width) in sizes.items():
-        grid = anchors[stride].float().view(height, width, -1, 4).permute(2, 0, 1, 3)
-        grids[stride] = grid[..., 0::2], grid[..., 1::2]
-    regular = [(x == x[:, :1]).all() & (y == y[:, :, :1]).all() for x, y in grids.values()]
-    # Waits for the device, once for all levels: regularity decides shapes.
-    levels = []
-    for (stride, (x, y)), is_regular in zip(
-        grids.items(), torch.stack(regular).tolist(), strict=True
-    ):
-        if is_regular:
-            x, y = x[:, :1], y[:, :, :1]
-        levels.append(_Level(stride, sizes[stride], x, y))
-    return levels
-
-
-def _overlap(intervals: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Length (G, K, H, W) that ``intervals`` (K, H, W, 2) share with [start, end] (G, 1, 1, 1)."""
-    return (torch.minimum(intervals[..., 1], end) - torch.maximum(intervals[..., 0], start)).clamp_(
-        min=0
-    )
-
-
-def _active_levels(best: Tensor, boxes: Tensor, participation: float | None) -> Tensor:
-    """Whether each object takes part in each level (L, G), from the levels' best IoU (L, G)."""
-    touched = best > 0
-    if participation is not None:
-        return touched & (best >= participation * best.amax(0))
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    level = torch.log2(area.clamp(min=1e-6).sqrt() / _FINEST_SIDE).floor().clamp(0, len(best) - 1)
-    return touched & (torch.arange(len(best), device=best.device)[:, None] == level)
+def _areas(boxes: Tensor) -> Tensor:
+    """(..., 4) -> (...), zero where a side is negative."""
+    sides = (boxes[..., 2:] - boxes[..., :2]).clamp_(min=0)
+    return sides[..., 0] * sides[..., 1]
 
 
 def _values(
-    kind: str,
-    level: _Level,
-    boxes: Tensor,
-    iou: Tensor,
-    best: Tensor,
-    active: Tensor,
-    iou_ratio: float,
+    grid: _Grid, boxes: Tensor, kind: str, iou_ratio: float, participation: float
 ) -> Tensor:
-    """What each object gives each position of a level, (G, H, W)."""
-    if kind == "gauss":
-        return level.gauss(boxes) * active[:, None, None]
-    if kind == "zones":
-        return level.zones(boxes) * active[:, None, None]
-    # The comparison with the threshold is strict, so that best = 0 selects nothing.
-    threshold = torch.where(active, iou_ratio * best, torch.inf)[:, None, None, None]
-    if kind == "iou":
-        nearest = torch.where(iou > threshold, iou, 0).amax(1)
-        return nearest / best.clamp(min=torch.finfo(best.dtype).tiny)[:, None, None]
-    return (iou > threshold).sum(1, dtype=iou.dtype)
-
-
-def _accumulate(mask: Tensor, image: Tensor, values: Tensor, kind: str) -> None:
-    """Gather what objects (G, H, W) of images (G,) give into ``mask`` (B, H, W), in place."""
-    if kind in ("count", "binary", "roi_level"):
-        mask.index_add_(0, image, values)
+    """What each object gives each position, (G, P)."""
+    iou = grid.iou(boxes)
+    nearest = iou.amax(2)
+    best = grid.best(nearest)
+    # Whether the object takes part in the level.
+    active = best > 0
+    if kind == "roi_level":
+        own = assign_levels(boxes, best.shape[1], _FINEST_SIDE, margin=0)
+        active &= torch.arange(best.shape[1], device=best.device) == own[:, None]
     else:
-        mask.scatter_reduce_(0, image[:, None, None].expand_as(values), values, "amax")
+        active &= best >= participation * best.amax(1, keepdim=True)
+    if kind == "gauss":
+        offsets = grid.offsets(boxes)
+        values = torch.exp(-0.5 * offsets.square().sum(2)) * (offsets.abs().amax(2) < 1)
+        return values * repeat_each(active, grid.lengths)
+    if kind == "zones":
+        distance = grid.offsets(boxes).abs().amax(2)
+        values = (distance < 1).float() + (distance < _RING).float()
+        return values * repeat_each(active, grid.lengths)
+    # The comparison with the threshold is strict, so that best = 0 selects nothing.
+    threshold = repeat_each((iou_ratio * best).masked_fill(~active, torch.inf), grid.lengths)
+    if kind == "iou":
+        share = nearest / repeat_each(best.clamp(min=torch.finfo(best.dtype).tiny), grid.lengths)
+        return share * (nearest > threshold)
+    return (iou > threshold[:, :, None]).sum(2, dtype=iou.dtype)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle, RoIView
@@ -18,11 +19,20 @@ from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
 from ..geometry.anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
 from ..keys import NOT_NEGATIVE, Options, Rule, group, key, one_of, or_none
-from ..losses.mar import PIXEL_WEIGHTS, mask_guided_loss, pixel_weights, relation_loss
+from ..losses.mar import (
+    PIXEL_WEIGHTS,
+    map_relation_loss,
+    mask_guided_loss,
+    pixel_weights,
+    relation_loss,
+)
+from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
 from ..schedules import ScheduleOptions
 from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
 from .base import DistillHead
+from .global_knowledge.boxes import pick_foreground
+from .needs import Need
 from .pyramid import adapted_levels
 
 logger = logging.getLogger(__name__)
@@ -49,8 +59,9 @@ class MaskOptions(Options):
     kind: str = key(
         "count",
         one_of(MASK_KINDS),
-        'What a position is worth: "count", "binary", "iou", "gauss", "zones" or '
-        '"roi_level", see d2kd/geometry/anchor_masks.py.',
+        'What a position is worth: "count" (its anchors near objects), "binary" (1 where there is '
+        'one), "iou" (how well the nearest overlaps), "gauss" or "zones" (where in the box it '
+        'lies), "roi_level" (as "count", each object on one level only).',
     )
     iou_ratio: float = key(
         0.5,
@@ -60,15 +71,15 @@ class MaskOptions(Options):
     participation: float = key(
         0.1,
         Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1"),
-        "kappa: an object takes part in the levels whose best IoU is at least this share "
-        "of its best.",
+        "kappa: an object takes part in the levels whose best IoU is at least this share of its "
+        "best.",
     )
     anchors: str = key(
         "auto",
         one_of(ANCHORS),
-        'Whose anchors: "detector" (the student\'s own); "pseudo" (three of side 8 strides '
-        'on each cell); "auto": pseudo for anchor-free students and those with a single '
-        "anchor a location, which is how Detectron2 represents the points of FCOS.",
+        'Whose anchors: "detector" (the student\'s own); "pseudo" (three of side 8 strides on each '
+        'cell); "auto": pseudo for anchor-free students and those with a single anchor a location, '
+        "which is how Detectron2 represents the points of FCOS.",
     )
     cap: bool = key(
         False,
@@ -78,7 +89,7 @@ class MaskOptions(Options):
     background: float = key(
         0.0,
         NOT_NEGATIVE,
-        "eta, weight of the features outside the mask against those inside.",
+        "eta, weight of the features outside the mask relative to those inside.",
     )
 
 
@@ -89,16 +100,15 @@ class RelationOptions(Options):
     site: str = key(
         "auto",
         one_of(("auto", *SITES)),
-        'Where pixels are related: "class_tower" (dense students); "roi_pixels" (the '
-        'cells of each positive RoI), "rpn_dense" (the RPN\'s hidden map), "roi_vectors" '
-        "(the box head's outputs of an image's RoIs) for two-stage ones. \"auto\": "
-        "class_tower or roi_pixels.",
+        'Where pixels are related. Dense students: "class_tower". Two-stage ones: "roi_pixels" '
+        '(the cells of each positive RoI), "rpn_dense" (the RPN\'s hidden map) or "roi_vectors" '
+        "(the box head's outputs of an image's RoIs). \"auto\": class_tower or roi_pixels.",
     )
     weight: float | None = key(
         None,
         or_none(NOT_NEGATIVE),
-        "w_r, weight of the relation term; 0 turns it off. None: 10 for maps "
-        "(class_tower, rpn_dense) and 1 for RoIs (roi_pixels, roi_vectors).",
+        "w_r, weight of the relation term; 0 turns it off. None: 10 for maps (class_tower, "
+        "rpn_dense) and 1 for RoIs (roi_pixels, roi_vectors).",
     )
     pixel_weights: str = key(
         "balanced",
@@ -122,30 +132,26 @@ class MAROptions(HeadOptions):
     adapter: str = key(
         "always",
         one_of(MODES),
-        'Convolution on the student\'s levels: "always", "auto" (only where channels '
-        'differ), "never".',
+        'Convolution on the student\'s levels: "always", "auto" (only where channels differ), '
+        '"never".',
     )
     adapter_kernel: int = key(
-        1,
-        one_of((1, 3)),
-        'Its kernel, 1 or 3 (FGFI and DeFeat: 3), and its first weights: "identity" '
-        '(where channels agree, else PyTorch\'s default), "default" or "small" (FGFI and '
-        "DeFeat).",
+        1, one_of((1, 3)), "Kernel of that convolution, 1 or 3 (FGFI and DeFeat: 3)."
     )
     adapter_init: str = key(
         "identity",
         one_of(INITS),
-        'Its first weights: "identity" (where channels agree, else the default of PyTorch), '
-        '"default" or "small" (FGFI and DeFeat).',
+        'Its first weights: "identity" (where channels agree, else PyTorch\'s default), "default" '
+        'or "small" (near zero: FGFI and DeFeat).',
     )
     mask: MaskOptions = group(MaskOptions())
     relation: RelationOptions = group(RelationOptions())
     advice_iter: int = key(
         1000,
         NOT_NEGATIVE,
-        "After this many iterations a log line says which share of the detection loss "
-        "each term has, and which weight would bring it into the range that this "
-        "reconstruction aims at. It is advice: nothing is rescaled. 0: no advice.",
+        "After this many iterations a log line says which share of the detection loss each term "
+        "has, and which weight would bring it into the range that this reconstruction aims at. It "
+        "is advice: nothing is rescaled. 0: no advice.",
     )
 
 
@@ -158,110 +164,103 @@ class MAR(DistillHead):
     IJCSE 27(2), 2024, as docs/methods/mar.md reconstructs it from the abstract.
 
     Args:
+        options: the values of ``DISTILL.MAR``, with the relation site and its weight decided.
+        weights: term -> weight, w_m of "mask" and w_r of "relation"; what is absent is not built.
         strides: pyramid levels of the mask-guided term, and of relations on maps.
         adapters: from the student's channels to the teacher's, by stride.
-        mask_weight: w_m; 0 for no mask-guided term.
-        mask_options: keywords of :func:`~d2kd.anchor_masks.multi_value_masks`.
         anchors: the student's field that holds its anchors; "" for pseudo-anchors.
-        background_weight: eta of :func:`~d2kd.losses.mar.mask_guided_loss`.
-        relation_site: a key of ``SITES``.
-        relation_weight: w_r; 0 for no relation term.
-        pixel_weighting: mode of :func:`~d2kd.losses.mar.pixel_weights`.
+        positives: most positive RoIs of an image.
         advice: tells the terms' shares of the detection loss; None for silence.
     """
 
     Options = MAROptions
+    term_options = {"mask": "mask.weight", "relation": "relation.weight"}
 
     @configurable
     def __init__(
         self,
         *,
+        options: MAROptions,
+        weights: Mapping[str, float],
         strides: Sequence[int],
         adapters: Adapters,
-        mask_weight: float,
-        mask_options: Mapping,
         anchors: str,
-        background_weight: float,
-        relation_site: str,
-        relation_weight: float,
-        pixel_weighting: str,
+        positives: int,
         advice: Advice | None = None,
     ):
         super().__init__()
+        self.options = options
+        self.weights = weights
         self.strides = tuple(strides)
         self.adapters = adapters
-        self.mask_weight = mask_weight
-        self.mask_options = dict(mask_options)
         self.anchors = anchors
-        self.background_weight = background_weight
-        self.relation_site = relation_site
-        self.relation_weight = relation_weight
-        self.pixel_weighting = pixel_weighting
+        self.positives = positives
         self.advice = advice
-        # Relations inside RoIs know no masks; relations on maps weigh their pixels by them.
-        self.needs_masks = bool(mask_weight or (relation_weight and relation_site in MAP_SITES))
-        self.reads = ("pyramid", *([SITES[relation_site][0]] if relation_weight else []))
-        self.student_reads = (anchors,) if anchors and self.needs_masks else ()
 
     @classmethod
-    def from_config(cls, cfg, student_spec: DetectorSpec, teacher_spec: DetectorSpec) -> dict:
-        node = cfg.DISTILL.MAR
-        site, weight = node.RELATION.SITE, node.RELATION.WEIGHT
-        if site == "auto":
-            site = "roi_pixels" if student_spec.two_stage else "class_tower"
-        relation_weight = SITES[site][1] if weight is None else weight
-        if not node.MASK.WEIGHT and not relation_weight:
-            raise ConfigError("DISTILL.MAR: MASK.WEIGHT and RELATION.WEIGHT are both 0")
-        if relation_weight:
-            _check_site(site, student_spec, teacher_spec)
-        strides = pair_levels(student_spec, teacher_spec, node.STRIDES)
-        if relation_weight and site in MAP_SITES:
-            _check_map_levels(site, strides, student_spec, teacher_spec)
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        options = _with_default_relation(cls.read_options(cfg), student_spec)
+        weights = cls.term_weights(options)
+        strides = pair_levels(student_spec, teacher_spec, options.strides)
         adapters = build_adapters(
             student_spec,
             teacher_spec,
-            strides if node.MASK.WEIGHT else (),
-            kernel_size=node.ADAPTER_KERNEL,
-            mode=node.ADAPTER,
-            init=node.ADAPTER_INIT,
+            strides if "mask" in weights else (),
+            kernel_size=options.adapter_kernel,
+            mode=options.adapter,
+            init=options.adapter_init,
         )
-        mask_options = {
-            "kind": node.MASK.KIND,
-            "iou_ratio": node.MASK.IOU_RATIO,
-            "participation": node.MASK.PARTICIPATION,
-            "cap": node.MASK.CAP,
-        }
-        advice = Advice(node.ADVICE_ITER, node.SCHEDULE.START_ITER, node.WEIGHT)
+        rois = cfg.MODEL.ROI_HEADS
         return {
+            "options": options,
+            "weights": weights,
             "strides": strides,
             "adapters": adapters,
-            "mask_weight": node.MASK.WEIGHT,
-            "mask_options": mask_options,
-            "anchors": _anchor_field(node.MASK.ANCHORS, student_spec),
-            "background_weight": node.MASK.BACKGROUND,
-            "relation_site": site,
-            "relation_weight": relation_weight,
-            "pixel_weighting": node.RELATION.PIXEL_WEIGHTS,
-            "advice": advice if node.ADVICE_ITER > 0 else None,
+            "anchors": _anchor_field(options.mask.anchors, student_spec),
+            "positives": int(rois.BATCH_SIZE_PER_IMAGE * rois.POSITIVE_FRACTION),
+            "advice": Advice.from_options(options) if options.advice_iter else None,
         }
+
+    @classmethod
+    def needs(
+        cls, options: HeadOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> Sequence[Need]:
+        assert isinstance(options, MAROptions)
+        options = _with_default_relation(options, student)
+        site, weights = options.relation.site, cls.term_weights(options)
+        anchors = _anchor_field(options.mask.anchors, student)
+        fields = {"mask": "pyramid", "relation": SITES[site][0]}
+        needs = [Need("", both=("pyramid",)), *(Need(t, both=(fields[t],)) for t in weights)]
+        needs += [Need(t, student=(anchors,)) for t in _mask_terms(options, weights) if anchors]
+        if "relation" in weights and site in MAP_SITES:
+            _check_map_levels(
+                site, pair_levels(student, teacher, options.strides), student, teacher
+            )
+        return needs
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
     ) -> dict[str, Tensor]:
-        masks = self.build_masks(student, batch.gt_boxes) if self.needs_masks else {}
+        masks: dict[int, Tensor] = {}
+        if _mask_terms(self.options, self.weights):
+            masks = self.build_masks(student, batch.gt_boxes)
         terms = {}
-        if self.mask_weight:
+        if "mask" in self.weights:
             levels = adapted_levels(student, teacher, self.strides, self.adapters)
-            loss = mask_guided_loss(*levels, list(masks.values()), self.background_weight)
-            terms["mask"] = self.mask_weight * loss
-        if self.relation_weight:
-            terms["relation"] = self.relation_weight * self._relate(student, teacher, masks)
+            background = self.options.mask.background
+            terms["mask"] = mask_guided_loss(*levels, list(masks.values()), background)
+        if "relation" in self.weights:
+            terms["relation"] = self._relate(student, teacher, masks)
+        terms = self.weigh(terms)
         if self.advice is not None:
-            weights = {"mask": self.mask_weight, "relation": self.relation_weight}
-            self.advice.update(batch, terms, weights)
+            self.advice.update(batch, terms, self.weights)
         return terms
 
-    def build_masks(self, student: FeatureBundle, gt_boxes: list[Tensor]) -> dict[int, Tensor]:
+    def build_masks(
+        self, student: FeatureBundle, gt_boxes: Sequence[Tensor], kind: str = ""
+    ) -> dict[int, Tensor]:
         """The multi-value masks of a batch: stride -> (B, H, W) for the levels in use.
 
         Which objects take part in a level depends on all levels, those out of use too.
@@ -270,24 +269,37 @@ class MAR(DistillHead):
             student: gives the sizes of the levels and the anchors; levels without anchors of
                 their own get pseudo-anchors.
             gt_boxes: per image (n, 4).
+            kind: of the masks; "" for that of the options.
         """
-        sizes = {s: tuple(level.shape[-2:]) for s, level in student.pyramid.items()}
-        view = {"rpn.anchors": "rpn", "dense.anchors": "dense"}.get(self.anchors)
-        anchors = dict(getattr(student, view).anchors) if view else {}
+        sizes = {s: (level.shape[2], level.shape[3]) for s, level in student.pyramid.items()}
+        anchors: dict[int, Tensor] = {}
+        if self.anchors:
+            view = student.rpn if self.anchors == "rpn.anchors" else student.dense
+            anchors.update(view.anchors)
         without = {s: size for s, size in sizes.items() if s not in anchors}
         anchors.update(pseudo_anchors(without, student.pyramid[self.strides[0]].device))
-        masks = multi_value_masks(anchors, sizes, gt_boxes, **self.mask_options)
+        options = self.options.mask
+        masks = multi_value_masks(
+            anchors,
+            sizes,
+            gt_boxes,
+            kind=kind or options.kind,
+            iou_ratio=options.iou_ratio,
+            participation=options.participation,
+            cap=options.cap,
+        )
         return {s: masks[s] for s in self.strides}
 
     def _relate(
         self, student: FeatureBundle, teacher: FeatureBundle, masks: dict[int, Tensor]
     ) -> Tensor:
-        if self.relation_site == "class_tower":
+        site = self.options.relation.site
+        if site == "class_tower":
             return self._relate_maps(student.dense.class_tower, teacher.dense.class_tower, masks)
-        if self.relation_site == "rpn_dense":
+        if site == "rpn_dense":
             return self._relate_maps(student.rpn.features, teacher.rpn.features, masks)
-        if self.relation_site == "roi_pixels":
-            return _relate_roi_pixels(student.roi, teacher.roi, student.spec.num_classes)
+        if site == "roi_pixels":
+            return self._relate_roi_pixels(student, teacher)
         return _relate_roi_vectors(student.roi, teacher.roi)
 
     def _relate_maps(
@@ -297,44 +309,74 @@ class MAR(DistillHead):
         masks: dict[int, Tensor],
     ) -> Tensor:
         """Relations between the positions of each level, averaged over images and levels."""
-        losses = [
-            relation_loss(
-                student[s].flatten(2),
-                teacher[s].flatten(2),
-                pixel_weights(masks[s].flatten(1), self.pixel_weighting),
-            )
-            for s in self.strides
-            if s in student and s in teacher
-        ]
-        return torch.stack(losses).mean()
+        strides = [s for s in self.strides if s in student and s in teacher]
+        flat = [masks[s].flatten(1) for s in strides]
+        lengths = [mask.shape[1] for mask in flat]
+        weights = pixel_weights(torch.cat(flat, 1), lengths, self.options.relation.pixel_weights)
+        return map_relation_loss(
+            [student[s] for s in strides], [teacher[s] for s in strides], weights
+        )
 
-
-def _relate_roi_pixels(student: RoIView, teacher: RoIView, num_classes: int) -> Tensor:
-    """Relations between the cells of each positive RoI of the batch, averaged over RoIs."""
-    # Waits for the device: relating all RoIs instead would cost several times the products.
-    positive = (student.labels < num_classes).nonzero().squeeze(1)
-    return relation_loss(
-        student.features[positive].flatten(2), teacher.features[positive].flatten(2)
-    )
+    def _relate_roi_pixels(self, student: FeatureBundle, teacher: FeatureBundle) -> Tensor:
+        """Relations between the cells of each positive RoI of the batch, averaged over RoIs."""
+        num_classes = student.spec.num_classes
+        assert num_classes is not None  # a detector with RoIs has classes
+        # How many are positive only the device knows; the sampler bounds it.
+        most = self.positives * len(student.roi.boxes)
+        chosen, positive = pick_foreground(student.roi.labels[None], num_classes, most)
+        mine, theirs = (
+            side.roi.features.index_select(0, chosen[0]).flatten(2) for side in (student, teacher)
+        )
+        return relation_loss(mine, theirs, groups=positive[0])
 
 
 def _relate_roi_vectors(student: RoIView, teacher: RoIView) -> Tensor:
     """Relations between the sampled RoIs of each image, averaged over images."""
-    counts = [len(boxes) for boxes in student.boxes]
+    rows = Ragged.of(student.boxes)
+    weights = rows.valid / rows.lengths.clamp(min=1).unsqueeze(1)
+    return relation_loss(rows.pad(student.hidden).mT, rows.pad(teacher.hidden).mT, weights)
 
-    def by_image(rois: Tensor) -> Tensor:
-        """(R, ...) -> (B, largest R of an image, ...), padded with zeros."""
-        return pad_sequence(rois.split(counts), batch_first=True)
 
-    weights = torch.cat(
-        [
-            boxes.new_full((n,), 1 / max(n, 1))
-            for boxes, n in zip(student.boxes, counts, strict=True)
-        ]
-    )
-    return relation_loss(
-        by_image(student.hidden).mT, by_image(teacher.hidden).mT, by_image(weights)
-    )
+def _mask_terms(options: MAROptions, weights: Mapping[str, float]) -> list[str]:
+    """The terms that read masks: relations on maps weigh their pixels by them, those inside RoIs
+    know none."""
+    relations = ["relation"] if options.relation.site in MAP_SITES else []
+    return [term for term in ("mask", *relations) if term in weights]
+
+
+def _with_default_relation(options: MAROptions, student: DetectorSpec) -> MAROptions:
+    """``options`` with the relation site and its weight decided."""
+    site, weight = options.relation.site, options.relation.weight
+    if site == "auto":
+        site = "roi_pixels" if student.two_stage else "class_tower"
+    weight = SITES[site][1] if weight is None else weight
+    relation = dataclasses.replace(options.relation, site=site, weight=weight)
+    return dataclasses.replace(options, relation=relation)
+
+
+def _anchor_field(anchors: str, student: DetectorSpec) -> str:
+    """The student's field that holds its anchors, or "" for pseudo-anchors."""
+    own = "rpn.anchors" if student.two_stage else "dense.anchors"
+    if anchors == "auto":
+        anchor_free = own not in student.fields or student.anchors_per_location in (None, 1)
+        return "" if anchor_free else own
+    return own if anchors == "detector" else ""
+
+
+def _check_map_levels(
+    site: str, strides: Sequence[int], student: DetectorSpec, teacher: DetectorSpec
+) -> None:
+    """Refuse relations on maps where none of the levels in use has them in both detectors.
+
+    Raises:
+        ConfigError: names the levels that have.
+    """
+    common = sorted(set(student.head_strides) & set(teacher.head_strides))
+    if not set(strides) & set(common):
+        raise ConfigError(
+            f"relations at '{site}' are on the levels of stride {common}, and DISTILL.MAR.STRIDES "
+            f"leaves {list(strides)}; DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
+        )
 
 
 class Advice:
@@ -354,7 +396,12 @@ class Advice:
         self.weight = weight
         self.sums: dict[str, Tensor] = {}
 
-    def update(self, batch: Batch, terms: dict[str, Tensor], weights: dict[str, float]) -> None:
+    @classmethod
+    def from_options(cls, options: MAROptions) -> Advice:
+        """The advice that the keys of the head ask for."""
+        return cls(options.advice_iter, options.schedule.start_iter, options.weight)
+
+    def update(self, batch: Batch, terms: dict[str, Tensor], weights: Mapping[str, float]) -> None:
         """Take note of one iteration, and log when the time has come.
 
         Args:
@@ -364,9 +411,9 @@ class Advice:
         """
         if self.begin <= batch.iteration < self.end and batch.student_losses:
             values = {name: self.weight * term.detach() for name, term in terms.items()}
-            values["detection"] = sum(batch.student_losses.values())
+            values["detection"] = torch.stack(list(batch.student_losses.values())).sum()
             for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0) + value
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
         if batch.iteration >= self.end - 1 and self.sums:
             # Waits for the device once in a training: the log needs numbers.
             names, sums = list(self.sums), torch.stack(list(self.sums.values())).tolist()
@@ -374,7 +421,7 @@ class Advice:
             if comm.is_main_process():
                 self._log(dict(zip(names, sums, strict=True)), weights)
 
-    def _log(self, sums: dict[str, float], weights: dict[str, float]) -> None:
+    def _log(self, sums: dict[str, float], weights: Mapping[str, float]) -> None:
         detection = sums.pop("detection")
         for name, value in sums.items():
             logger.info(advise(name, value / detection if detection else 0.0, weights[name]))
@@ -392,50 +439,3 @@ def advise(term: str, share: float, weight: float) -> str:
         return f"{sentence}; {key} stays at {weight:g}"
     # The middle of the range, as factors count.
     return f"{sentence}; {key} {weight * (low * high) ** 0.5 / share:.3g} would be in its middle"
-
-
-def _check_site(site: str, *specs: DetectorSpec) -> None:
-    """Refuse a relation site that one of the detectors does not have.
-
-    Raises:
-        ConfigError: names the field, the detector and what works.
-    """
-    for spec in specs:
-        if SITES[site][0] not in spec.fields:
-            raise ConfigError(
-                f"relations at '{site}' read {SITES[site][0]} of the {spec.role}, and a "
-                f"{spec.meta_arch} has none here; DISTILL.MAR.RELATION.SITE has {list(SITES)}, and "
-                "DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
-            )
-
-
-def _check_map_levels(
-    site: str, strides: Sequence[int], student: DetectorSpec, teacher: DetectorSpec
-) -> None:
-    """Refuse relations on maps where none of the levels in use has them in both detectors.
-
-    Raises:
-        ConfigError: names the levels that have.
-    """
-    common = sorted(set(student.head_strides) & set(teacher.head_strides))
-    if not set(strides) & set(common):
-        raise ConfigError(
-            f"relations at '{site}' are on the levels of stride {common}, and DISTILL.MAR.STRIDES "
-            f"leaves {list(strides)}; DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
-        )
-
-
-def _anchor_field(anchors: str, student: DetectorSpec) -> str:
-    """The student's field that holds its anchors, or "" for pseudo-anchors.
-
-    Raises:
-        ConfigError: the detector's own anchors are asked for, and it has none.
-    """
-    own = next((f for f in ("rpn.anchors", "dense.anchors") if f in student.fields), "")
-    if anchors == "detector" and not own:
-        raise ConfigError(
-            f"DISTILL.MAR.MASK.ANCHORS is 'detector', but a {student.meta_arch} has no anchors; "
-            "valid: auto, pseudo"
-        )
-    anchor_free = anchors == "auto" and student.anchors_per_location in (None, 1)
-    return "" if anchors == "pseudo" or anchor_free else own

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import full_precision
+from ..numerics import full_precision, on_device, stack_channels
 
 PROFILES = ("code", "paper")
 REFERENCE_BATCH_SIZE = 2  # images per GPU for which the published weights were chosen
@@ -45,8 +45,8 @@ def pixel_relation_loss(
     """
     _check_profile(profile)
     if profile == "paper":
-        inverse = torch.tensor([1 / size for size in sizes], dtype=squared_gaps.dtype)
-        return squared_gaps @ inverse.to(squared_gaps.device, non_blocking=True)
+        inverse = [1 / size for size in sizes]
+        return squared_gaps @ on_device(inverse, squared_gaps.device, squared_gaps.dtype)
     return _sqrt_with_zero_gradient_at_zero(squared_gaps).sum()
 
 
@@ -71,7 +71,7 @@ def instance_loss(
     """
     _check_profile(profile)
     # (L, R): squared length of each instance's gap.
-    squared = torch.stack([gap.flatten(1).square().sum(1) for gap in gaps])
+    squared = stack_channels([gap.flatten(1) for gap in gaps]).square().sum(2)
     if profile == "paper":
         return squared.sum() / max(len(image_index), 1)
     per_image = squared.new_zeros(len(gaps), num_images).index_add(1, image_index, squared)

@@ -4,25 +4,28 @@ Zeng et al., "Distilling object detectors with mask-guided feature and relation-
 IJCSE 27(2), 2024. Only its abstract is public; the formulas are this project's reconstruction,
 explained in docs/methods/mar.md.
 
-Shapes: B images, C channels (Cs of the student, Ct of the teacher), H x W positions; G groups of N
-pixels each, a group being one level of one image, the cells of one RoI or the RoIs of one image.
+Shapes: B images, L levels, C channels (Cs of the student, Ct of the teacher), H x W positions of a
+level, P of all levels; G groups of N pixels each, a group being the cells of one RoI or the RoIs of
+one image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..numerics import connected_zero, full_precision
+from ..numerics import connected_zero, full_precision, inverse_lengths, on_device, repeat_each
 
 PIXEL_WEIGHTS = ("balanced", "uniform")
 
-_MIN_NORM = 1e-6  # a shorter feature vector has no direction, hence no relation and no gradient
+
+# --- features near objects ------------------------------------------------------------------------
 
 
-@full_precision
 def mask_guided_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -45,45 +48,120 @@ def mask_guided_loss(
     Returns:
         A scalar.
     """
-    losses = []
-    for features, target, mask in zip(student, teacher, masks, strict=True):
-        weight = mask / mask.sum().clamp(min=1)
-        if background_weight:
+    totals = torch.stack([mask.sum() for mask in masks]).clamp(min=1)
+    weights = list(masks)
+    if background_weight:
+        for i, mask in enumerate(masks):
             outside = (mask == 0).to(mask.dtype)
-            weight = weight + background_weight * outside / outside.sum().clamp(min=1)
-        error = (features - target.detach()).square().mean(dim=1)
-        losses.append(0.5 * (weight * error).sum())
-    return torch.stack(losses).mean()
+            # Both parts share the level's divisor, which is the mask's.
+            scale = background_weight * totals[i] / outside.sum().clamp(min=1)
+            weights[i] = mask + scale * outside
+    sums: Tensor = _WeightedSquares.apply(*student, *teacher, *weights)
+    factors = [0.5 / (len(student) * features.shape[1]) for features in student]
+    # Not a product of vectors, which autocast would round.
+    return (sums * (on_device(factors, sums.device, sums.dtype) / totals)).sum()
+
+
+class _WeightedSquares(torch.autograd.Function):
+    """Per level the sum of weight times squared difference, with one tensor kept for the backward
+    pass, which reads it once; autograd's reads three times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        """Of (B, C, H, W) of L levels of the student, of as many of the teacher, and L weights
+        (B, H, W) -> (L,)."""
+        levels = len(tensors) // 3
+        students, teachers, weights = (tensors[i * levels : (i + 1) * levels] for i in range(3))
+        ctx.dtypes = [x.dtype for x in students]
+        dtype = torch.float64 if students[0].dtype == torch.float64 else torch.float32
+        sums, kept = weights[0].new_empty(levels, dtype=dtype), []
+        for level, (x, y, weight) in enumerate(zip(students, teachers, weights, strict=True)):
+            gap = x.to(dtype) - y
+            kept.append(gap * weight.unsqueeze(1))
+            torch.sum(gap.mul_(kept[-1]), dim=(0, 1, 2, 3), out=sums[level])
+        ctx.save_for_backward(*kept)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scales = (2 * grad).unbind()
+        levels = zip(ctx.saved_tensors, scales, ctx.dtypes, strict=True)
+        grads = [(gap * scale).to(dtype) for gap, scale, dtype in levels]
+        return *grads, *[None] * (2 * len(grads))
+
+
+# --- relations between pixels ---------------------------------------------------------------------
 
 
 @full_precision
-def relation_loss(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
     """Squared difference of the pixels' cosine similarity matrices, averaged over groups.
 
     For a group with pixel weights q and similarity matrices A that is
-    sum_ij q_i q_j (A_student_ij - A_teacher_ij)^2, between 0 and 4. The pixels' matrices (N x N)
-    are built only where N is at most the number of channels; elsewhere the same value comes from
-    matrices of channels (see ``gram_distance``).
+    sum_ij q_i q_j (A_student_ij - A_teacher_ij)^2, between 0 and 4. The matrices (N x N) are built:
+    for the many pixels of a map there is :func:`map_relation_loss`.
 
     Args:
         student: (G, Cs, N).
         teacher: (G, Ct, N); constant. The widths may differ.
-        weights: (G, N), not negative, of sum one in each group; all pixels alike by default.
+        weights: (G, N), not negative, of sum one in each group; by default each pixel weighs 1/N.
+        groups: (G,), 1 for groups that count and 0 for others; by default all count.
 
     Returns:
         A scalar; zero, connected to ``student``, without groups or pixels.
     """
     if student.numel() == 0:
         return connected_zero(student)
-    pixels = student.shape[-1]
-    scale = (1 / pixels) ** 0.5 if weights is None else weights.sqrt().unsqueeze(1)
-    # With the root of its weight on each pixel the sum over i, j is a plain Frobenius norm.
-    student, teacher = _unit(student) * scale, _unit(teacher.detach()) * scale
-    direct = pixels <= max(student.shape[1], teacher.shape[1])
-    return (direct_distance if direct else gram_distance)(student, teacher).mean()
+    scale = student.shape[2] ** -0.5 if weights is None else weights.sqrt().unsqueeze(1)
+    distances = direct_distances(
+        _scaled_units(student, scale), _scaled_units(teacher.detach(), scale)
+    )
+    if groups is None:
+        return distances.mean()
+    groups = groups.to(distances.dtype)
+    return distances @ (groups / groups.sum().clamp(min=1))
 
 
-def direct_distance(student: Tensor, teacher: Tensor) -> Tensor:
+@full_precision
+def map_relation_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor
+) -> Tensor:
+    """:func:`relation_loss` of the positions of each level of each image, averaged over both.
+
+    The matrices of positions are never built, see :func:`gram_distances`.
+
+    Args:
+        student: (B, Cs, H, W) a level.
+        teacher: (B, Ct, H, W) a level; constant.
+        weights: (B, P) of the positions of all levels, of sum one in each level of each image.
+
+    Returns:
+        A scalar.
+    """
+    lengths = [level[0, 0].numel() for level in student]
+    scale = weights.sqrt().unsqueeze(1)
+    units = [
+        _scaled_units(torch.cat([level.flatten(2) for level in levels], 2), scale)
+        for levels in (student, [level.detach() for level in teacher])
+    ]
+    return gram_distances(units[0], units[1], lengths).mean()
+
+
+def _scaled_units(features: Tensor, scale: Tensor | float) -> Tensor:
+    """Pixels (G, C, N) of length ``scale``; those without a direction become zero.
+
+    With the root of its weight on each pixel the sum over i, j is a plain Frobenius norm.
+    """
+    return features * (inverse_lengths(features.square().sum(1, keepdim=True)) * scale)
+
+
+def direct_distances(student: Tensor, teacher: Tensor) -> Tensor:
     """|S'S - T'T|^2 from the pixels' matrices: memory N^2.
 
     Args:
@@ -93,53 +171,89 @@ def direct_distance(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (G,) squared Frobenius norms.
     """
+    # Two products in the same order: the rounding of similar maps is similar, and cancels.
     difference = student.mT @ student - teacher.mT @ teacher
     return difference.square().sum((1, 2))
 
 
-def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
+def gram_distances(student: Tensor, teacher: Tensor, lengths: Sequence[int]) -> Tensor:
     """|S'S - T'T|^2 = |SS'|^2 + |TT'|^2 - 2 |ST'|^2 from the channels' matrices: memory C^2.
 
     The N x N matrix of a dense level would take gigabytes. It has rank C, so nothing is lost.
 
     Args:
-        student: S, (G, Cs, N).
-        teacher: T, (G, Ct, N).
+        student: S of L levels side by side, (G, Cs, P).
+        teacher: T, (G, Ct, P); constant.
+        lengths: N of each level, P in all.
 
     Returns:
-        (G,) squared Frobenius norms, which rounding cannot make negative.
+        (G, L) squared Frobenius norms, which rounding cannot make negative.
     """
-    own = (student @ student.mT).square().sum((1, 2))
-    target = (teacher @ teacher.mT).square().sum((1, 2))
-    cross = (student @ teacher.mT).square().sum((1, 2))
-    return (own + target - 2 * cross).clamp(min=0)
+    distances: Tensor = _GramDistances.apply(student, teacher, lengths)
+    return distances
 
 
-def pixel_weights(masks: Tensor, mode: str = "balanced") -> Tensor:
-    """Weights of the pixels of each image in the relation loss.
+class _GramDistances(torch.autograd.Function):
+    """:func:`gram_distances`. As SS' is symmetric its gradient is one product, where autograd
+    computes two, and the gradients of all levels land in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, lengths: Sequence[int]) -> Tensor:
+        lengths = list(lengths)
+        groups, width, other = len(student), student.shape[1], teacher.shape[1]
+        own = student.new_empty(len(lengths), groups, width, width)
+        target = student.new_empty(len(lengths), groups, other, other)
+        cross = student.new_empty(len(lengths), groups, width, other)
+        levels = zip(student.split(lengths, 2), teacher.split(lengths, 2), strict=True)
+        for level, (s, t) in enumerate(levels):
+            torch.bmm(s, s.mT, out=own[level])
+            torch.bmm(t, t.mT, out=target[level])
+            torch.bmm(s, t.mT, out=cross[level])
+        power = own.square().sum((2, 3)) + target.square().sum((2, 3))
+        distances = torch.sub(power, cross.square().sum((2, 3)), alpha=2).clamp_(min=0)
+        ctx.save_for_backward(student, teacher, own, cross, distances)
+        ctx.lengths = lengths
+        return distances.mT
+
+    @staticmethod
+    @once_differentiable
+    @full_precision  # autocast may be on where backward() is called
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, own, cross, distances = ctx.saved_tensors
+        # A distance that is 0, perhaps because it was clamped, has no gradient.
+        grad = (4 * grad.mT * (distances > 0))[:, :, None, None]
+        grad_own, grad_cross = own * grad, cross * -grad
+        result = torch.empty_like(student)
+        parts = (x.split(ctx.lengths, 2) for x in (result, student, teacher))
+        for level, (part, s, t) in enumerate(zip(*parts, strict=True)):
+            torch.bmm(grad_own[level], s, out=part)
+            part.baddbmm_(grad_cross[level], t)
+        return result, None, None
+
+
+def pixel_weights(masks: Tensor, lengths: Sequence[int], mode: str = "balanced") -> Tensor:
+    """Weights of the positions of each level of each image in the relation loss.
 
     ``balanced`` gives half of the mass to the pixels inside the mask and half to those outside,
     without which pairs of object pixels hardly count on a fine level; where one of the two sets
-    is empty, and for ``uniform``, all pixels weigh alike.
+    is empty, and for ``uniform``, each pixel weighs as much as any other.
 
     Args:
-        masks: (B, N), positive near objects.
+        masks: (B, P) of all levels, positive near objects.
+        lengths: positions of each level, P in all.
         mode: one of ``PIXEL_WEIGHTS``.
 
     Returns:
-        (B, N) of sum one in each image.
+        (B, P) of sum one in each level of each image.
     """
-    uniform = torch.full_like(masks, 1 / masks.shape[1])
+    size = on_device(lengths, masks.device, masks.dtype)
     if mode == "uniform":
-        return uniform
-    near = (masks > 0).to(masks.dtype)
-    far = 1 - near
-    near_count, far_count = near.sum(1, keepdim=True), far.sum(1, keepdim=True)
-    balanced = 0.5 * near / near_count.clamp(min=1) + 0.5 * far / far_count.clamp(min=1)
-    return torch.where((near_count > 0) & (far_count > 0), balanced, uniform)
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Pixels (G, C, N) at unit length over channels; those without a direction become zero."""
-    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features * ((norm > _MIN_NORM) / norm.clamp(min=_MIN_NORM))
+        return repeat_each((1 / size).expand(len(masks), -1), lengths)
+    near = masks > 0
+    near_count = torch.stack([level.sum(1) for level in near.split(list(lengths), 1)], 1)
+    counts = torch.stack([near_count, size - near_count])
+    # The pixels of a set share all of the mass where the other set is empty, else half of it. What
+    # comes out infinite for an empty set is read by no pixel.
+    shares = 1 / (counts * (1 + (counts.flip(0) > 0)))
+    inside, outside = repeat_each(shares, lengths)
+    return torch.where(near, inside, outside)

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torch import Tensor
 
-from d2kd.geometry.anchor_masks import MASK_KINDS, _build_levels, multi_value_masks, pseudo_anchors
+from d2kd.geometry.anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
 
 IMAGE = (800, 1344)
 
@@ -177,15 +176,17 @@ def test_reference_table(detector, box, expected):
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
-@pytest.mark.parametrize("regular", [True, False])
-def test_masks_by_loops(kind, regular):
-    """Each kind equals plain loops on random boxes, on regular and on perturbed anchors."""
+@pytest.mark.parametrize("anchors_are", ["regular", "perturbed", "fewer on a level"])
+def test_masks_by_loops(kind, anchors_are):
+    """Each kind equals plain loops on random boxes and several sorts of anchors."""
     sizes = {8: (8, 8), 16: (4, 4), 32: (2, 2)}
     anchors = {
         s: grid([(2 * s, 2 * s), (3 * s, 1.5 * s)], *size, stride=s, offset=0)
         for s, size in sizes.items()
     }
-    if not regular:
+    if anchors_are == "fewer on a level":
+        anchors[16] = grid([(32, 40)], *sizes[16], stride=16, offset=0.5)
+    if anchors_are == "perturbed":
         generator = torch.Generator().manual_seed(1)
         anchors = {s: a + torch.rand(a.shape, generator=generator) for s, a in anchors.items()}
     boxes = [random_boxes(7, 1), random_boxes(0, 2), random_boxes(3, 3)]
@@ -206,23 +207,6 @@ def test_chunks_do_not_matter():
         chunked = multi_value_masks(anchors, sizes, boxes, kind=kind, max_pairs=1)
         for stride in sizes:
             assert torch.equal(whole[stride], chunked[stride])
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.5])
-def test_detectron2_anchors_are_regular(offset):
-    """Detectron2's own anchors are recognised as grids, so each axis is stored once."""
-    sizes = {8: (100, 168), 16: (50, 84), 32: (25, 42), 64: (13, 21), 128: (7, 11)}
-    generator = DefaultAnchorGenerator(
-        sizes=[[4 * s * 2 ** (i / 3) for i in range(3)] for s in sizes],
-        aspect_ratios=[[0.5, 1.0, 2.0]],
-        strides=list(sizes),
-        offset=offset,
-    )
-    boxes = generator([torch.zeros(1, 1, *size) for size in sizes.values()])
-    anchors = {s: b.tensor for s, b in zip(sizes, boxes, strict=True)}
-    for level in _build_levels(anchors, sizes):
-        height, width = level.size
-        assert (level.x.shape, level.y.shape) == ((9, 1, width, 2), (9, height, 1, 2))
 
 
 def test_full_threshold_selects_nothing():

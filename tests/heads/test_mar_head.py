@@ -13,7 +13,8 @@ from detectron2.structures import Boxes, Instances
 from d2kd import ConfigError, Distiller, Teacher
 from d2kd.commands import show
 from d2kd.detectors.spec import describe_detector
-from d2kd.heads.mar import MAR, Advice, advise
+from d2kd.heads import build_head
+from d2kd.heads.mar import Advice, advise
 from d2kd.losses.mar import mask_guided_loss, pixel_weights, relation_loss
 from d2kd.schedules import Schedule
 from tests.detectors import (
@@ -191,7 +192,7 @@ def test_relation_on_the_class_tower(distiller, mode):
             relation_loss(
                 student.dense.class_tower[s].flatten(2),
                 teacher.dense.class_tower[s].flatten(2),
-                pixel_weights(masks[s].flatten(1), mode),
+                pixel_weights(masks[s].flatten(1), [masks[s][0].numel()], mode),
             )
             for s in (8, 16, 32, 64, 128)
         ]
@@ -252,8 +253,8 @@ def test_pseudo_anchors(distiller):
         model = distiller(arch, ("DISTILL.MAR.MASK.ANCHORS", "pseudo"))
         assert model.distill_heads["MAR"].anchors == ""
         for kind in ("count", "binary", "iou", "gauss", "zones", "roi_level"):
-            model.distill_heads["MAR"].mask_options["kind"] = kind
-            assert 0 < run_step(model, make_batch())[TERMS[0]] < float("inf")
+            opts = ("DISTILL.MAR.MASK.ANCHORS", "pseudo", "DISTILL.MAR.MASK.KIND", kind)
+            assert 0 < run_step(distiller(arch, opts), make_batch())[TERMS[0]] < float("inf")
 
 
 def fcos() -> FCOS:
@@ -277,7 +278,7 @@ def test_anchor_free():
     torch.manual_seed(0)
     student, teacher = fcos(), Teacher(fcos())
     spec = describe_detector(student, "student")
-    head = MAR(detector_config("retinanet"), spec, teacher.describe(spec))
+    head = build_head("MAR", detector_config("retinanet"), spec, teacher.describe(spec))
     assert head.anchors == ""
     schedules = {"MAR": Schedule(weight=1.0, start=0, stop=10)}
     model = Distiller(student=student, teacher=teacher, heads={"MAR": head}, schedules=schedules)
@@ -287,10 +288,13 @@ def test_anchor_free():
 
 def test_default_weights(distiller):
     """RELATION.WEIGHT None is 10 on maps and 1 on RoIs; a number is taken as it is."""
-    assert distiller("faster").distill_heads["MAR"].relation_weight == 1
-    assert distiller("retinanet").distill_heads["MAR"].relation_weight == 10
-    model = distiller("retinanet", ("DISTILL.MAR.RELATION.WEIGHT", 2.5))
-    assert model.distill_heads["MAR"].relation_weight == 2.5
+    for arch, opts, expected in (
+        ("faster", (), {"mask": 3, "relation": 1}),
+        ("retinanet", (), {"mask": 3, "relation": 10}),
+        ("retinanet", ("DISTILL.MAR.RELATION.WEIGHT", 2.5), {"mask": 3, "relation": 2.5}),
+        ("retinanet", ("DISTILL.MAR.RELATION.WEIGHT", 0.0), {"mask": 3}),
+    ):
+        assert distiller(arch, opts).distill_heads["MAR"].weights == expected
 
 
 @pytest.mark.parametrize(
@@ -328,7 +332,7 @@ def test_advice(distiller, caplog):
     lines = sorted({r.message for r in caplog.records if "MAR (reconstruction)" in r.message})
     assert len(lines) == 2
     assert "mask term" in lines[0] and "relation term" in lines[1]
-    assert model.distill_heads["MAR"].mask_weight == 3
+    assert model.distill_heads["MAR"].weights["mask"] == 3
 
 
 @pytest.mark.parametrize("arch, stride", [("faster", 16), ("retinanet", 32)])

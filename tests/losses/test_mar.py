@@ -10,12 +10,22 @@ from torch import Tensor
 
 from d2kd.losses import mar
 from d2kd.losses.mar import (
-    direct_distance,
-    gram_distance,
+    direct_distances,
+    gram_distances,
+    map_relation_loss,
     mask_guided_loss,
     pixel_weights,
     relation_loss,
 )
+
+
+def relation_of_map(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """The form for maps, of a level whose positions (G, C, N) stand in one row."""
+    return map_relation_loss([student.unsqueeze(2)], [teacher.unsqueeze(2)], weights)
+
+
+FORMS = (relation_loss, relation_of_map)
+EACH_FORM = pytest.mark.parametrize("loss_of", FORMS, ids=["direct", "gram"])
 
 CROSS = torch.tensor([[[0.0, 1, 0], [1, 2, 1], [0, 1, 0]]])  # (1, 3, 3), the mask of oracle 5
 
@@ -145,7 +155,7 @@ def test_three_pixels():
 @pytest.mark.parametrize("mode, expected", [("balanced", 0.5), ("uniform", 0.375)])
 def test_balanced_weights(mode, expected):
     """Oracle 10: one object pixel of four counts half when balanced, a quarter when uniform."""
-    weights = pixel_weights(torch.tensor([[3.0, 0, 0, 0]], dtype=torch.float64), mode)
+    weights = pixel_weights(torch.tensor([[3.0, 0, 0, 0]], dtype=torch.float64), [4], mode)
     if mode == "balanced":
         torch.testing.assert_close(weights, torch.tensor([[3.0, 1, 1, 1]]).double() / 6)
     loss = relation_loss(pixels_at(90, 0, 0, 0), pixels_at(0, 0, 0, 0), weights)
@@ -154,7 +164,7 @@ def test_balanced_weights(mode, expected):
 
 def test_weights_without_one_side():
     """Balanced weights are uniform where no pixel, or each pixel, is near an object."""
-    weights = pixel_weights(torch.tensor([[0.0, 0, 0, 0], [1, 2, 3, 1]]))
+    weights = pixel_weights(torch.tensor([[0.0, 0, 0, 0], [1, 2, 3, 1]]), [4])
     torch.testing.assert_close(weights, torch.full((2, 4), 0.25))
 
 
@@ -163,7 +173,7 @@ def test_gram_equals_direct():
     student, teacher = random_groups(3, 16, 50, 1), random_groups(3, 24, 50, 2)
     scale = random_weights(3, 50).sqrt().unsqueeze(1)
     gradients = []
-    for distance in (direct_distance, gram_distance):
+    for distance in (direct_distances, lambda s, t: gram_distances(s, t, [50])[:, 0]):
         leaf = student.clone().requires_grad_()
         unit = leaf / leaf.norm(dim=1, keepdim=True) * scale
         value = distance(unit, teacher / teacher.norm(dim=1, keepdim=True) * scale)
@@ -174,17 +184,19 @@ def test_gram_equals_direct():
 
 @pytest.mark.parametrize("pixels", [1, 5, 30])
 def test_relation_by_loops(pixels):
-    """The relation loss equals plain loops below (direct form) and above (Gram form) C pixels."""
+    """Both forms of the relation loss equal plain loops, with fewer and more pixels than C."""
     student, teacher = random_groups(2, 6, pixels, 4), random_groups(2, 9, pixels, 5)
     weights = random_weights(2, pixels)
     expected = relation_by_loops(student, teacher, weights)
-    assert relation_loss(student, teacher, weights).item() == pytest.approx(expected, abs=1e-12)
+    for loss in FORMS:
+        assert loss(student, teacher, weights).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_no_pixel_matrix_on_a_dense_level(monkeypatch):
-    """More pixels than channels never meet the form that builds a matrix of pixels."""
-    monkeypatch.setattr(mar, "direct_distance", None)
-    assert torch.isfinite(relation_loss(torch.randn(1, 4, 16800), torch.randn(1, 8, 16800)))
+    """The pixels of maps never meet the form that builds a matrix of them."""
+    monkeypatch.setattr(mar, "direct_distances", None)
+    weights = torch.full((1, 16800), 1 / 16800)
+    assert relation_of_map(torch.randn(1, 4, 16800), torch.randn(1, 8, 16800), weights).isfinite()
     with pytest.raises(TypeError):
         relation_loss(torch.randn(1, 4, 8), torch.randn(1, 8, 8))
 
@@ -193,49 +205,111 @@ def test_gram_in_float32():
     """A small difference between maps survives the Gram form's subtraction in float32."""
     student = random_groups(1, 64, 900, 6)
     teacher = student + 0.03 * random_groups(1, 64, 900, 8)
+    weights = torch.full((1, 900), 1 / 900)
     exact = relation_loss(student, teacher).item()
     assert exact < 1e-4
-    assert relation_loss(student.float(), teacher.float()).item() == pytest.approx(exact, rel=0.02)
+    actual = relation_of_map(student.float(), teacher.float(), weights).item()
+    assert actual == pytest.approx(exact, rel=0.02)
 
 
+@EACH_FORM
 @pytest.mark.parametrize("pixels", [5, 40])
-def test_invariances(pixels):
+def test_invariances(pixels, loss_of):
     """Oracle 12: channel rotation and pixel scale change nothing; student and teacher commute."""
     student, teacher = random_groups(2, 8, pixels, 1), random_groups(2, 8, pixels, 2)
     weights = random_weights(2, pixels)
-    value = relation_loss(student, teacher, weights)
+    value = loss_of(student, teacher, weights)
     rotation = torch.linalg.qr(random_groups(1, 8, 8, 3)[0]).Q
-    torch.testing.assert_close(relation_loss(rotation @ student, teacher, weights), value)
+    torch.testing.assert_close(loss_of(rotation @ student, teacher, weights), value)
     scale = random_groups(2, 1, pixels, 4).abs() + 0.1
-    torch.testing.assert_close(relation_loss(student * scale, teacher, weights), value)
-    torch.testing.assert_close(relation_loss(teacher, student, weights), value)
+    torch.testing.assert_close(loss_of(student * scale, teacher, weights), value)
+    torch.testing.assert_close(loss_of(teacher, student, weights), value)
 
 
+@EACH_FORM
 @pytest.mark.parametrize("pixels", [5, 40])
-def test_gradient_is_tangential(pixels):
+def test_gradient_is_tangential(pixels, loss_of):
     """Oracle 12: the gradient of a pixel is orthogonal to it; identical maps have none."""
     student = random_groups(2, 8, pixels, 1).requires_grad_()
     teacher, weights = random_groups(2, 8, pixels, 2), random_weights(2, pixels)
-    (gradient,) = torch.autograd.grad(relation_loss(student, teacher, weights), student)
+    (gradient,) = torch.autograd.grad(loss_of(student, teacher, weights), student)
     assert gradient.abs().max() > 1e-4
     assert (gradient * student).sum(1).abs().max() < 1e-12
-    loss = relation_loss(student, student.detach().clone(), weights)
+    loss = loss_of(student, student.detach().clone(), weights)
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == pytest.approx(0, abs=1e-14)
     assert gradient.abs().max() < 1e-14
 
 
+@EACH_FORM
 @pytest.mark.parametrize("pixels", [5, 40])
-def test_zero_features(pixels):
+def test_zero_features(pixels, loss_of):
     """Oracle 13: all-zero, or partly zero, student maps have finite losses and gradients."""
     for keep in (0, 1):
         student = torch.randn(2, 8, pixels)
         student[:, :, keep:] = 0
         student.requires_grad_()
-        loss = relation_loss(student, torch.randn(2, 8, pixels))
+        loss = loss_of(student, torch.randn(2, 8, pixels), torch.full((2, pixels), 1 / pixels))
         loss.backward()
         assert torch.isfinite(loss)
         assert student.grad.abs().max() < 100
+
+
+def test_groups_that_do_not_count():
+    """The mean is over the groups that count, whatever the others hold; without any it is zero."""
+    student, teacher = random_groups(5, 8, 4, 1).requires_grad_(), random_groups(5, 8, 4, 2)
+    groups = torch.tensor([1.0, 0, 0, 1, 0]).double()
+    loss = relation_loss(student, teacher, groups=groups)
+    torch.testing.assert_close(loss, relation_loss(student[[0, 3]], teacher[[0, 3]]))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert (gradient.flatten(1).abs().sum(1) > 0).tolist() == [True, False, False, True, False]
+    none = relation_loss(student, teacher, groups=torch.zeros(5).double())
+    (gradient,) = torch.autograd.grad(none, student)
+    assert none == 0 and gradient.abs().sum() == 0
+
+
+LEVELS = ((5, 4), (2, 3), (1, 1))
+
+
+def random_levels(channels: int, seed: int) -> list[Tensor]:
+    """Maps of two images on three levels, the last a single position."""
+    positions = sum(height * width for height, width in LEVELS)
+    flat = random_groups(2, channels, positions, seed).split([h * w for h, w in LEVELS], 2)
+    return [part.unflatten(2, size).contiguous() for part, size in zip(flat, LEVELS, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["balanced", "uniform"])
+def test_maps_by_loops(mode):
+    """All levels together equal plain loops over levels, images and pairs of pixels."""
+    student, teacher = random_levels(6, 4), random_levels(9, 5)
+    lengths = [h * w for h, w in LEVELS]
+    masks = (random_groups(2, 1, sum(lengths), 6)[:, 0] - 0.4).clamp(min=0)
+    masks[0, : lengths[0]] = 0  # an image without objects on the first level
+    weights = pixel_weights(masks, lengths, mode)
+    expected = [
+        relation_by_loops(s.flatten(2), t.flatten(2), q)
+        for s, t, q in zip(student, teacher, weights.split(lengths, 1), strict=True)
+    ]
+    loss = map_relation_loss(student, teacher, weights)
+    assert loss.item() == pytest.approx(sum(expected) / len(LEVELS), abs=1e-12)
+
+
+def test_pixel_weights_by_loops():
+    """Each level of each image has a mass of one, half of it inside where both sets have pixels."""
+    masks = torch.tensor([[1.0, 0, 0, 2, 3], [0, 0, 0, 0, 1]], dtype=torch.float64)
+    weights = pixel_weights(masks, [3, 2])
+    expected = [[1 / 2, 1 / 4, 1 / 4, 1 / 2, 1 / 2], [1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2]]
+    torch.testing.assert_close(weights, torch.tensor(expected).double())
+
+
+def test_maps_gradcheck():
+    """The hand-written backward pass of the channels' matrices agrees with finite differences."""
+    student, teacher = random_levels(4, 1), random_levels(6, 2)
+    weights = random_weights(2, sum(h * w for h, w in LEVELS))
+    assert torch.autograd.gradcheck(
+        lambda *levels: map_relation_loss(levels, teacher, weights),
+        [level.requires_grad_() for level in student],
+    )
 
 
 def test_no_groups():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...numerics import full_precision
+from ...numerics import full_precision, on_device
 
 
 class GraphUnit(nn.Module):
@@ -256,8 +256,7 @@ def _gaps_of_equal_widths(
     levels, pixels = len(students), [x.flatten(2) for x in (*students, *teachers)]
     num_pixels = [x.shape[2] for x in pixels[:levels]]
     dtype = torch.float64 if pixels[0].dtype == torch.float64 else torch.float32
-    # The host knows these numbers: nothing waits for the copy.
-    size = torch.tensor(num_pixels, dtype=dtype).to(pixels[0].device, non_blocking=True)
+    size = on_device(num_pixels, pixels[0].device, dtype)
     *stacks, cross = _Moments.apply(size, *pixels)
     means, scatters = stacks[: len(stacks) // 2], stacks[len(stacks) // 2 :]
     one_width = len(means) == 1
