@@ -1,14 +1,31 @@
 #!/usr/bin/env python
-"""Train, distil and evaluate detectors: ``d2kd train`` under the name that Detectron2's users know.
+"""Train, distil and evaluate detectors: a program to use, or to copy for a project of your own.
 
 python train_net.py --config-file configs/digits/retinanet_R18_ssim.yaml
 python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../student_final.pth
 python train_net.py --config-file ... --resume SOLVER.MAX_ITER 9000
 """
 
-import sys
+from d2kd.engine.launch import launch
+from d2kd.engine.setup import build_parser, setup
+from d2kd.engine.train import evaluate
+from d2kd.engine.trainer import DistillTrainer
 
-from d2kd.cli import main
+
+class Trainer(DistillTrainer):
+    """Detectron2's DefaultTrainer, for a Distiller too; override build_train_loader,
+    build_evaluator, build_hooks, ... as in Detectron2."""
+
+
+def main(args):
+    """One process of a job."""
+    cfg = setup(args)  # read and checked; nothing is written yet
+    if args.eval_only:
+        return evaluate(cfg, resume=args.resume, trainer_class=Trainer)
+    trainer = Trainer(cfg, resume=args.resume)
+    return trainer.train()
+
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    # One process for each GPU; a mistake in config or data ends it in one line.
+    launch(main, build_parser(epilog=__doc__).parse_args())

@@ -56,6 +56,12 @@ class SolverOptions(Options):
         '"SGD" as in Detectron2, or "AdamW" (BASE_LR and WEIGHT_DECAY then mean AdamW\'s), which '
         "learns faster from scratch.",
     )
+    checkpoint_keep: int = key(
+        0,
+        NOT_NEGATIVE,
+        "How many of the last checkpoints to keep, and beside them the one with the best AP, where "
+        "TEST.EVAL_PERIOD evaluates on the way. 0 keeps all, as Detectron2 does.",
+    )
 
 
 @config_keys("SOLVER.AMP")

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
+import math
 import os
 from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path for a message: relative to the working directory, if it is below that."""
+    name = os.fspath(path)
+    here = os.getcwd() + os.sep
+    return name.removeprefix(here) or name
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -13,20 +25,38 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> N
 
     A reader finds the old file or the new one, never a part, wherever the process was killed. The
     content reaches the disk before the name does.
+
+    Raises:
+        OSError: ``path`` cannot be written (a full disk, for one); the old file is as it was.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
-    _remove_leftovers(path)
+    remove_leftovers(path)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise OSError(cause.errno or errno.EIO, cause.strerror or str(cause), str(path)) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
-def _remove_leftovers(path: str | os.PathLike) -> None:
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The failure of the operating system that ``error`` is or comes from.
+
+    A writer that is closed after a failed write may raise an error of its own, as PyTorch's does.
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
     """Remove what processes that were killed while they wrote ``path`` have left beside it."""
     for leftover in glob.glob(f"{glob.escape(os.fspath(path))}.*.tmp"):
         process = leftover.rsplit(".", 2)[1]
@@ -54,6 +84,31 @@ def write_text(text: str, path: str | os.PathLike) -> None:
     write_atomically(path, write)
 
 
-def write_json(data, path: str | os.PathLike) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
-    write_text(json.dumps(data, indent=1) + "\n", path)
+def write_json(data: Any, path: str | os.PathLike) -> None:
+    """Write ``data`` to ``path`` as JSON, whole or not at all; NaN and infinities become null."""
+    write_text(json.dumps(_without_nan(data), indent=1, allow_nan=False) + "\n", path)
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def null_to_nan(data: Any) -> Any:
+    """Metrics as they were before :func:`write_json`: numbers without null."""
+    if isinstance(data, dict):
+        return {key: null_to_nan(value) for key, value in data.items()}
+    return math.nan if data is None else data
+
+
+def write_tensors(data: Any, path: str | os.PathLike) -> None:
+    """``torch.save(data, path)``, whole or not at all."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # of a name, torch.save hides why it cannot write
+            torch.save(data, file)
+
+    write_atomically(path, write)

@@ -12,7 +12,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from d2kd import DISTILL_HEAD_REGISTRY, add_distillation_config
 from d2kd.data.custom import check_datasets
-from d2kd.engine import train as train_net
+from d2kd.engine.trainer import DistillTrainer
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -69,12 +69,11 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
     student.SOLVER.AMP.ENABLED, student.SOLVER.AMP.PRECISION = True, "bf16"
     student.OUTPUT_DIR = str(folder / "out")
     cfg = distiller_config(student, HEADS, teachers["mask"])
-    file = write_config(cfg, folder / "student.yaml")
 
     Recorder.noted.clear()
     cfg = Recorder.of(cfg)
     check_datasets(cfg, train=True)
-    train_net.train_process(cfg, train_net.build_parser().parse_args(["--config-file", file]))
+    DistillTrainer(cfg).train()
     dense = detector_config("fcos", num_classes=10)
     build_model(Recorder.of(distiller_config(dense, ["DSIG"], teachers["fcos"])))
     if HAS_TIMM:

@@ -26,7 +26,7 @@ from ..compare.pictures import save_picture
 from ..compare.processes import run_stage
 from ..engine.setup import merged_config
 from ..errors import ConfigError
-from ..files import write_json
+from ..files import null_to_nan, write_json
 
 CONFIGS = "digits"
 STUDENT, TEACHER = "retinanet_R18", "retinanet_R34_teacher"
@@ -124,7 +124,8 @@ class Demo:
     # --- showing ---------------------------------------------------------------------------------
 
     def results(self, run: str) -> dict:
-        return json.loads((self.folder(run) / "results.json").read_text())["results"]["bbox"]
+        results = json.loads((self.folder(run) / "results.json").read_text())["results"]
+        return null_to_nan(results)["bbox"]
 
     def report(self) -> None:
         """Print the table, with the gain and the noise of the seeds, and save table and picture."""

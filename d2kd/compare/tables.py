@@ -10,15 +10,17 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from ..files import write_text
+from ..files import null_to_nan, write_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a results.jsonl; [] if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines of a results.jsonl, NaN for a metric without a value; [] if there is no such file.
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [{**line, "results": null_to_nan(line["results"])} for line in lines]
 
 
 def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:

@@ -1,53 +1,149 @@
-"""Checkpoints that are written whole or not at all."""
+"""Checkpoints: written whole or not at all, checked before anything of them is used."""
 
 from __future__ import annotations
 
+import glob
+import math
 import os
+import re
+import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..checkpoint_files import SafeCheckpointer
-from ..files import write_atomically, write_text
-from ..meta_arch import HEADS_PREFIX, Distiller, moments_of
+from ..errors import ConfigError, first_line, one_line
+from ..files import shown, write_tensors, write_text
+from ..meta_arch import moments_of
+
+LAST_CHECKPOINT = "last_checkpoint"
+STUDENT_FILE = "student_final.pth"
+
+# Share of a file's weights that must find a place in the student; share of the convolutions of the
+# backbone, by name, that may differ in shape. (A pyramid of another width may start elsewhere.)
+_MIN_SHARE = 0.1
+_MAX_OTHER_SHAPES = 0.25
+_PYRAMID = ("backbone.fpn_", "backbone.top_block.")
+_SHOWN = 2
 
 
 class AtomicCheckpointer(SafeCheckpointer):
-    """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was."""
+    """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was.
 
-    def save(self, name: str, **kwargs) -> None:
+    Attributes:
+        before_save: called before each save, to refuse it.
+    """
+
+    before_save: Callable[[], None] | None = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
             return
+        if self.before_save is not None:
+            self.before_save()
         data = {"model": self.model.state_dict(), **kwargs}
         data.update({key: item.state_dict() for key, item in self.checkpointables.items()})
         basename = f"{name}.pth"
         path = os.path.join(self.save_dir, basename)
-        write_atomically(path, lambda temporary: torch.save(data, temporary))
+        write_tensors(data, path)
         self.logger.info("Saved %s", path)
         self.tag_last_checkpoint(basename)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        write_text(last_filename_basename, os.path.join(self.save_dir, "last_checkpoint"))
+        write_text(last_filename_basename, os.path.join(self.save_dir, LAST_CHECKPOINT))
 
-    def _load_model(self, checkpoint):
-        """Load a Distiller part by part: Detectron2 follows a name to its module where shapes
-        differ, and matches names of foreign backbones by their ends, which the heads' must not see.
+    def load_weights(self, path: str, complete: bool = False) -> None:
+        """Load ``MODEL.WEIGHTS``, as Detectron2 does, and nothing else of the file.
+
+        Args:
+            complete: every weight of the model must be in the file, as for an evaluation.
+
+        Raises:
+            ConfigError: the file cannot be read or does not fit the model; names weights.
         """
-        distiller = self.model
-        if not isinstance(distiller, Distiller):
-            return super()._load_model(checkpoint)
-        state = checkpoint.pop("model")
-        heads = {key: state.pop(key) for key in list(state) if key.startswith(HEADS_PREFIX)}
+        self._wanted = (path, complete)
         try:
-            self.model = distiller.student
-            result = super()._load_model({**checkpoint, "model": state})
-            if heads and len(distiller.distill_heads):
-                self.model = distiller.distill_heads
-                own = {key.removeprefix(HEADS_PREFIX): value for key, value in heads.items()}
-                for found, more in zip(result, super()._load_model({"model": own}), strict=True):
-                    found += [_with_prefix(HEADS_PREFIX, key) for key in more]
+            self.load(path, checkpointables=[])
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"MODEL.WEIGHTS '{shown(path)}' cannot be read: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
         finally:
-            self.model = distiller
+            self._wanted = None
+            self._parsed_url_during_load = None  # Detectron2 leaves it behind after an error
+
+    _wanted: tuple[str, bool] | None = None
+
+    def restore(self, checkpoint: dict) -> dict:
+        """Load what :func:`read_checkpoint` read: the model and all that goes with it.
+
+        Returns:
+            What is left of ``checkpoint``.
+        """
+        self._log_incompatible_keys(self._load_model(checkpoint))
+        for key, item in self.checkpointables.items():
+            item.load_state_dict(checkpoint.pop(key))
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict):
+        """Load part by part: Detectron2 follows a name to its module where shapes differ, and
+        matches names of foreign backbones by their ends, which those of heads must not see.
+        """
+        state, parts = checkpoint.pop("model"), moments_of(self.model).checkpoint_parts
+        sizes = {key: _size(value) for key, value in state.items()}
+        result = None
+        for prefix in sorted(parts, key=len):  # the student's, which is "", is the first
+            others = tuple(other for other in parts if len(other) > len(prefix))
+            mine = [k for k in state if k.startswith(prefix) and not k.startswith(others)]
+            own = {key.removeprefix(prefix): state.pop(key) for key in mine}
+            if result is None:
+                result = _load(parts[prefix], {**checkpoint, "model": own})
+                self._check_fit(parts[prefix], result, sizes)
+            elif own and parts[prefix].state_dict():
+                found = _load(parts[prefix], {"model": own})
+                for keys, more in zip(result, found, strict=True):
+                    keys += [_with_prefix(prefix, key) for key in more]
         return result
+
+    def _check_fit(self, student: nn.Module, result, sizes: dict[str, int]) -> None:
+        """Refuse weights of which nearly nothing found a place, or too little for ``complete``."""
+        if self._wanted is None:
+            return
+        path, complete = self._wanted
+        model = student.state_dict()
+        misfits = {key: math.prod(found) for key, found, _ in result.incorrect_shapes}
+        absent = {*result.missing_keys, *misfits}
+        fitting = sum(value.numel() for key, value in model.items() if key not in absent)
+        in_vain = sum(sizes.get(key, 0) for key in result.unexpected_keys) + sum(misfits.values())
+        common = [key for key in model if key in misfits or key not in absent]
+        convolutions = [key for key in common if _is_of_backbone(key) and model[key].dim() > 1]
+        others = [key for key in convolutions if key in misfits]
+        is_other_backbone = len(others) > _MAX_OTHER_SHAPES * len(convolutions)
+        if not fitting or fitting < _MIN_SHARE * (fitting + in_vain) or is_other_backbone:
+            raise ConfigError(_unfit_words(path, result, sorted(absent)))
+        needed = sorted(absent & {name for name, _ in student.named_parameters()})
+        if complete and needed:
+            raise ConfigError(
+                f"MODEL.WEIGHTS '{shown(path)}' lacks {len(needed)} weights of the model, or has "
+                f"them in other shapes ({_some(needed)}): give a checkpoint of this detector"
+            )
+
+
+def _load(module: nn.Module, checkpoint: dict):
+    return SafeCheckpointer(module)._load_model(checkpoint)
+
+
+def _size(value: Any) -> int:
+    return math.prod(getattr(value, "shape", ()))
+
+
+def _is_of_backbone(key: str) -> bool:
+    return key.startswith("backbone.") and not key.startswith(_PYRAMID)
 
 
 def _with_prefix(prefix: str, key):
@@ -55,7 +151,133 @@ def _with_prefix(prefix: str, key):
     return prefix + key if isinstance(key, str) else (prefix + key[0], *key[1:])
 
 
-def save_student(model: torch.nn.Module, path: str) -> None:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _unfit_words(path: str, result, absent: list[str]) -> str:
+    shapes = sorted(result.incorrect_shapes, key=lambda item: not _is_of_backbone(item[0]))
+    for key, found, wanted in shapes[:1]:
+        return (
+            f"MODEL.WEIGHTS '{shown(path)}' does not fit the model: {key} is {tuple(found)} in it, "
+            f"{tuple(wanted)} in the model"
+        )
+    has = _some(list(result.unexpected_keys)) or "no weights"
+    hint = "" if "?" in path else "; '?matching_heuristics=True' behind the path matches by ends"
+    return (
+        f"MODEL.WEIGHTS '{shown(path)}' does not fit the model: it has {has}; the model has "
+        f"{_some(absent)}{hint}"
+    )
+
+
+def save_student(model: nn.Module, path: str) -> None:
     """Write the student's weights alone: what a plain Detectron2 model of the config loads."""
-    student = moments_of(model).student
-    write_atomically(path, lambda temporary: torch.save({"model": student.state_dict()}, temporary))
+    write_tensors({"model": moments_of(model).student.state_dict()}, path)
+
+
+# --- finding and reading the checkpoint of a training --------------------------------------------
+
+
+def find_checkpoint(folder: str, *, weights_only: bool = False) -> str:
+    """The checkpoint that a training in ``folder`` goes on from; "" where there is none.
+
+    Args:
+        weights_only: a file of weights without the state of a training will do.
+
+    Raises:
+        ConfigError: the last one is damaged (names the newest that are whole), or no training's.
+    """
+    pointer = os.path.join(folder, LAST_CHECKPOINT)
+    if not os.path.isfile(pointer):
+        return ""
+    with open(pointer, errors="replace") as file:
+        name = file.read().strip()
+    path = os.path.join(folder, name)
+    if not name or not is_whole(path):
+        raise ConfigError(damage_words(folder, name))
+    if not weights_only and _is_archive(path) and iteration_of(path) is None:
+        raise ConfigError(
+            f"'{shown(path)}' holds no state of a training to resume, only weights: start from "
+            "them, by MODEL.WEIGHTS, in another OUTPUT_DIR"
+        )
+    return path
+
+
+def damage_words(folder: str, name: str) -> str:
+    """One line for a last checkpoint ``name`` that cannot be resumed from."""
+    if not name:
+        what = f"'{shown(os.path.join(folder, LAST_CHECKPOINT))}' is empty"
+    else:
+        there = os.path.lexists(os.path.join(folder, name))
+        state = "damaged" if there else "not there"
+        what = f"the last checkpoint '{shown(os.path.join(folder, name))}' is {state}"
+    iterations = {
+        os.path.basename(path): iteration
+        for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
+        if os.path.basename(path) != name and (iteration := iteration_of(path)) is not None
+    }
+    newest = sorted(iterations, key=lambda n: (iterations[n], n), reverse=True)[:3]
+    if not newest:
+        return f"{what}, and no other is whole: train from the start, into another OUTPUT_DIR"
+    return one_line(
+        f"{what}; the newest whole ones are {', '.join(newest)}: write a name into "
+        f"'{LAST_CHECKPOINT}' there to go on from it"
+    )
+
+
+def is_whole(path: str) -> bool:
+    """Whether a checkpoint has its end, where PyTorch's format keeps its table of contents.
+
+    Bytes that changed in the middle show only when it is read.
+    """
+    if not os.path.isfile(path):
+        return False
+    if _is_archive(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("data.pkl") for name in archive.namelist())
+        except (zipfile.BadZipFile, OSError, ValueError):
+            return False
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x80"  # a pickle, as PyTorch wrote before 1.6
+
+
+def _is_archive(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def iteration_of(path: str) -> int | None:
+    """The last iteration of a checkpoint; None if it is damaged or not one of a training."""
+    if not is_whole(path):
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return int(content["trainer"]["iteration"])
+    except Exception:
+        return None
+
+
+def read_checkpoint(path: str) -> dict:
+    """The content of the checkpoint that :func:`find_checkpoint` found.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigError(damage_words(*os.path.split(path))) from error
+
+
+def prune(folder: str, keep: int, best: str = "") -> None:
+    """Remove all checkpoints of the way but the ``keep`` that were written last and ``best``."""
+    paths = [
+        path
+        for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
+        if re.fullmatch(r"model_\d+\.pth", os.path.basename(path))
+    ]
+    paths.sort(key=lambda path: (os.stat(path).st_mtime_ns, path))
+    for path in paths[: max(len(paths) - keep, 0)]:
+        if os.path.basename(path) != best:
+            os.remove(path)

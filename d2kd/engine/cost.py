@@ -26,6 +26,11 @@ class TrainingCost:
         self.steps.append(seconds)
         self.peak_mib = max(self.peak_mib, peak_memory(device))
 
+    def add_wait(self, seconds: float, steps: int) -> None:
+        """Share out what the last ``steps`` steps left a GPU to do, and was waited for later."""
+        for step in range(max(len(self.steps) - steps, 0), len(self.steps)):
+            self.steps[step] += seconds / steps
+
     def state_dict(self) -> dict:
         steps = torch.tensor(self.steps, dtype=torch.float32)
         return {"steps": steps, "hook_seconds": self.hook_seconds, "peak_mib": self.peak_mib}

@@ -1,93 +1,119 @@
-"""Hooks of the trainer, and the check of the teacher before it starts."""
+"""Hooks of the trainer: reading losses, keeping checkpoints, and the end of a training."""
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
+from collections.abc import Callable, Sequence
 
-from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
-from detectron2.evaluation import inference_on_dataset
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 
-from ..detectors.spec import describe_detector
-from ..detectors.teacher import Teacher
 from ..files import write_json
-from .checkpoint import save_student
+from .checkpoint import prune
+from .deliverable import save_deliverable
+from .output import RESULTS_FILE
 from .summary import summarise
 
 logger = logging.getLogger(__name__)
 
-TEACHER_RESULTS = "teacher_results.json"
-STUDENT_FILE = "student_final.pth"
+# Iterations between two lines of a log, as in Detectron2.
+LOG_PERIOD = 20
 
 
-class FinishHook(HookBase):
-    """At the end of a complete training: the student's file, the results, and a summary."""
+class LossHook(HookBase):
+    """Reads the losses of the steps before what follows from them is written, kept or evaluated.
+
+    Args:
+        periods: of what needs them, in iterations; 0 for never.
+    """
+
+    def __init__(self, periods: Sequence[int]):
+        self.periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+            self.trainer.read_losses()
+
+
+class LazyWriters(EventWriter):
+    """Writers that are made, and their files with them, when there is something to write."""
+
+    def __init__(self, make: Callable[[], list[EventWriter]]):
+        self._make = make
+        self._writers: list[EventWriter] | None = None
+
+    def write(self) -> None:
+        if self._writers is None:
+            self._writers = self._make()
+        for writer in self._writers:
+            writer.write()
+
+    def close(self) -> None:
+        for writer in self._writers or ():
+            writer.close()
+
+
+class KeepHook(HookBase):
+    """Removes old checkpoints: all but the last ones, and the one that was evaluated as the best.
+
+    It comes behind checkpoints and evaluations, on the main process.
+
+    Args:
+        keep: ``SOLVER.CHECKPOINT_KEEP``; 0 keeps all.
+        period: of evaluations, 0 for none.
+    """
+
+    def __init__(self, keep: int, period: int):
+        self.keep, self.period = keep, period
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        done = trainer.iter + 1
+        if not self.keep:
+            return
+        if self.period > 0 and done % self.period == 0 and done != trainer.max_iter:
+            self._note_best()
+        best = trainer.run.record.get("best") or {}
+        prune(trainer.cfg.OUTPUT_DIR, self.keep, best.get("checkpoint", ""))
+
+    def _note_best(self) -> None:
+        trainer = self.trainer
+        found = flatten_results_dict(trainer.last_results)
+        metric = next((name for name in found if name.split("/")[-1] == "AP"), None)
+        best = trainer.run.record.get("best") or {"value": -math.inf}
+        if metric is None or not found[metric] > best["value"]:
+            return
+        name = f"model_{trainer.iter:07d}"
+        if not os.path.isfile(os.path.join(trainer.cfg.OUTPUT_DIR, f"{name}.pth")):
+            trainer.checkpointer.save(name, iteration=trainer.iter)
+        best = {"checkpoint": f"{name}.pth", "metric": metric, "value": float(found[metric])}
+        trainer.run.update(best=best)
+
+
+class StudentHook(HookBase):
+    """Writes the student's files when the last step is done, before anything else can fail."""
 
     def after_train(self) -> None:
         trainer = self.trainer
-        # Also called after a failure; Detectron2 counts once more after the last good step.
+        if trainer.iter >= trainer.max_iter and comm.is_main_process():
+            save_deliverable(trainer.cfg, trainer.model)
+
+
+class FinishHook(HookBase):
+    """At the end of a complete training: the results, and a summary."""
+
+    def after_train(self) -> None:
+        trainer = self.trainer
         if trainer.iter < trainer.max_iter or not comm.is_main_process():
             return
-        output = trainer.cfg.OUTPUT_DIR
-        save_student(trainer.checkpointer.model, os.path.join(output, STUDENT_FILE))
-        cost, teacher_results = trainer.cost, read_teacher_results(output)
-        write_json({"results": trainer.last_results, **cost}, os.path.join(output, "results.json"))
-        logger.info("\n%s", summarise(trainer.cfg, trainer.last_results, teacher_results, cost))
-
-
-class _OnStudentInput:
-    """The teacher on images that were loaded for the student.
-
-    Not a module: Detectron2's evaluation would put it back into "its" training mode afterwards, and
-    the teacher's batch norm with it.
-    """
-
-    def __init__(self, teacher: Teacher):
-        self.teacher = teacher
-
-    def __call__(self, inputs: list[dict]):
-        if self.teacher.flip_channels:
-            inputs = [{**item, "image": item["image"].flip(0)} for item in inputs]
-        with self.teacher.context():
-            return self.teacher.model(inputs)
-
-
-def read_teacher_results(output_dir: str) -> dict:
-    """What :func:`check_teacher` found for this output folder; {} if it did not run."""
-    path = os.path.join(output_dir, TEACHER_RESULTS)
-    if not os.path.isfile(path):
-        return {}
-    with open(path) as file:
-        return json.load(file)
-
-
-def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class) -> None:
-    """Evaluate the teacher on ``DATASETS.TEST``, on the student's input; keep the result.
-
-    A teacher of other classes than the dataset's cannot be evaluated on it, but its features can
-    be distilled: it is only named.
-    """
-    results = {}
-    known = describe_detector(teacher.model, "teacher").num_classes
-    for name in cfg.DATASETS.TEST:
-        classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
-        if known is not None and classes and known != classes:
-            logger.warning(
-                "Not checking the teacher on %s: it predicts %d classes, the dataset has %d",
-                name,
-                known,
-                classes,
-            )
-            continue
-        logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
-        loader = trainer_class.build_test_loader(cfg, name)  # first: it may make the dataset
-        evaluator = trainer_class.build_evaluator(cfg, name)
-        results[name] = inference_on_dataset(_OnStudentInput(teacher), loader, evaluator) or {}
-    if comm.is_main_process():
-        if len(results) == 1:
-            results = next(iter(results.values()))
-        write_json(results, os.path.join(cfg.OUTPUT_DIR, TEACHER_RESULTS))
+        cost, results = trainer.cost, trainer.last_results
+        write_json({"results": results, **cost}, os.path.join(trainer.run.folder, RESULTS_FILE))
+        trainer.run.update(finished=True)
+        changes = trainer.run.record["changes"]
+        text = summarise(trainer.cfg, results, trainer.run.teacher_results, cost, changes)
+        logger.info("\n%s", text)

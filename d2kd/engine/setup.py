@@ -1,5 +1,4 @@
-"""From the command line to a config, a model and a logger, with every check before anything is
-written."""
+"""From the command line to a config and a logger, with every check before anything is written."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
 from ..config import (
     add_distillation_config,
@@ -39,9 +38,20 @@ from ..data.custom import check_datasets, log_reports
 from ..data.loader import validate_loader_config
 from ..detectors.weights import RANDOM_WEIGHTS
 from ..errors import ConfigError
+from . import logs, output
+from .checkpoint import find_checkpoint
+from .launch import add_launch_arguments
 from .trainer import find_evaluator
 
 logger = logging.getLogger(__name__)
+
+
+def build_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Detectron2's arguments, ``--import`` and ``--dist-timeout``."""
+    parser = default_argument_parser(epilog=epilog)
+    add_import_argument(parser)
+    add_launch_arguments(parser)
+    return parser
 
 
 def add_import_argument(parser: argparse.ArgumentParser) -> None:
@@ -112,42 +122,64 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     for name in getattr(args, "imports", []):
         import_user_module(name)
     cfg = merged_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    check_detectron2_keys(cfg, train=not args.eval_only)
-    if not args.eval_only:
-        validate_solver(cfg)
-    validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     folders = [os.path.dirname(resolve_config_file(args.config_file))]
-    if cfg.MODEL.META_ARCHITECTURE == "Distiller" and not args.eval_only:
-        check_teacher_files(cfg, folders)
-        validate_distillation_config(cfg)
-    if not resumes(cfg, args):
-        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folders)
-    check_datasets(cfg, train=not args.eval_only)
-    for name in cfg.DATASETS.TEST:
-        find_evaluator(name)
+    check_config(cfg, folders, train=not args.eval_only, resume=args.resume)
     if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE:  # else the batch is scaled
         validate_loader_config(cfg, max(args.num_gpus * args.num_machines, 1))
     cfg.freeze()
     return cfg
 
 
-def resumes(cfg: CfgNode, args: argparse.Namespace) -> bool:
-    """Whether ``--resume`` finds a checkpoint, which then takes the place of all other weights."""
-    return args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+def check_config(
+    cfg: CfgNode, folders: Sequence[str] = (), *, train: bool, resume: bool = False
+) -> None:
+    """Check all that can be checked of ``cfg`` without building a model; a GPU that is not there
+    becomes the CPU.
+
+    Args:
+        folders: where its files were looked for besides the working directory, for messages.
+        train: for training, else for evaluation.
+        resume: a checkpoint in ``OUTPUT_DIR`` takes the place of ``MODEL.WEIGHTS``.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    check_detectron2_keys(cfg, train=train)
+    if train:
+        validate_solver(cfg)
+    validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller" and train:
+        check_teacher_files(cfg, folders)
+        validate_distillation_config(cfg)
+    if not (resume and find_checkpoint(cfg.OUTPUT_DIR, weights_only=not train)):
+        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folders)
+        if not train and not cfg.MODEL.WEIGHTS:
+            raise ConfigError(
+                "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
+                "with an OUTPUT_DIR that has one"
+            )
+    check_datasets(cfg, train=train)
+    for name in cfg.DATASETS.TEST:
+        find_evaluator(name)
 
 
-def model_config(cfg: CfgNode, args: argparse.Namespace) -> CfgNode:
-    """``cfg`` to build the model from: without weights that a checkpoint replaces."""
-    if not (args.eval_only or resumes(cfg, args)):
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.TIMM.PRETRAINED = False
-    cfg.DISTILL.INHERIT = []
-    cfg.freeze()
-    return cfg
+def check_devices(cfg: CfgNode) -> None:
+    """Check that the processes of this machine have the devices that the config wants.
+
+    Raises:
+        ConfigError: there are fewer GPUs, or GPUs where the model shall be on the CPU.
+    """
+    processes, gpus = comm.get_local_size(), torch.cuda.device_count()
+    if processes == 1:
+        return
+    if cfg.MODEL.DEVICE.startswith("cuda") and processes > gpus:
+        raise ConfigError(f"--num-gpus {processes}, but this machine has {gpus}")
+    if cfg.MODEL.DEVICE == "cpu" and torch.distributed.get_backend() == "nccl":
+        raise ConfigError(
+            "MODEL.DEVICE cpu in several processes: hide the GPUs, by CUDA_VISIBLE_DEVICES=''"
+        )
 
 
 def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
@@ -191,13 +223,36 @@ def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
     raise ConfigError(f"{key}: no file '{path}'{hint}{looked_in(path, folders)}")
 
 
-def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's set-up of a job, which makes the output folder, and d2kd's own logger."""
-    # It logs the file's text, and knows no names of the model zoo.
-    file = args.config_file and resolve_config_file(args.config_file)
-    args = argparse.Namespace(**{**vars(args), "config_file": file})
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2kd")
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of a job, checked, and a log on the console; nothing is written yet.
+
+    Args:
+        args: of :func:`build_parser`.
+
+    Raises:
+        ConfigError: in one line, for whatever is wrong.
+    """
+    logs.start()
+    cfg = read_config(args)
+    check_devices(cfg)
+    if comm.is_main_process():
+        output.check_output_dir(cfg.OUTPUT_DIR)
+        output.check_free(cfg.OUTPUT_DIR)
+        if not (args.eval_only or args.resume):
+            output.check_unfinished(cfg.OUTPUT_DIR)
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    logger.info("Rank %d of %d processes", comm.get_rank(), comm.get_world_size())
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Arguments: %s", args)
+    logger.info("Config:\n%s", cfg.dump())
     if not torch.cuda.is_available():
         logger.warning("Running on the CPU: no CUDA GPU is available")
     log_reports(logger)
+    if cfg.DISTILL.HEADS and cfg.MODEL.META_ARCHITECTURE != "Distiller" and not args.eval_only:
+        logger.warning(
+            "Training %s without distillation: DISTILL.HEADS is for the Distiller of "
+            "MODEL.META_ARCHITECTURE",
+            cfg.MODEL.META_ARCHITECTURE,
+        )
+    return cfg

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from ..errors import one_line
 from ..registry import node_name
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -24,12 +26,15 @@ def _rows(name: str, results: dict) -> list[list]:
     return rows
 
 
-def summarise(cfg: CfgNode, student: dict, teacher: dict, cost: dict) -> str:
+def summarise(
+    cfg: CfgNode, student: dict, teacher: dict, cost: dict, changes: Sequence[dict] = ()
+) -> str:
     """AP of student and teacher, what was distilled, the time of a step and where the files are.
 
     Args:
         student, teacher: results of Detectron2's evaluators; {} where there are none.
         cost: of the training, see :meth:`~d2kd.engine.cost.TrainingCost.summary`.
+        changes: what was resumed with other settings: ``iteration``, and ``changed`` in words.
     """
     lines = []
     rows = _rows("student", student) + _rows("teacher", teacher)
@@ -41,6 +46,9 @@ def summarise(cfg: CfgNode, student: dict, teacher: dict, cost: dict) -> str:
         lines.append(f"distilled: {', '.join(parts)}   from: {cfg.DISTILL.TEACHER.CONFIG_FILE}")
     else:
         lines.append("distilled: nothing (the student alone)")
+    for change in changes:
+        words = one_line(", ".join(change["changed"]))
+        lines.append(f"resumed at iteration {change['iteration']} with other settings: {words}")
     if cost["step_seconds"] is not None:
         lines.append(
             f"time a step: {cost['step_seconds']:.3f} s   iterations: {cfg.SOLVER.MAX_ITER}   "
@@ -51,5 +59,6 @@ def summarise(cfg: CfgNode, student: dict, teacher: dict, cost: dict) -> str:
         f"{cost['distillation_parameters']:,} of distillation, which are not kept"
     )
     lines.append(f"weights: {cfg.OUTPUT_DIR}/student_final.pth (plain Detectron2 student)")
+    lines.append(f"         {cfg.OUTPUT_DIR}/student_config.yaml (a config that reads it)")
     lines.append(f"         {cfg.OUTPUT_DIR}/model_final.pth (the same with the heads' state)")
     return "\n".join(lines)

@@ -1,34 +1,49 @@
-"""The trainer: Detectron2's DefaultTrainer, on CPU and GPU, resumable, in fp32, bf16 or fp16."""
+"""The trainer: Detectron2's DefaultTrainer, resumable to the last bit, in a folder of its own."""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
+import contextlib
+import inspect
+import logging
+import os
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.defaults import create_ddp_model, default_writers
+from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import (
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    verify_results,
+)
+from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage, EventWriter
+from torch import nn
 
-from ..config import PRECISIONS
 from ..data.evaluation import CocoEvaluator
-from ..data.loader import build_test_loader, build_train_loader, seed_of
-from ..errors import ConfigError
-from ..meta_arch import moments_of
-from .checkpoint import AtomicCheckpointer
-from .cost import TrainingCost
-from .hooks import FinishHook
+from ..data.loader import build_test_loader, build_train_loader, validate_loader_config
+from ..detectors.teacher import Teacher
+from ..errors import ConfigError, first_line
+from ..files import shown
+from ..meta_arch import TrainingMoments
+from . import logs, output
+from .checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint, read_checkpoint
+from .faults import LossError, Stopped, TrainingError, explain, on_main_process, stopping_by_signals
+from .hooks import LOG_PERIOD, FinishHook, KeepHook, LazyWriters, LossHook, StudentHook
+from .run import Run
+from .step import StepTrainer, unwrap, use_fused_update
+from .teacher_check import check_teacher
+
+logger = logging.getLogger(__name__)
 
 EVALUATORS = {
     "coco": CocoEvaluator,
@@ -51,172 +66,36 @@ def find_evaluator(dataset_name: str) -> str:
     return kind
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def detector_of(model: nn.Module) -> nn.Module:
-    """The detector that is trained: the student of a Distiller, or the model itself."""
-    return moments_of(model).student
-
-
-class StepTrainer(TrainerBase):
-    """One training step: data, forward, backward, update.
-
-    Args:
-        make_loader: (seed, first batch) -> iterable of batches.
-        precision: "" for float32; "bf16"; "fp16", which needs a GPU and scales the loss.
-        seed: random numbers of a step are a function of the seed, the iteration and the rank.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        make_loader: Callable[[int, int], Iterable],
-        *,
-        precision: str = "",
-        seed: int = 0,
-    ):
-        super().__init__()
-        self.model = model.train()
-        self.optimizer = optimizer
-        self.make_loader = make_loader
-        self.data_loader = None
-        self.precision = precision
-        self.seed = seed
-        self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
-        self.cost = TrainingCost()
-
-    def run_step(self) -> None:
-        start = time.perf_counter()
-        if self.data_loader is None:
-            self.data_loader = self.make_loader(self.seed, self.iter)
-            self._batches = iter(self.data_loader)
-        data = next(self._batches)
-        data_time = time.perf_counter() - start
-
-        torch.manual_seed(seed_of(self.seed, self.iter, comm.get_rank()))
-        device = unwrap(self.model).device
-        with torch.autocast(device.type, PRECISIONS[self.precision], enabled=bool(self.precision)):
-            losses = self.model(data)
-        total = sum(losses.values())
-        self.optimizer.zero_grad()
-        (total if self.scaler is None else self.scaler.scale(total)).backward()
-        moments_of(self.model).after_backward()
-        write_losses(losses, data_time, self.iter)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.cost.add_step(time.perf_counter() - start, device)
-
-    def state_dict(self) -> dict:
-        state = {
-            **super().state_dict(),
-            "seed": self.seed,
-            "optimizer": self.optimizer.state_dict(),
-            "parameters": self._parameters(),
-            "cost": self.cost.state_dict(),
-        }
-        # Dense detectors keep the running mean of their loss normaliser outside the state dict.
-        detector = detector_of(self.model)
-        if hasattr(detector, "loss_normalizer"):
-            state["loss_normalizer"] = detector.loss_normalizer
-        if self.scaler is not None:
-            state["scaler"] = self.scaler.state_dict()
-        return state
-
-    def _parameters(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape of what is trained, in the order of the optimiser's state."""
-        named = unwrap(self.model).named_parameters()
-        return [(name, tuple(p.shape)) for name, p in named if p.requires_grad]
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from a checkpoint of this config.
-
-        Raises:
-            ConfigError: it is of a model with other parameters; names the first.
-        """
-        # The optimiser's state knows its parameters by position only, and does not look at shapes.
-        _check_parameters(state_dict.get("parameters"), self._parameters())
-        super().load_state_dict(state_dict)
-        self.seed = state_dict["seed"]
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        use_fused_update(self.optimizer)
-        if "cost" in state_dict:
-            self.cost.load_state_dict(state_dict["cost"])
-        if "loss_normalizer" in state_dict:
-            detector_of(self.model).loss_normalizer = state_dict["loss_normalizer"]
-        if self.scaler is not None and "scaler" in state_dict:
-            self.scaler.load_state_dict(state_dict["scaler"])
-
-
-def _check_parameters(saved: list | None, own: list) -> None:
-    """Refuse a checkpoint whose optimiser state is not for these parameters (name, shape)."""
-    for before, now in itertools.zip_longest(saved if saved is not None else own, own):
-        if before != now:
-            was, is_now = (f"{x[0]} {list(x[1])}" if x else "nothing" for x in (before, now))
-            raise ConfigError(
-                f"the checkpoint is of a model with other parameters (it has {was} where this "
-                f"config has {is_now}): resume with its own config, or train into another "
-                "OUTPUT_DIR, with MODEL.WEIGHTS to start from its weights"
-            )
-
-
-def use_fused_update(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """On a CPU, update in one pass over the memory instead of one for each operation.
-
-    Not on CUDA: there a fused optimiser takes the scale off the gradients of fp16 within its step,
-    which is after Detectron2 has clipped them.
-    """
-    for group in optimizer.param_groups:
-        on_cpu = all(p.device.type == "cpu" for p in group["params"])
-        group.update(fused=on_cpu, foreach=not on_cpu)
-    return optimizer
-
-
-def write_losses(losses: dict[str, Tensor], data_time: float, iteration: int) -> None:
-    """Log each loss, averaged over the ranks, with one copy from the device for all of them.
-
-    Raises:
-        FloatingPointError: a loss is not finite.
-    """
-    values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
-    ranks = comm.gather((dict(zip(losses, values, strict=True)), data_time))
-    if not comm.is_main_process():
-        return
-    storage = get_event_storage()
-    storage.put_scalar("data_time", max(seconds for _, seconds in ranks))
-    mean = {name: sum(rank[name] for rank, _ in ranks) / len(ranks) for name in losses}
-    if not all(math.isfinite(value) for value in mean.values()):
-        raise FloatingPointError(f"a loss is not finite at iteration {iteration}: {mean}")
-    # The console repeats the last values of a term for ever: one of a head that stopped is zero.
-    mean |= {n: 0.0 for n in storage.histories() if n.startswith("loss_kd_") and n not in mean}
-    distilled = [value for name, value in mean.items() if name.startswith("loss_kd_")]
-    total = sum(mean.values())
-    storage.put_scalar("total_loss", total)
-    if distilled:  # side by side on the console, which prints losses in the order of their coming
-        storage.put_scalar("total_detection_loss", total - sum(distilled))
-        storage.put_scalar("total_kd_loss", sum(distilled))
-    storage.put_scalars(**mean)
-
-
 class DistillTrainer(DefaultTrainer):
-    """Trains what ``cfg`` says: a plain detector or a Distiller.
+    """Trains what ``cfg`` says, a plain detector or a Distiller; used as Detectron2's trainer.
+
+    Building it writes nothing. :meth:`resume_or_load` claims ``cfg.OUTPUT_DIR`` when all that can
+    be checked before the first step was good, and :meth:`train` calls it where the caller did not.
 
     Args:
-        cfg: the full config.
-        seed: of data order, augmentation and sampling; a resumed run takes its own again.
-        model: built by the caller where that was needed before; default: built here.
+        cfg: the full config. ``SEED`` decides the initial weights, data order, augmentation and
+            sampling; a resumed run takes its own again.
+        resume: go on from the last checkpoint, if there is one: weights that it replaces are then
+            not asked for.
+        model: built by the caller; default: built here.
+
+    Attributes:
+        run: the output folder, and what it says of this run.
     """
 
-    def __init__(self, cfg: CfgNode, seed: int = 0, model: nn.Module | None = None):
+    def __init__(self, cfg: CfgNode, *, resume: bool = False, model: nn.Module | None = None):
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            logs.start()
+        # First of all, because the heads' schedules end with SOLVER.MAX_ITER.
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg) if model is None else model
+        validate_loader_config(cfg, comm.get_world_size())
+        self.cfg, self._resume = cfg, resume
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
+        if model is None:
+            seed_all_rng(seed)
+            resumes = resume and find_checkpoint(cfg.OUTPUT_DIR)
+            model = self.build_model(without_start(cfg) if resumes else cfg)
         optimizer = self.build_optimizer(cfg, model)
         on_gpu = unwrap(model).device.type == "cuda"
         model = create_ddp_model(
@@ -227,37 +106,166 @@ class DistillTrainer(DefaultTrainer):
         self._trainer = StepTrainer(
             model,
             optimizer,
-            functools.partial(self.build_train_loader, cfg),
+            self._make_loader,
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             seed=seed,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.checkpointer.before_save = self._trainer.losses.check
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.run = Run(cfg)
         self.register_hooks(self.build_hooks())
 
+    def _make_loader(self, seed: int, start: int) -> Iterable:
+        """The loader of training; of a subclass that overrides it as Detectron2's, without seed."""
+        if "seed" in inspect.signature(self.build_train_loader).parameters:
+            return self.build_train_loader(self.cfg, seed, start)
+        if start:
+            logger.warning("build_train_loader(cfg) takes no start: it begins with other images")
+        return self.build_train_loader(self.cfg)
+
+    @property
+    def _moments(self) -> TrainingMoments:
+        return self._trainer.moments
+
+    # --- before the first step -------------------------------------------------------------------
+
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume, or start: load ``MODEL.WEIGHTS``, then copy ``DISTILL.INHERIT``."""
-        resumes = resume and self.checkpointer.has_checkpoint()
-        super().resume_or_load(resume)
-        if not resumes:
-            moments_of(self.model).start_from_weights()
+        """Resume, or start from ``MODEL.WEIGHTS`` and ``DISTILL.INHERIT``; then take the folder.
 
-    def train(self) -> None:
-        """Train, without a teacher that only gave its weights."""
-        moments_of(self.model).before_training()
-        super().train()
+        Raises:
+            ConfigError: the checkpoint or the weights do not fit, or the folder is another run's.
+        """
+        folder, moments = self.cfg.OUTPUT_DIR, self._moments
+        path = on_main_process(lambda: find_checkpoint(folder)) if resume else ""
+        if path:
+            checkpoint = read_checkpoint(path)
+            self._trainer.check_state(checkpoint["trainer"]["_trainer"])
+            logger.info("Resuming from %s", path)
+            self.checkpointer.restore(checkpoint)
+            # It holds the iteration that it was written after.
+            self.start_iter = self.iter + 1
+        else:
+            self.checkpointer.load_weights(self.cfg.MODEL.WEIGHTS)
+            moments.start_from_weights()
+        resumes, needed = bool(path), self._checkpoint_bytes()
+        self.run.claim(moments.teacher, self.start_iter, resumes, needed)
 
-    def build_hooks(self) -> list:
-        """Detectron2's hooks; before them those of the heads, behind them the end of training."""
-        own = moments_of(self.model).build_hooks(self.cfg)
-        return [*own, *super().build_hooks(), FinishHook()]
+    def _checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the model, and one or two moments of what is trained."""
+        moments = 1 if self.cfg.SOLVER.OPTIMIZER == "SGD" else 2
+        return sum(
+            p.numel() * p.element_size() * (1 + moments * p.requires_grad)
+            for p in self.model.parameters()
+        )
+
+    def _evaluate_teacher(self, teacher: Teacher) -> dict:
+        with _evaluating("the teacher"):
+            return check_teacher(self.cfg, teacher, type(self))
+
+    # --- training --------------------------------------------------------------------------------
+
+    def train(self) -> dict:
+        """Train to the end.
+
+        Returns:
+            Results of the last evaluation: task -> metrics.
+
+        Raises:
+            ConfigError, TrainingError: in one line, with how the training can go on.
+            Stopped: by Ctrl-C or SIGTERM.
+        """
+        if not self.run.record:
+            self.resume_or_load(self._resume)
+        with stopping_by_signals():
+            try:
+                self.run.check_teacher(self._moments.teacher, self._evaluate_teacher)
+                self._moments.before_training()
+                self._train()
+            except Stopped as stop:
+                words = f"{stop} at iteration {self.iter}; {self._way_on()}"
+                logs.write_to_file(f"error: {words}")
+                stop.args = (words,)
+                raise
+            except Exception as error:
+                fault = explain(error, self._trainer.batch_words(), self._way_on())
+                logs.write_to_file(f"error: {fault}", error)
+                if fault is error:
+                    raise
+                raise fault from error
+            finally:
+                self.run.release()
+        if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
+            verify_results(self.cfg, self.last_results)
+        return self.last_results
+
+    def _train(self) -> None:
+        """The loop of Detectron2, without its log of a traceback and its last evaluation of a
+        training that failed."""
+        logger.info("Starting training from iteration %d", self.start_iter)
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                for iteration in range(self.start_iter, self.max_iter):
+                    self.iter = iteration
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                self.iter = self.max_iter  # by which after_train tells success
+                self.after_train()
+            except BaseException as error:
+                self._after_failure(error)
+                raise
+
+    def _after_failure(self, error: BaseException) -> None:
+        """Write what was logged so far.
+
+        Raises:
+            LossError: a loss that was not read yet is why ``error`` came.
+        """
+        if isinstance(error, Exception) and not isinstance(error, LossError):
+            try:
+                self._trainer.losses.check()
+            except LossError:
+                raise
+            except RuntimeError:  # a device that failed cannot be read
+                pass
+        if self.iter < self.max_iter:
+            for hook in self._hooks:
+                if isinstance(hook, PeriodicWriter):
+                    with contextlib.suppress(OSError):
+                        hook.after_train()
+
+    def run_step(self) -> None:
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+    def read_losses(self) -> None:
+        """Check and log the losses of all steps so far; all ranks together.
+
+        Raises:
+            LossError: one was not finite.
+        """
+        self._trainer.read_losses()
 
     def before_step(self) -> None:
         """Detectron2's, timed: it is here that heads do what they do between steps."""
         start = time.perf_counter()
         super().before_step()
         self._trainer.cost.hook_seconds += time.perf_counter() - start
+
+    def _way_on(self) -> str:
+        """How a training that ends now can go on, in words."""
+        folder = self.cfg.OUTPUT_DIR
+        if self.iter >= self.max_iter:
+            kept = shown(os.path.join(folder, STUDENT_FILE))
+            return f"'{kept}' is kept; --resume evaluates it again"
+        with contextlib.suppress(ConfigError, OSError):
+            if path := find_checkpoint(folder):
+                return f"--resume goes on from {os.path.basename(path)}"
+        return "there is no checkpoint yet"
 
     @property
     def cost(self) -> dict:
@@ -268,6 +276,28 @@ class DistillTrainer(DefaultTrainer):
     def last_results(self) -> dict:
         """Results of the last evaluation; {} before the first."""
         return getattr(self, "_last_eval_results", None) or {}
+
+    # --- what a subclass may override ------------------------------------------------------------
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks; before them those of the heads, among them d2kd's own."""
+        cfg, hooks = self.cfg, super().build_hooks()
+        own = self._moments.build_hooks(cfg)
+        periods = [LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]
+        at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        behind = [FinishHook()]
+        if comm.is_main_process():
+            behind.append(KeepHook(cfg.SOLVER.CHECKPOINT_KEEP, cfg.TEST.EVAL_PERIOD))
+        return [LossHook(periods), *own, *hooks[:at], StudentHook(), *hooks[at:], *behind]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers, which make their files with the first line."""
+        return [LazyWriters(lambda: default_writers(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.MAX_ITER))]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model of ``cfg``, without Detectron2's log of all its modules."""
+        return build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -297,8 +327,43 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        """The evaluator of the dataset's ``evaluator_type``."""
         kind = find_evaluator(dataset_name)
-        options = {"output_dir": f"{cfg.OUTPUT_DIR}/inference"}
+        options = {"output_dir": os.path.join(cfg.OUTPUT_DIR, output.EVALUATION_FOLDER)}
         if kind == "coco":
             options["kpt_oks_sigmas"] = tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         return EVALUATORS[kind](dataset_name, **options)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+        """Detectron2's evaluation on ``DATASETS.TEST``.
+
+        Raises:
+            TrainingError: it failed; says why in one line.
+        """
+        with _evaluating(" and ".join(f"'{name}'" for name in cfg.DATASETS.TEST)):
+            return super().test(cfg, model, evaluators)
+
+
+@contextlib.contextmanager
+def _evaluating(what: str):
+    """Say in one line that an evaluation failed, and why; the traceback is in the log file."""
+    try:
+        yield
+    except (ConfigError, TrainingError):
+        raise
+    except Exception as error:
+        fault = explain(error)
+        reason = fault if fault is not error else f"{type(error).__name__}: {first_line(error)}"
+        raise TrainingError(f"the evaluation of {what} failed: {reason}") from error
+
+
+def without_start(cfg: CfgNode) -> CfgNode:
+    """``cfg`` to build a model from whose weights a checkpoint gives: without those it would start
+    from."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.DISTILL.INHERIT = []
+    cfg.freeze()
+    return cfg

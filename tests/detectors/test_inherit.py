@@ -6,7 +6,6 @@ import logging
 
 import pytest
 import torch
-from detectron2.engine import DefaultTrainer
 
 from d2kd import ConfigError
 from d2kd.detectors.inherit import plan_inheritance
@@ -115,7 +114,7 @@ def test_a_teacher_that_no_head_reads_is_let_go(heads, teacher, tmp_path, monkey
         trainer.model.student.backbone.fpn_output2.weight, expected["backbone.fpn_output2.weight"]
     )
     assert trainer.model.teacher is not None
-    monkeypatch.setattr(DefaultTrainer, "train", lambda self: None)
+    monkeypatch.setattr(DistillTrainer, "_train", lambda self: None)
     trainer.train()
     assert (trainer.model.teacher is None) == (not heads)
 

@@ -489,7 +489,7 @@ def training_config(tmp_path, *opts, arch="faster"):
 
 def make_trainer(cfg, resume=False) -> DistillTrainer:
     torch.manual_seed(0)
-    trainer = DistillTrainer(cfg, seed=1)
+    trainer = DistillTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
 

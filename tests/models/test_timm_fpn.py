@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import logging
 import sys
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -21,7 +20,7 @@ from d2kd.config import student_config
 from d2kd.config_files import load_config
 from d2kd.engine import train as train_net
 from d2kd.engine.checkpoint import save_student
-from d2kd.engine.setup import model_config
+from d2kd.engine.trainer import without_start
 from d2kd.models import TimmBackbone
 
 from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
@@ -209,18 +208,14 @@ def fetches(monkeypatch) -> list[str]:
     return asked
 
 
-def test_weights_are_fetched_only_where_they_are_used(fetches, tmp_path):
-    """timm's weights are asked for at the start of training without MODEL.WEIGHTS, once; not with
-    it, not to evaluate and not to resume."""
+def test_weights_are_fetched_only_where_they_are_used(fetches):
+    """timm's weights are asked for without MODEL.WEIGHTS, once; not with it, and not where a
+    checkpoint gives all weights."""
     cfg = light_config()
     cfg.MODEL.TIMM.PRETRAINED = True
-    cfg.OUTPUT_DIR = str(tmp_path)
-    fresh = SimpleNamespace(resume=True, eval_only=False)  # nothing to resume from yet
-    build_backbone(model_config(cfg, fresh))
+    build_backbone(cfg)
     assert fetches == [LIGHT]
-    build_backbone(model_config(cfg, SimpleNamespace(resume=False, eval_only=True)))
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    build_backbone(model_config(cfg, fresh))
+    build_backbone(without_start(cfg))
     cfg.MODEL.WEIGHTS = "student.pth"
     build_backbone(cfg)
     assert fetches == [LIGHT]

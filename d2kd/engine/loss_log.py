@@ -1,0 +1,133 @@
+"""The losses of a training's steps: kept where they were computed, read and checked once a period.
+
+Reading a loss makes the CPU wait for the device. So a step only puts its losses into one tensor;
+once a period all of them are copied together, averaged over the ranks, checked and logged, each
+under the iteration that it is of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor
+
+from .faults import LossError
+
+DISTILLED = "loss_kd_"
+
+
+class _Step(NamedTuple):
+    iteration: int
+    names: tuple[str, ...]
+    losses: Tensor  # (len(names),), float32, on the device
+    data_time: float
+
+
+class _Read(NamedTuple):
+    iteration: int
+    losses: dict[str, float]
+    data_time: float
+
+
+class LossLog:
+    """Losses of steps that were not read yet, and how they are read."""
+
+    def __init__(self) -> None:
+        self._steps: list[_Step] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, iteration: int, losses: dict[str, Tensor], data_time: float) -> None:
+        """Note the losses of a step, without waiting for them.
+
+        Args:
+            losses: scalars by name.
+            data_time: seconds that the step waited for its data.
+        """
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        self._steps.append(_Step(iteration, tuple(losses), values, data_time))
+
+    def flush(self) -> float:
+        """Read what was noted, and log its mean over the ranks. All ranks take part.
+
+        Returns:
+            Seconds that this rank waited for its device.
+
+        Raises:
+            LossError: on all ranks, of the first step with a loss that is not finite.
+        """
+        start = time.perf_counter()
+        own = self._read()
+        seconds = time.perf_counter() - start
+        ranks = comm.all_gather(own)
+        for steps in zip(*ranks, strict=True):
+            for step in steps:
+                _check(step)
+            if comm.is_main_process():
+                _log(steps)
+        return seconds
+
+    def check(self) -> None:
+        """Check this rank's losses that were not read yet; they stay to be logged.
+
+        Raises:
+            LossError: one is not finite.
+        """
+        for step in self._read(keep=True):
+            _check(step)
+
+    def _read(self, keep: bool = False) -> list[_Read]:
+        steps = self._steps
+        if not keep:
+            self._steps = []
+        if not steps:
+            return []
+        sizes = [len(step.names) for step in steps]
+        rows = torch.cat([step.losses for step in steps]).cpu().split(sizes)
+        return [
+            _Read(step.iteration, dict(zip(step.names, row.tolist(), strict=True)), step.data_time)
+            for step, row in zip(steps, rows, strict=True)
+        ]
+
+
+def _check(step: _Read) -> None:
+    for name, value in step.losses.items():
+        if not math.isfinite(value):
+            raise LossError.of(name, value, step.iteration)
+
+
+def _log(ranks: tuple[_Read, ...]) -> None:
+    """Log one step, seen by all ranks, in the storage of the training."""
+    storage = get_event_storage()
+    names = ranks[0].losses
+    mean = {name: sum(rank.losses[name] for rank in ranks) / len(ranks) for name in names}
+    # The console repeats the last values of a term for ever: one of a head that stopped is zero.
+    mean |= {n: 0.0 for n in storage.histories() if n.startswith(DISTILLED) and n not in mean}
+    distilled = [value for name, value in mean.items() if name.startswith(DISTILLED)]
+    total = sum(mean.values())
+    with _at(storage, ranks[0].iteration):
+        storage.put_scalar("data_time", max(rank.data_time for rank in ranks))
+        storage.put_scalar("total_loss", total)
+        if distilled:  # side by side on the console, which prints losses as they came first
+            storage.put_scalar("total_detection_loss", total - sum(distilled))
+            storage.put_scalar("total_kd_loss", sum(distilled))
+        storage.put_scalars(**mean)
+
+
+@contextlib.contextmanager
+def _at(storage: EventStorage, iteration: int) -> Iterator[None]:
+    """What is put is of ``iteration``. (``put_scalar(cur_iter=)`` is not in all Detectron2s.)"""
+    now = storage.iter
+    storage.iter = iteration
+    try:
+        yield
+    finally:
+        storage.iter = now

@@ -1,0 +1,201 @@
+"""The output folder of a run: it can be written, one run has it at a time, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+
+from ..errors import ConfigError, first_line
+from ..files import remove_leftovers, shown
+from .checkpoint import LAST_CHECKPOINT, STUDENT_FILE
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+RESULTS_FILE = "results.json"
+EVALUATION_FOLDER = "inference"
+EARLIER = "earlier_"
+
+# What a run leaves, by which a folder is known to hold one.
+_FILES_OF_A_RUN = (
+    RUN_FILE,
+    CONFIG_FILE,
+    RESULTS_FILE,
+    LAST_CHECKPOINT,
+    STUDENT_FILE,
+    "student_config.yaml",
+    "teacher_results.json",
+    "metrics.json",
+    "log.txt*",
+    "model_*.pth",
+    "events.out.tfevents.*",
+    "prototypes.pth",
+    "prototypes.json",
+)
+
+# (Folder, process) -> the open, locked file. The system frees a lock when its process ends, however
+# it ends; a process that opens the file a second time would free it, too. A fork has no locks.
+_held: dict[tuple[str, int], int] = {}
+
+
+def check_output_dir(path: str) -> None:
+    """Check that files can be written to ``OUTPUT_DIR``, which need not be there; none is left.
+
+    Raises:
+        ConfigError: it is empty, a URL or a file, or cannot be made or written.
+    """
+    if not path.strip():
+        raise ConfigError("OUTPUT_DIR is empty: name a folder")
+    if "://" in path:
+        raise ConfigError(f"OUTPUT_DIR '{path}' is a URL; it must be a local folder")
+    parent = os.path.abspath(path)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise ConfigError(
+            f"OUTPUT_DIR '{shown(path)}': '{shown(parent)}' is not a folder; name another one"
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix=".d2kd-", dir=parent) as probe:
+            with open(os.path.join(probe, "probe"), "wb") as file:
+                file.write(bytes(4096))
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise ConfigError(
+            f"OUTPUT_DIR '{shown(path)}' cannot be written: {reason}; name another OUTPUT_DIR"
+        ) from error
+
+
+def check_space(path: str, needed: int) -> None:
+    """Check that there is room for ``needed`` bytes in ``path``, which need not be there.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    parent = os.path.abspath(path)
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"OUTPUT_DIR '{shown(path)}': {free / 2**20:,.1f} MiB are free, and a checkpoint takes "
+            f"about {needed / 2**20:,.1f} MiB: free some, or name another OUTPUT_DIR"
+        )
+
+
+def lock(path: str) -> None:
+    """Make the folder and take its lock, until :func:`unlock` or the end of the process.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    folder = os.path.realpath(path)
+    if (folder, os.getpid()) in _held:
+        return
+    os.makedirs(folder, exist_ok=True)
+    file = os.open(os.path.join(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(file, path)
+    except ConfigError:
+        os.close(file)
+        raise
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _held[folder, os.getpid()] = file
+
+
+def unlock(path: str) -> None:
+    """Free the lock of :func:`lock`, if this process has it."""
+    file = _held.pop((os.path.realpath(path), os.getpid()), None)
+    if file is not None:
+        os.close(file)
+
+
+def check_free(path: str) -> None:
+    """Check that no other process has the folder; nothing is made.
+
+    Raises:
+        ConfigError: one has.
+    """
+    folder = os.path.realpath(path)
+    name = os.path.join(folder, LOCK_FILE)
+    if (folder, os.getpid()) in _held or not os.path.isfile(name):
+        return
+    try:
+        file = os.open(name, os.O_RDWR)
+    except OSError:  # of another user; making files there fails, too, and is said
+        return
+    try:
+        _lock(file, path)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, path: str) -> None:
+    # Not flock(): workers that load data inherit that, and keep it for seconds after a kill.
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+            raise ConfigError(
+                f"OUTPUT_DIR '{shown(path)}' is in use by {holder}: wait for its end or name "
+                "another OUTPUT_DIR"
+            ) from error
+        logger.warning("OUTPUT_DIR '%s' cannot be locked: %s", shown(path), error)
+
+
+def read_record(path: str) -> dict:
+    """What ``run.json`` of a folder says; {} where there is none, or none that can be read."""
+    try:
+        with open(os.path.join(path, RUN_FILE)) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_unfinished(path: str) -> None:
+    """Check that a new run would not take the place of one that can still go on.
+
+    Raises:
+        ConfigError: the folder holds a training that was stopped after a checkpoint.
+    """
+    checkpoint = os.path.join(path, LAST_CHECKPOINT)
+    if not os.path.isfile(checkpoint):
+        return
+    record = read_record(path)
+    finished = record.get("finished", os.path.isfile(os.path.join(path, STUDENT_FILE)))
+    if not finished:
+        raise ConfigError(
+            f"OUTPUT_DIR '{shown(path)}' holds a training that was not finished: go on with it by "
+            "--resume, or name another OUTPUT_DIR"
+        )
+
+
+def set_aside(path: str) -> str:
+    """Move what another run left in the folder into a folder below; "" if there is nothing."""
+    found = [name for pattern in _FILES_OF_A_RUN for name in glob.glob(pattern, root_dir=path)]
+    for name in glob.glob("*.tmp", root_dir=path):
+        remove_leftovers(os.path.join(path, name.rsplit(".", 2)[0]))
+    if not found:
+        return ""
+    number = 1
+    while os.path.lexists(os.path.join(path, f"{EARLIER}{number}")):
+        number += 1
+    target = os.path.join(path, f"{EARLIER}{number}")
+    os.mkdir(target)
+    # A folder of evaluations alone is no run, but of a run it is a part.
+    for name in [*found, EVALUATION_FOLDER]:
+        if os.path.lexists(os.path.join(path, name)):
+            os.rename(os.path.join(path, name), os.path.join(target, name))
+    return target

@@ -1,0 +1,188 @@
+"""One training step: data, forward, backward, update; on CPU and GPU, in fp32, bf16 or fp16."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from torch import nn
+
+from ..config import PRECISIONS
+from ..data.loader import seed_of
+from ..errors import ConfigError
+from ..meta_arch import moments_of
+from .cost import TrainingCost
+from .loss_log import LossLog
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+class StepTrainer(TrainerBase):
+    """One training step: data, forward, backward, update.
+
+    Args:
+        make_loader: (seed, first batch) -> iterable of batches.
+        precision: "" for float32; "bf16"; "fp16", which needs a GPU and scales the loss.
+        seed: random numbers of a step are a function of the seed, the iteration and the rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        make_loader: Callable[[int, int], Iterable],
+        *,
+        precision: str = "",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model = model.train()
+        self.moments = moments_of(model)
+        self.optimizer = optimizer
+        self.make_loader = make_loader
+        self.data_loader = None
+        self.precision = precision
+        self.seed = seed
+        self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
+        self.cost = TrainingCost()
+        self.losses = LossLog()
+        self._data: list[dict] = []
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        if self.data_loader is None:
+            self.data_loader = self.make_loader(self.seed, self.iter)
+            self._batches = iter(self.data_loader)
+        self._data = next(self._batches)
+        data_time = time.perf_counter() - start
+
+        torch.manual_seed(seed_of(self.seed, self.iter, comm.get_rank()))
+        device = unwrap(self.model).device
+        with torch.autocast(device.type, PRECISIONS[self.precision], enabled=bool(self.precision)):
+            losses = self.model(self._data)
+        total = sum(losses.values())
+        self.optimizer.zero_grad()
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        self.moments.after_backward()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.losses.add(self.iter, losses, data_time)
+        self.cost.add_step(time.perf_counter() - start, device)
+
+    def read_losses(self) -> None:
+        """Check and log the losses of all steps so far; all ranks together.
+
+        Raises:
+            LossError: one was not finite.
+        """
+        steps = len(self.losses)
+        self.cost.add_wait(self.losses.flush(), steps)
+
+    def batch_words(self) -> str:
+        """What this rank's last step was given; "" if there was none."""
+        shapes = [item["image"].shape[-2:] for item in self._data if "image" in item]
+        if not shapes:
+            return ""
+        height, width = (max(sides) for sides in zip(*shapes, strict=True))
+        return f"{len(shapes)} images of up to {height} x {width} pixels"
+
+    def state_dict(self) -> dict:
+        state = {
+            **super().state_dict(),
+            "seed": self.seed,
+            "optimizer": self.optimizer.state_dict(),
+            "parameters": self._parameters(),
+            "cost": self.cost.state_dict(),
+        }
+        # Dense detectors keep the running mean of their loss normaliser outside the state dict.
+        if hasattr(self.moments.student, "loss_normalizer"):
+            state["loss_normalizer"] = self.moments.student.loss_normalizer
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def _parameters(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of what is trained, in the order of the optimiser's state."""
+        named = unwrap(self.model).named_parameters()
+        return [(name, tuple(p.shape)) for name, p in named if p.requires_grad]
+
+    def check_state(self, state_dict: dict) -> None:
+        """Check that :meth:`load_state_dict` can go on from ``state_dict``; nothing is changed.
+
+        Raises:
+            ConfigError: it is of a model with other parameters, or of another optimiser.
+        """
+        # The optimiser's state knows its parameters by position only, and does not look at shapes.
+        check_parameters(state_dict.get("parameters"), self._parameters())
+        own = self.optimizer.state_dict()["param_groups"]
+        check_optimizer(state_dict["optimizer"]["param_groups"], own)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a checkpoint of this config.
+
+        Raises:
+            ConfigError: it is of another one; see :meth:`check_state`.
+        """
+        self.check_state(state_dict)
+        super().load_state_dict(state_dict)
+        self.seed = state_dict["seed"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        use_fused_update(self.optimizer)
+        if "cost" in state_dict:
+            self.cost.load_state_dict(state_dict["cost"])
+        if "loss_normalizer" in state_dict:
+            self.moments.student.loss_normalizer = state_dict["loss_normalizer"]
+        if self.scaler is not None and "scaler" in state_dict:
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+
+def check_parameters(saved: list | None, own: list) -> None:
+    """Refuse a checkpoint whose optimiser state is not for these parameters (name, shape)."""
+    for before, now in itertools.zip_longest(saved if saved is not None else own, own):
+        if before != now:
+            was, is_now = (f"{x[0]} {list(x[1])}" if x else "nothing" for x in (before, now))
+            raise ConfigError(
+                f"the checkpoint is of a model with other parameters (it has {was} where this "
+                f"config has {is_now}): resume with its own config, or train into another "
+                "OUTPUT_DIR, with MODEL.WEIGHTS to start from its weights"
+            )
+
+
+def check_optimizer(saved: list[dict], own: list[dict]) -> None:
+    """Refuse parameter groups of another optimiser: SGD has momentum, AdamW has betas."""
+    before, now = (_optimizer_name(groups) for groups in (saved, own))
+    if before == now:
+        before, now = (f"{len(groups)} groups of parameters" for groups in (saved, own))
+    if before != now:
+        raise ConfigError(
+            f"the checkpoint is of a training by {before}, this config's is by {now}: resume with "
+            "its own SOLVER keys, or train into another OUTPUT_DIR, with MODEL.WEIGHTS to start "
+            "from its weights"
+        )
+
+
+def _optimizer_name(groups: list[dict]) -> str:
+    keys = set().union(*groups)
+    return "AdamW" if "betas" in keys else "SGD" if "momentum" in keys else "another optimiser"
+
+
+def use_fused_update(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """On a CPU, update in one pass over the memory instead of one for each operation.
+
+    Not on CUDA: there a fused optimiser takes the scale off the gradients of fp16 within its step,
+    which is after Detectron2 has clipped them.
+    """
+    for group in optimizer.param_groups:
+        on_cpu = all(p.device.type == "cpu" for p in group["params"])
+        group.update(fused=on_cpu, foreach=not on_cpu)
+    return optimizer

@@ -1,0 +1,90 @@
+"""Evaluating the teacher before it teaches, and keeping the result for that teacher only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import inference_on_dataset
+
+from ..detectors.spec import describe_detector
+from ..detectors.teacher import Teacher
+from ..files import null_to_nan, write_json
+from .identity import same_teacher
+
+logger = logging.getLogger(__name__)
+
+TEACHER_RESULTS = "teacher_results.json"
+
+
+class _OnStudentInput:
+    """The teacher on images that were loaded for the student.
+
+    Not a module: Detectron2's evaluation would put it back into "its" training mode afterwards, and
+    the teacher's batch norm with it.
+    """
+
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
+
+    def __call__(self, inputs: list[dict]):
+        if self.teacher.flip_channels:
+            inputs = [{**item, "image": item["image"].flip(0)} for item in inputs]
+        with self.teacher.context():
+            return self.teacher.model(inputs)
+
+
+def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTrainer]) -> dict:
+    """Evaluate the teacher on ``DATASETS.TEST``, on the student's input.
+
+    A teacher of other classes than the dataset's cannot be evaluated on it, but its features can
+    be distilled: it is only named.
+
+    Returns:
+        Results of the evaluators; {} on other processes than the main one.
+    """
+    results = {}
+    known = describe_detector(teacher.model, "teacher").num_classes
+    for name in cfg.DATASETS.TEST:
+        classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
+        if known is not None and classes and known != classes:
+            logger.warning(
+                "Not checking the teacher on %s: it predicts %d classes, the dataset has %d",
+                name,
+                known,
+                classes,
+            )
+            continue
+        logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
+        loader = trainer_class.build_test_loader(cfg, name)  # first: it may make the dataset
+        evaluator = trainer_class.build_evaluator(cfg, name)
+        results[name] = inference_on_dataset(_OnStudentInput(teacher), loader, evaluator) or {}
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def write_teacher_results(folder: str, teacher: dict, datasets: list[str], results: dict) -> None:
+    """Keep what :func:`check_teacher` found, with whose it is and on which datasets.
+
+    Args:
+        teacher: of :func:`~d2kd.engine.identity.describe_teacher`.
+    """
+    content = {"teacher": teacher, "datasets": list(datasets), "results": results}
+    write_json(content, os.path.join(folder, TEACHER_RESULTS))
+
+
+def read_teacher_results(
+    folder: str, teacher: dict | None, datasets: list[str]
+) -> dict[str, Any] | None:
+    """What :func:`write_teacher_results` kept of this teacher on these datasets; else None."""
+    try:
+        with open(os.path.join(folder, TEACHER_RESULTS)) as file:
+            found = json.load(file)
+        is_same = same_teacher(found["teacher"], teacher) and found["datasets"] == list(datasets)
+        return null_to_nan(found["results"]) if is_same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
