@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from .errors import ConfigError
 
@@ -22,11 +23,11 @@ class CommandParser(argparse.ArgumentParser):
         description: shown by ``--help`` as it stands; ends with examples.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
     def parse_command(self, argv: Sequence[str] | None = None) -> argparse.Namespace:

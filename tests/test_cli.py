@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 import subprocess
@@ -13,6 +14,9 @@ import pytest
 import d2kd
 from d2kd import ConfigError, cli
 from d2kd.arguments import CommandParser, split_overrides
+from d2kd.config_files import resolve_config_file
+from d2kd.engine import train
+from d2kd.engine.setup import merged_config
 
 ROOT = Path(__file__).parents[1]
 OLD_NAMES = {
@@ -169,6 +173,28 @@ def test_old_names_call_the_verbs(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", "--help"])
     runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
     assert called == [[OLD_NAMES[name], "--help"]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compare --suite configs/suites/digits_faster_rcnn_strong_teacher.yaml --jobs 2",
+        "benchmark --profile --repeats 7 --json output/benchmark.json",
+        "train --config-file configs/coco/faster_rcnn_R50_R101_ssim.yaml --num-gpus 8",
+        "train --config-file configs/coco/faster_rcnn_R50_R101_ssim.yaml --eval-only "
+        "MODEL.WEIGHTS output/coco/faster_rcnn_R50_R101_ssim/student_final.pth",
+    ],
+)
+def test_old_command_lines_are_understood(line):
+    """Those of README 0.1: their options are parsed, and their configs are there."""
+    verb, *words = line.split()
+    module = importlib.import_module(cli.VERBS[verb].module)
+    if verb == "train":
+        args = train.build_parser().parse_args(words)
+        assert merged_config(args.config_file, args.opts).DISTILL.HEADS == ["SSIM"]
+    else:
+        args = module.build_parser().parse_command(words)
+        assert verb != "compare" or Path(resolve_config_file(args.suite)).is_file()
 
 
 def test_without_detectron2(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -73,6 +73,8 @@ def test_commands_name_what_exists(command):
         parser = getattr(importlib.import_module(VERBS[name].module), "build_parser", None)
         if parser is not None:
             parser().parse_command(words)
+    elif name == "-m":
+        assert importlib.util.find_spec(words[0]), words[0]
     else:
         assert (ROOT / name).is_file(), name
     cfg = get_cfg()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tools import gradients
+from d2kd.benchmark import gradients
 
 
 @pytest.fixture(autouse=True)

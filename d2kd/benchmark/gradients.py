@@ -1,6 +1,6 @@
 """What gradients that are written out save over autograd's: time, kept memory, operators.
 
-    python tools/gradients.py [--device cuda]
+    python -m d2kd.benchmark.gradients [--device cuda]
 
 Prints the rows of the table in docs/performance.md: for each custom ``autograd.Function`` of the
 losses on outputs and graphs, the function and the plain formula that it replaces, at the sizes of a
@@ -20,10 +20,10 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2kd.losses.dsig import cosine_graph
-from d2kd.losses.logits import dense_class_loss
-from d2kd.losses.mimic import mimic_loss
-from d2kd.numerics import inverse_lengths, softened_kl
+from ..losses.dsig import cosine_graph
+from ..losses.logits import dense_class_loss
+from ..losses.mimic import mimic_loss
+from ..numerics import inverse_lengths, softened_kl
 
 Loss = Callable[[Tensor], Tensor]
 
