@@ -180,6 +180,12 @@ def profile_kernels(step: Callable[[], object], trace: str = "") -> tuple[int, f
         torch.cuda.synchronize()
     if trace:
         profile.export_chrome_trace(trace)
-    events = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
-    kernels = [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+    kernels = [
+        event
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        # The spans of an optimiser's step and the like, which hold kernels of their own.
+        and not getattr(event, "is_user_annotation", False)
+    ]
     return len(kernels), sum(e.self_device_time_total for e in kernels) / 1e6

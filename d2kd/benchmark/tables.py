@@ -153,7 +153,12 @@ def main_table(data: dict) -> str:
         "full MiB": _memory("full"),
         "added": lambda row: f"{row['parameters_added'] / 1e6:.2f} M",
     }
-    return _section(main_rows(data), columns, data)
+    rows = main_rows(data)
+    # A CPU launches no kernels, and older files know no operators.
+    for name in ("operators added", "kernels added", "GPU busy ms", "waits"):
+        if all(columns[name](row) is None for row in rows):
+            del columns[name]
+    return _section(rows, columns, data)
 
 
 def cost_table(data: dict) -> str:

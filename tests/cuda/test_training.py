@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,13 +89,14 @@ def test_resume_in_fp16(digits_root, tmp_path):
     """The loss's scale goes on from the checkpoint; so do the steps since it last grew."""
     file = write_config(digits_job(tmp_path, "fp16"), tmp_path / "student.yaml")
     train(file)
-    out = tmp_path / "out"
+    out, other = tmp_path / "out", tmp_path / "other"
     half, full = (scaler_of(out / name) for name in ("model_0000001.pth", "model_final.pth"))
     assert half["scale"] > 0 and half != full
-    (out / "model_final.pth").unlink()
-    (out / "last_checkpoint").write_text("model_0000001.pth")
-    train(file, "--resume")
-    assert scaler_of(out / "model_final.pth") == full
+    other.mkdir()
+    shutil.copy(out / "model_0000001.pth", other)
+    (other / "last_checkpoint").write_text("model_0000001.pth")
+    train(file, "--resume", "OUTPUT_DIR", str(other))
+    assert scaler_of(other / "model_final.pth") == full
 
 
 def test_a_step_of_the_trainer_does_not_wait(digits_root, tmp_path):
