@@ -14,7 +14,7 @@ from d2kd import DISTILL_HEAD_REGISTRY, add_distillation_config
 from d2kd.data.custom import check_datasets
 from d2kd.engine.trainer import DistillTrainer
 
-from .detectors import detector_config, distiller_config, write_config
+from .detectors import DENSE_HEADS, detector_config, distiller_config, write_config
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None  # an optional extra
 HEADS = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
@@ -56,8 +56,8 @@ class Recorder(CfgNode):
 
 @pytest.fixture(scope="module")
 def noted(tmp_path_factory, digits_root) -> set[str]:
-    """What is read when a Mask R-CNN is trained for two steps with all heads, and when a dense
-    student and what d2kd adds to Detectron2's models are built."""
+    """What is read when a Mask R-CNN is trained for two steps with all heads that it can have, and
+    when a dense student and what d2kd adds to Detectron2's models are built."""
     folder = tmp_path_factory.mktemp("keys")
     teachers = {
         arch: write_config(detector_config(arch, num_classes=10), folder / f"{arch}.yaml")
@@ -68,14 +68,15 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
     student.SOLVER.MAX_ITER = 2
     student.SOLVER.AMP.ENABLED, student.SOLVER.AMP.PRECISION = True, "bf16"
     student.OUTPUT_DIR = str(folder / "out")
-    cfg = distiller_config(student, HEADS, teachers["mask"])
+    heads = [head for head in HEADS if head not in DENSE_HEADS]
+    cfg = distiller_config(student, heads, teachers["mask"])
 
     Recorder.noted.clear()
     cfg = Recorder.of(cfg)
     check_datasets(cfg, train=True)
     DistillTrainer(cfg).train()
     dense = detector_config("fcos", num_classes=10)
-    build_model(Recorder.of(distiller_config(dense, ["DSIG"], teachers["fcos"])))
+    build_model(Recorder.of(distiller_config(dense, ["DSIG", *DENSE_HEADS], teachers["fcos"])))
     if HAS_TIMM:
         light = detector_config()
         light.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"

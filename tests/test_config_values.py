@@ -14,7 +14,7 @@ from d2kd.detectors.spec import describe_detector
 from d2kd.heads import build_head
 from d2kd.registry import DISTILL_HEAD_REGISTRY, node_name
 
-from .detectors import detector_config, distiller_config
+from .detectors import DENSE_HEADS, detector_config, distiller_config
 
 HEADS = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
 
@@ -56,12 +56,17 @@ def nonsense(value):
     return -7.0 if isinstance(value, float) else -7
 
 
+def describe_pair(arch: str):
+    """Specs of a pair of small detectors."""
+    student, teacher = (build_model(detector_config(arch, width=w)) for w in (16, 24))
+    spec = describe_detector(student, "student")
+    return spec, describe_detector(teacher, "teacher", spec)
+
+
 @pytest.fixture(scope="module")
 def specs():
     """Specs of a pair of small Mask R-CNNs."""
-    student, teacher = (build_model(detector_config("mask", width=w)) for w in (16, 24))
-    spec = describe_detector(student, "student")
-    return spec, describe_detector(teacher, "teacher", spec)
+    return describe_pair("mask")
 
 
 @pytest.mark.parametrize("head, key", value_cases())
@@ -119,7 +124,8 @@ def test_heads_without_a_term_are_refused(head, specs, teacher_files):
 
 def test_defaults_are_valid(specs, teacher_files):
     """No rule refuses a default."""
+    dense = describe_pair("retinanet")
     for head in HEADS:
         cfg = distiller_config(detector_config("mask"), [head], teacher_files["mask"])
         validate_distillation_config(cfg)
-        build_head(head, cfg, *specs)
+        build_head(head, cfg, *(dense if head in DENSE_HEADS else specs))

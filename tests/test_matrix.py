@@ -11,6 +11,7 @@ from d2kd.detectors.spec import describe_detector
 from .detectors import (
     ARCHS,
     DENSE,
+    DENSE_HEADS,
     build,
     detector_config,
     distiller_config,
@@ -21,9 +22,9 @@ from .detectors import (
 
 BUILT_IN = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
 # What not every pair can serve: one-stage detectors, masks, the same outputs in both detectors.
-METHODS = tuple(name for name in BUILT_IN if name not in ("CrossKD", "MaskMimic"))
+METHODS = tuple(name for name in BUILT_IN if name not in ("MaskMimic", *DENSE_HEADS))
 FEATURES = tuple(method for method in METHODS if method != "Logits")
-DENSE_FEATURES = (*FEATURES, "CrossKD")
+DENSE_FEATURES = (*FEATURES, *DENSE_HEADS)
 # (student, teacher) of different build, and what each pair can serve.
 MIXED = [
     ("retinanet", "faster", FEATURES),
@@ -95,7 +96,7 @@ def check_step(model, losses: dict, expected: dict[str, float] | None) -> None:
 
 def methods_for(arch: str) -> tuple[str, ...]:
     """The heads that a pair of two detectors of one kind can serve."""
-    also = {"mask": ("MaskMimic",), **dict.fromkeys(DENSE, ("CrossKD",))}
+    also = {"mask": ("MaskMimic",), **dict.fromkeys(DENSE, DENSE_HEADS)}
     return (*METHODS, *also.get(arch, ()))
 
 

@@ -76,10 +76,11 @@ from .steps import (
 )
 
 HEADS = (
-    *("FeatureMimic", "Logits", "SSIM", "DSIG", "DRKD", "GlobalKnowledge"),
+    *("FeatureMimic", "PKD", "CWD", "Logits", "SSIM", "DSIG", "DRKD", "GlobalKnowledge"),
     "GlobalKnowledge DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL 1",
     "MAR",
 )
+ONE_STAGE_HEADS = ("CrossKD",)
 # Each term of DRKD alone: graph units, relation units, plain instances.
 PARTS = (
     "DRKD DISTILL.DRKD.RELATION_WEIGHT 0 DISTILL.DRKD.INSTANCE_WEIGHT 0",
@@ -129,7 +130,6 @@ def settings(args: argparse.Namespace) -> list[dict]:
             for value in values
             if value != base[name]
         ]
-    variants = [parse_variant(text) for text in args.heads]
     return [
         {
             "arch": arch,
@@ -142,8 +142,14 @@ def settings(args: argparse.Namespace) -> list[dict]:
         for place in places
         for student, teacher in map(parse_pair, args.pairs)
         for arch in args.archs
-        for heads, opts in variants
+        for heads, opts in map(parse_variant, args.heads or default_heads(arch, args.profile))
     ]
+
+
+def default_heads(arch: str, profile: bool) -> list[str]:
+    """A row for each method that two detectors of this kind can serve."""
+    also = ONE_STAGE_HEADS if arch == "retinanet" else ()
+    return [*HEADS, *also, *(PARTS if profile else ())]
 
 
 def measure(setting: dict, args: argparse.Namespace) -> dict:
@@ -375,7 +381,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ConfigError: a head or a value is not valid, or the file is of another machine.
     """
     args = build_parser().parse_command(argv)
-    args.heads = args.heads or [*HEADS, *(PARTS if args.profile else ())]
     if args.threads:
         torch.set_num_threads(args.threads)
     data = open_results(args)

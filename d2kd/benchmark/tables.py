@@ -21,6 +21,8 @@ NOT_MEASURED = "Not measured."
 PROMISED_AT = {"student": 18, "teacher": 50, "size": 320, "batch": 2}
 BOUNDS = {
     "FeatureMimic": (1.07, 1.07),
+    "PKD": (1.07, 1.07),
+    "CWD": (1.07, 1.07),
     "Logits": (1.05, 1.05),
     "SSIM": (1.15, 1.15),
     "DSIG": (1.10, 1.15),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
-from d2kd import ConfigError, cli
+from d2kd import DISTILL_HEAD_REGISTRY, ConfigError, cli
 from d2kd.benchmark import command as benchmark
 from d2kd.benchmark import selection, steps
 from d2kd.benchmark import tables as report
@@ -17,7 +17,7 @@ from d2kd.commands import prototypes
 from d2kd.detectors.roi import box_stages
 from d2kd.losses.dsig import background_hardness
 
-from ..detectors import build, detector_config, distiller_config, make_batch
+from ..detectors import DENSE_HEADS, build, detector_config, distiller_config, make_batch
 
 ONE_BY_ONE = "GlobalKnowledge DISTILL.GLOBAL_KNOWLEDGE.LOCAL.ADAPTER_KERNEL 1"
 
@@ -123,6 +123,18 @@ def test_overrides_are_for_all_rows():
     """KEY VALUE pairs at the end join those of each row."""
     args = benchmark.build_parser().parse_command(["--heads", "SSIM", "MAR", "SEED", "3"])
     assert [row["opts"] for row in benchmark.settings(args)] == [["SEED", "3"]] * 4
+
+
+def test_every_head_has_a_row():
+    """Without --heads each built-in method is measured where two such detectors can serve it;
+    MaskMimic, which needs masks, is for --archs mask."""
+    built_in = {n for n, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")}
+    args = benchmark.build_parser().parse_command(["--profile"])
+    rows = {arch: set() for arch in args.archs}
+    for row in benchmark.settings(args):
+        rows[row["arch"]].update(row["heads"])
+    assert rows["retinanet"] == built_in - {"MaskMimic"}
+    assert rows["faster"] == rows["retinanet"] - set(DENSE_HEADS)
 
 
 def test_flop_bound_and_empty_tables():

@@ -13,6 +13,8 @@ from d2kd.registry import node_name
 
 ARCHS = ("faster", "cascade", "mask", "retinanet", "fcos")
 DENSE = ("retinanet", "fcos")
+# Heads for pairs of dense detectors alone.
+DENSE_HEADS = ("CrossKD",)
 
 
 def detector_config(

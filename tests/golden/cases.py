@@ -14,7 +14,7 @@ from torch import Tensor
 
 import d2kd
 
-from ..detectors import ARCHS, DENSE, distiller_config, write_config
+from ..detectors import ARCHS, DENSE, DENSE_HEADS, distiller_config, write_config
 from .detectors import NUM_CLASSES, fill, generator, golden_batch, golden_config
 
 HEADS_PREFIX = "distill_heads."
@@ -220,7 +220,7 @@ def all_cases() -> Iterator[Case]:
             for arch in students.split():
                 yield Case(arch, arch, head, variant, opts)
     for head, variant, opts, own_start in EQUAL_WIDTH:
-        arch = {"MaskMimic": "mask", "CrossKD": "retinanet"}.get(head, "faster")
+        arch = "mask" if head == "MaskMimic" else "retinanet" if head in DENSE_HEADS else "faster"
         yield Case(arch, arch, head, variant, opts, 16, own_start)
 
 
