@@ -75,8 +75,7 @@ def masks_by_kind(
         batch = Batch.from_inputs([item], student.device)
         bundle, found = taps.bundle(batch), {}
         for kind in kinds:
-            head.mask_options["kind"] = kind
-            levels = head.build_masks(bundle, batch.gt_boxes)
+            levels = head.build_masks(bundle, batch.gt_boxes, kind)
             found[kind] = {stride: mask[0].cpu() for stride, mask in levels.items()}
         masks.append(found)
     return masks
