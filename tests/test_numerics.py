@@ -17,6 +17,7 @@ from d2kd.numerics import (
     connected_zero,
     full_precision,
     image_index,
+    repeat_each,
     softened_kl,
     unit_vectors,
 )
@@ -155,3 +156,10 @@ def test_gradients_through_the_grid():
     layout = Ragged([1, 3])
     assert gradcheck(lambda x: layout.pad(x).square(), rows)
     assert gradcheck(lambda x: layout.unpad(layout.pad(x)).square(), rows)
+
+
+def test_repeat_each():
+    """Each value of the last dimension as often as asked; not at all where that is 0."""
+    values = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    repeated = repeat_each(values, [2, 0, 1])
+    assert repeated.tolist() == [[1, 1, 3], [4, 4, 6]]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,19 +35,8 @@ _MAX_PAIRS = 1 << 22
 Sizes = Mapping[int, tuple[int, int]]
 
 
-@torch.no_grad()
-def multi_value_masks(
-    anchors: Mapping[int, Tensor],
-    sizes: Sizes,
-    gt_boxes: Sequence[Tensor],
-    *,
-    kind: str = "count",
-    iou_ratio: float = 0.5,
-    participation: float = 0.1,
-    cap: bool = False,
-    max_pairs: int = _MAX_PAIRS,
-) -> dict[int, Tensor]:
-    """Masks of all images of a batch (MAR, reconstruction).
+class MaskRule(NamedTuple):
+    """What positions are worth.
 
     An object takes part in the levels whose best anchor overlaps it at least ``participation``
     times as well as the best anchor of all levels. On such a level an anchor is *near* the object
@@ -61,44 +51,67 @@ def multi_value_masks(
     * ``roi_level``: as ``count``, but an object takes part in one level only, floor(log2(side/56))
       counted from the finest and clamped, where side is the square root of its area (DeFeat).
 
-    ``iou``, ``gauss`` and ``zones`` take the maximum over objects. Objects without area, or that no
-    anchor touches, are skipped.
+    ``iou``, ``gauss`` and ``zones`` take the maximum over objects.
+
+    Attributes:
+        kind: one of ``MASK_KINDS``.
+        iou_ratio: psi in the method's page.
+        participation: kappa in the method's page.
+        cap: at most K at a position, however many objects overlap there.
+    """
+
+    kind: str = "count"
+    iou_ratio: float = 0.5
+    participation: float = 0.1
+    cap: bool = False
+
+
+BY_COUNT = MaskRule()
+
+
+@torch.no_grad()
+def multi_value_masks(
+    anchors: Mapping[int, Tensor],
+    sizes: Sizes,
+    gt_boxes: Sequence[Tensor],
+    rule: MaskRule = BY_COUNT,
+    max_pairs: int = _MAX_PAIRS,
+) -> dict[int, Tensor]:
+    """Masks of all images of a batch (MAR, reconstruction).
+
+    Objects without area, or that no anchor touches, are skipped.
 
     Args:
         anchors: stride -> (H * W * K, 4) in the order (y, x, anchor).
         sizes: stride -> (H, W), fine to coarse.
         gt_boxes: per image (n, 4).
-        kind: one of ``MASK_KINDS``.
-        iou_ratio: psi in the method's page.
-        participation: kappa in the method's page.
-        cap: at most K at a position, however many objects overlap there.
         max_pairs: object-anchor pairs held at a time; bounds the memory.
 
     Returns:
         stride -> (B, H, W) float32 on the device of the boxes.
 
     Raises:
-        ValueError: ``kind`` is unknown.
+        ValueError: the rule's kind is unknown.
     """
-    if kind not in MASK_KINDS:
-        raise ValueError(f"unknown mask kind {kind!r}, valid are {', '.join(MASK_KINDS)}")
+    if rule.kind not in MASK_KINDS:
+        raise ValueError(f"unknown mask kind {rule.kind!r}, valid are {', '.join(MASK_KINDS)}")
     grid = _Grid.of(anchors, sizes)
     boxes, images = torch.cat(list(gt_boxes)).float(), image_index(gt_boxes)
     mask = boxes.new_zeros(len(gt_boxes), sum(grid.lengths))
     step = max(1, max_pairs // max(1, grid.anchors[..., 0].numel()))
     for box, image in zip(boxes.split(step), images.split(step), strict=True):
-        values = _values(grid, box, kind, iou_ratio, participation)
-        if kind in ("count", "binary", "roi_level"):
+        values = _values(grid, box, rule)
+        if rule.kind in ("count", "binary", "roi_level"):
             mask.index_add_(0, image, values)
         else:
             mask.scatter_reduce_(0, image[:, None].expand_as(values), values, "amax")
-    if kind == "binary":
+    if rule.kind == "binary":
         mask = (mask > 0).float()
-    by_level = zip(sizes.items(), mask.split(grid.lengths, dim=1), strict=True)
-    masks = {stride: level.unflatten(1, size) for (stride, size), level in by_level}
-    if cap:
-        per_location = {s: len(anchors[s]) // math.prod(size) for s, size in sizes.items()}
-        return {stride: level.clamp(max=per_location[stride]) for stride, level in masks.items()}
+    masks = {}
+    for (stride, size), level in zip(sizes.items(), mask.split(grid.lengths, 1), strict=True):
+        masks[stride] = level.unflatten(1, size)
+        if rule.cap:
+            masks[stride] = masks[stride].clamp(max=len(anchors[stride]) // math.prod(size))
     return masks
 
 
@@ -185,31 +198,29 @@ def _areas(boxes: Tensor) -> Tensor:
     return sides[..., 0] * sides[..., 1]
 
 
-def _values(
-    grid: _Grid, boxes: Tensor, kind: str, iou_ratio: float, participation: float
-) -> Tensor:
+def _values(grid: _Grid, boxes: Tensor, rule: MaskRule) -> Tensor:
     """What each object gives each position, (G, P)."""
     iou = grid.iou(boxes)
     nearest = iou.amax(2)
     best = grid.best(nearest)
     # Whether the object takes part in the level.
     active = best > 0
-    if kind == "roi_level":
+    if rule.kind == "roi_level":
         own = assign_levels(boxes, best.shape[1], _FINEST_SIDE, margin=0)
         active &= torch.arange(best.shape[1], device=best.device) == own[:, None]
     else:
-        active &= best >= participation * best.amax(1, keepdim=True)
-    if kind == "gauss":
+        active &= best >= rule.participation * best.amax(1, keepdim=True)
+    if rule.kind == "gauss":
         offsets = grid.offsets(boxes)
         values = torch.exp(-0.5 * offsets.square().sum(2)) * (offsets.abs().amax(2) < 1)
         return values * repeat_each(active, grid.lengths)
-    if kind == "zones":
+    if rule.kind == "zones":
         distance = grid.offsets(boxes).abs().amax(2)
         values = (distance < 1).float() + (distance < _RING).float()
         return values * repeat_each(active, grid.lengths)
     # The comparison with the threshold is strict, so that best = 0 selects nothing.
-    threshold = repeat_each((iou_ratio * best).masked_fill(~active, torch.inf), grid.lengths)
-    if kind == "iou":
+    threshold = repeat_each((rule.iou_ratio * best).masked_fill(~active, torch.inf), grid.lengths)
+    if rule.kind == "iou":
         share = nearest / repeat_each(best.clamp(min=torch.finfo(best.dtype).tiny), grid.lengths)
         return share * (nearest > threshold)
     return (iou > threshold[:, :, None]).sum(2, dtype=iou.dtype)

@@ -17,7 +17,7 @@ from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle, RoIView
 from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
-from ..geometry.anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
+from ..geometry.anchor_masks import MASK_KINDS, MaskRule, multi_value_masks, pseudo_anchors
 from ..keys import NOT_NEGATIVE, Options, Rule, group, key, one_of, or_none
 from ..losses.mar import (
     PIXEL_WEIGHTS,
@@ -279,15 +279,8 @@ class MAR(DistillHead):
         without = {s: size for s, size in sizes.items() if s not in anchors}
         anchors.update(pseudo_anchors(without, student.pyramid[self.strides[0]].device))
         options = self.options.mask
-        masks = multi_value_masks(
-            anchors,
-            sizes,
-            gt_boxes,
-            kind=kind or options.kind,
-            iou_ratio=options.iou_ratio,
-            participation=options.participation,
-            cap=options.cap,
-        )
+        rule = MaskRule(kind or options.kind, options.iou_ratio, options.participation, options.cap)
+        masks = multi_value_masks(anchors, sizes, gt_boxes, rule)
         return {s: masks[s] for s in self.strides}
 
     def _relate(

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2kd.geometry.anchor_masks import MASK_KINDS, multi_value_masks, pseudo_anchors
+from d2kd.geometry.anchor_masks import (
+    MASK_KINDS,
+    MaskRule,
+    multi_value_masks,
+    pseudo_anchors,
+)
 
 IMAGE = (800, 1344)
 
@@ -139,16 +144,18 @@ CROSS = torch.tensor([[0.0, 1, 0], [1, 2, 1], [0, 1, 0]])
 )
 def test_small_grid(psi, expected):
     """Oracle 1: counts of two anchor shapes on a 3 x 3 grid at three thresholds."""
-    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], iou_ratio=psi)
+    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], MaskRule(iou_ratio=psi))
     assert masks[10].tolist() == [expected]
 
 
 def test_duplicated_object():
     """Oracle 2: an object given twice doubles the mask, unless it is capped at K."""
     boxes = CENTRE.repeat(2, 1)
-    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [boxes], iou_ratio=0.1)
+    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [boxes], MaskRule(iou_ratio=0.1))
     assert masks[10][0].tolist() == (2 * CROSS).tolist()
-    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [boxes], iou_ratio=0.1, cap=True)
+    masks = multi_value_masks(
+        TWO_SHAPES, THREE_BY_THREE, [boxes], MaskRule(iou_ratio=0.1, cap=True)
+    )
     assert masks[10][0].tolist() == (2 * CROSS).clamp(max=2).tolist()
 
 
@@ -161,7 +168,7 @@ def test_object_between_anchors():
 
 def test_iou_values():
     """Oracle 4: the ``iou`` kind gives 1 at the centre and 1/9 at its four neighbours."""
-    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], kind="iou", iou_ratio=0.1)
+    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], MaskRule("iou", 0.1))
     expected = torch.tensor([[0, 1 / 9, 0], [1 / 9, 1, 1 / 9], [0, 1 / 9, 0]])
     torch.testing.assert_close(masks[10][0], expected)
 
@@ -190,8 +197,7 @@ def test_masks_by_loops(kind, anchors_are):
         generator = torch.Generator().manual_seed(1)
         anchors = {s: a + torch.rand(a.shape, generator=generator) for s, a in anchors.items()}
     boxes = [random_boxes(7, 1), random_boxes(0, 2), random_boxes(3, 3)]
-    options = {"kind": kind, "iou_ratio": 0.4, "participation": 0.3}
-    masks = multi_value_masks(anchors, sizes, boxes, max_pairs=500, **options)
+    masks = multi_value_masks(anchors, sizes, boxes, MaskRule(kind, 0.4, 0.3), max_pairs=500)
     expected = masks_by_loops(anchors, sizes, boxes, kind, 0.4, 0.3)
     for stride in sizes:
         torch.testing.assert_close(masks[stride], expected[stride], atol=1e-5, rtol=1e-5)
@@ -203,15 +209,15 @@ def test_chunks_do_not_matter():
     anchors, sizes = mmdetection_levels("retinanet", (128, 128))
     boxes = [random_boxes(9, 1, size=128), random_boxes(4, 2, size=128)]
     for kind in MASK_KINDS:
-        whole = multi_value_masks(anchors, sizes, boxes, kind=kind)
-        chunked = multi_value_masks(anchors, sizes, boxes, kind=kind, max_pairs=1)
+        whole = multi_value_masks(anchors, sizes, boxes, MaskRule(kind))
+        chunked = multi_value_masks(anchors, sizes, boxes, MaskRule(kind), max_pairs=1)
         for stride in sizes:
             assert torch.equal(whole[stride], chunked[stride])
 
 
 def test_full_threshold_selects_nothing():
     """With psi = 1 no anchor exceeds the best one."""
-    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], iou_ratio=1.0)
+    masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], MaskRule(iou_ratio=1.0))
     assert masks[10].sum() == 0
 
 
@@ -224,7 +230,7 @@ def test_degenerate_boxes(kind):
         + [[9000.0, 9000, 9100, 9100]]
     )
     for boxes in ([torch.zeros(0, 4), torch.zeros(0, 4)], [degenerate, torch.zeros(0, 4)]):
-        masks = multi_value_masks(anchors, sizes, boxes, kind=kind)
+        masks = multi_value_masks(anchors, sizes, boxes, MaskRule(kind))
         assert [tuple(m.shape) for m in masks.values()] == [(2, *size) for size in sizes.values()]
         assert all(mask.sum() == 0 for mask in masks.values())
 
@@ -233,7 +239,7 @@ def test_degenerate_boxes(kind):
 def test_crowd_of_objects(kind):
     """300 objects give finite masks, and each object's level knows it."""
     anchors, sizes = mmdetection_levels("rpn", (256, 256))
-    masks = multi_value_masks(anchors, sizes, [random_boxes(300, 5, size=256)], kind=kind)
+    masks = multi_value_masks(anchors, sizes, [random_boxes(300, 5, size=256)], MaskRule(kind))
     assert all(torch.isfinite(mask).all() for mask in masks.values())
     assert masks[4].sum() > 0
 
@@ -261,4 +267,4 @@ def test_pseudo_anchors():
 def test_unknown_kind():
     """An unknown kind is an error that names the valid ones."""
     with pytest.raises(ValueError, match="count, binary, iou"):
-        multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], kind="counts")
+        multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], MaskRule("counts"))
