@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
@@ -790,6 +790,23 @@ def test_other_classes_of_a_dataset_without_file(parts):
     cfg.DATASETS.TEST = ("mine",)
     MetadataCatalog.get("mine").set(thing_classes=["bolt", "nut", "ring"])
     with pytest.raises(ConfigError, match="another order.*its own loader must number them nut, bo"):
+        check_datasets(cfg)
+
+
+def test_several_training_sets_share_their_classes(parts):
+    """The second is matched to the first by name: equal labels mean equal names."""
+    same_names_other_ids(parts)
+    parts.write()
+    cfg = parts.config()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("t", "v"), ()
+    check_datasets(cfg)
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
+    assert len(records) == 10
+    labels = [a["category_id"] for r in records[6:] for a in r["annotations"]]
+    assert labels == [a["category_id"] - 1 for a in parts.truth["annotations"]]
+    rename_val(parts)
+    parts.write()
+    with pytest.raises(ConfigError, match="dataset 'v'.*its classes are not those of the training"):
         check_datasets(cfg)
 
 
