@@ -53,8 +53,9 @@ def assign_levels(
     width, height = (boxes[..., 2:] - boxes[..., :2]).float().clamp(min=0).unbind(-1)
     if margin:
         width, height = width + margin, height + margin
-    octave = torch.log2((width * height).sqrt() / base_size + 1e-6)
-    return octave.floor().clamp(0, num_levels - 1).long()
+    # The areas at which octaves begin, instead of logarithms: exact where a box has just that size.
+    octaves = [float(base_size * 2**octave) ** 2 for octave in range(1, num_levels)]
+    return torch.bucketize(width * height, on_device(octaves, boxes.device), right=True)
 
 
 class BoxCells:

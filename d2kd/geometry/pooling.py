@@ -61,13 +61,13 @@ def place_boxes(
             default: 14 strides of that level.
     """
     corners = torch.cat(list(boxes)).detach()
-    index = image_index(boxes)[:, None].to(corners.dtype)
+    index = image_index(boxes)[:, None]
     strides = tuple(strides)
     if len(strides) == 1:
         return PlacedBoxes(strides, [torch.cat([index, corners], dim=1)])
     level = assign_levels(corners, len(strides), base_size or 14.0 * strides[0], margin=0)
     levels = torch.arange(len(strides), device=level.device)[:, None]
-    placed = torch.where((level == levels)[..., None], corners, _FAR)  # (L, R, 4)
+    placed = corners.masked_fill((level != levels)[..., None], _FAR)  # (L, R, 4)
     rois = torch.cat([index.expand(len(strides), -1, -1), placed], dim=2)
     return PlacedBoxes(strides, rois.unbind())
 
