@@ -102,22 +102,32 @@ class AtomicCheckpointer(SafeCheckpointer):
             mine = [k for k in state if k.startswith(prefix) and not k.startswith(others)]
             own = {key.removeprefix(prefix): state.pop(key) for key in mine}
             if result is None:
+                names = None if checkpoint.get("matching_heuristics") else _names(own)
                 result = _load(parts[prefix], {**checkpoint, "model": own})
-                self._check_fit(parts[prefix], result, sizes)
+                self._check_fit(parts[prefix], result, sizes, names)
             elif own and parts[prefix].state_dict():
                 found = _load(parts[prefix], {"model": own})
                 for keys, more in zip(result, found, strict=True):
                     keys += [_with_prefix(prefix, key) for key in more]
         return result
 
-    def _check_fit(self, student: nn.Module, result, sizes: dict[str, int]) -> None:
-        """Refuse weights of which nearly nothing found a place, or too little for ``complete``."""
+    def _check_fit(
+        self, student: nn.Module, result, sizes: dict[str, int], names: set[str] | None
+    ) -> None:
+        """Refuse weights of which nearly nothing found a place, or too little for ``complete``.
+
+        Args:
+            sizes: numbers in each weight of the file.
+            names: of weights in the file; None where they are matched in other ways. (What is not
+                missed need not be in the file: a frozen norm makes up its statistics.)
+        """
         if self._wanted is None:
             return
         path, complete = self._wanted
         model = student.state_dict()
         misfits = {key: math.prod(found) for key, found, _ in result.incorrect_shapes}
         absent = {*result.missing_keys, *misfits}
+        absent |= set() if names is None else model.keys() - names
         fitting = sum(value.numel() for key, value in model.items() if key not in absent)
         in_vain = sum(sizes.get(key, 0) for key in result.unexpected_keys) + sum(misfits.values())
         common = [key for key in model if key in misfits or key not in absent]
@@ -136,6 +146,12 @@ class AtomicCheckpointer(SafeCheckpointer):
 
 def _load(module: nn.Module, checkpoint: dict):
     return SafeCheckpointer(module)._load_model(checkpoint)
+
+
+def _names(state: dict) -> set[str]:
+    """The keys of ``state`` as they are loaded: a prefix of DataParallel's is taken off."""
+    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    return {key.removeprefix(prefix) for key in state}
 
 
 def _size(value: Any) -> int:

@@ -194,6 +194,12 @@ def test_weights_that_fit_in_part_start_a_training(tmp_path):
         load(tmp_path, build(detector_config(num_classes=5)).state_dict(), complete=True)
 
 
+def test_weights_of_a_model_in_data_parallel(tmp_path):
+    """Detectron2 takes their prefix off."""
+    state = build(detector_config()).state_dict()
+    load(tmp_path, {f"module.{key}": value for key, value in state.items()}, complete=True)
+
+
 def test_an_evaluation_needs_all_weights(tmp_path):
     """A backbone alone would be evaluated with heads at random."""
     model = build(detector_config())
