@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -13,13 +14,21 @@ from detectron2.modeling import build_backbone, build_model
 from d2kd import DISTILL_HEAD_REGISTRY, add_distillation_config
 from d2kd.data.custom import check_datasets
 from d2kd.engine.trainer import DistillTrainer
+from d2kd.keys import Options
 
-from .detectors import DENSE_HEADS, detector_config, distiller_config, write_config
+from .detectors import (
+    DENSE_HEADS,
+    detector_config,
+    distiller_config,
+    make_batch,
+    run_step,
+    write_config,
+)
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None  # an optional extra
 HEADS = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
 # To check a value is not to use it.
-CHECKS = re.compile(r"check_values|_?validate_\w+")
+CHECKS = re.compile(r"read|_?check_(?!teacher)\w+|_?validate_\w+|_refuse_empty|_leaves")
 
 
 def leaves(node: CfgNode, prefix: str = "") -> set[str]:
@@ -55,7 +64,35 @@ class Recorder(CfgNode):
 
 
 @pytest.fixture(scope="module")
-def noted(tmp_path_factory, digits_root) -> set[str]:
+def recorded_options():
+    """Options that :meth:`Options.read` returns note which of their values are used."""
+    read = Options.read.__func__
+
+    def recording(cls, node, path):
+        options = read(cls, node, path)
+        if isinstance(node, Recorder):
+            object.__setattr__(options, "__class__", recorder_of(type(options), path))
+        return options
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Options, "read", classmethod(recording))
+        yield
+
+
+def recorder_of(kind: type[Options], path: str) -> type[Options]:
+    """A subclass of ``kind`` whose instances note the keys whose values are taken from them."""
+    keys = {f.name: f"{path}.{f.name.rstrip('_').upper()}" for f in dataclasses.fields(kind)}
+
+    def getattribute(self, name):
+        if name in keys:
+            Recorder.noted.add(keys[name])
+        return super(kind, self).__getattribute__(name)
+
+    return type(kind.__name__, (kind,), {"__getattribute__": getattribute})
+
+
+@pytest.fixture(scope="module")
+def noted(tmp_path_factory, digits_root, recorded_options) -> set[str]:
     """What is read when a Mask R-CNN is trained for two steps with all heads that it can have, and
     when a dense student and what d2kd adds to Detectron2's models are built."""
     folder = tmp_path_factory.mktemp("keys")
@@ -64,7 +101,8 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
         for arch in ("mask", "fcos")
     }
     student = detector_config("mask", num_classes=10)
-    student.DATASETS.TRAIN, student.DATASETS.TEST = ("digits_tiny_train",), ()
+    student.DATASETS.TRAIN = ("digits_tiny_train",)
+    student.DATASETS.TEST = ("digits_tiny_val",)
     student.SOLVER.MAX_ITER = 2
     student.SOLVER.AMP.ENABLED, student.SOLVER.AMP.PRECISION = True, "bf16"
     student.OUTPUT_DIR = str(folder / "out")
@@ -76,7 +114,10 @@ def noted(tmp_path_factory, digits_root) -> set[str]:
     check_datasets(cfg, train=True)
     DistillTrainer(cfg).train()
     dense = detector_config("fcos", num_classes=10)
-    build_model(Recorder.of(distiller_config(dense, ["DSIG", *DENSE_HEADS], teachers["fcos"])))
+    projection = ("DISTILL.GLOBAL_KNOWLEDGE.GLOBAL.RESPONSES", "projection")
+    heads = ["DSIG", "Logits", "GlobalKnowledge", *DENSE_HEADS]
+    model = build_model(Recorder.of(distiller_config(dense, heads, teachers["fcos"], projection)))
+    run_step(model.train(), make_batch())
     if HAS_TIMM:
         light = detector_config()
         light.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
