@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from d2kd import add_distillation_config
 from d2kd.benchmark.counts import Counts, count_operators
+from d2kd.heads import dsig_nodes
 from d2kd.losses import gaussian, ssim_fast
 
 from .detectors import build, distiller_config, make_batch, run_step, write_config
@@ -75,7 +76,8 @@ def models(tmp_path_factory) -> Callable[[str, str], nn.Module]:
 
 @pytest.fixture
 def gpu_blocks(monkeypatch):
-    """Blocks as large as on a GPU."""
+    """Blocks as large as on a GPU, and graphs as large: nothing is left out by looking."""
+    monkeypatch.setattr(dsig_nodes.Graph, "looks_are_free", False)
     monkeypatch.setattr(ssim_fast, "BLOCK_ELEMENTS_CPU", ssim_fast.BLOCK_ELEMENTS_GPU)
     monkeypatch.setattr(gaussian, "_TILE_CPU", gaussian._TILE_GPU)
 
