@@ -76,7 +76,7 @@ def models(tmp_path_factory) -> Callable[[str, str], nn.Module]:
 
 @pytest.fixture
 def gpu_blocks(monkeypatch):
-    """Blocks as large as on a GPU, and nothing looked up that only a CPU gives away for free."""
+    """Blocks as large as on a GPU, and graphs as large: nothing is left out by looking."""
     monkeypatch.setattr(dsig_nodes.Graph, "looks_are_free", False)
     monkeypatch.setattr(ssim_fast, "BLOCK_ELEMENTS_CPU", ssim_fast.BLOCK_ELEMENTS_GPU)
     monkeypatch.setattr(gaussian, "_TILE_CPU", gaussian._TILE_GPU)
