@@ -76,7 +76,9 @@ def set_absolute_paths(cfg: CfgNode, folders: Sequence[str | os.PathLike[str]] =
         else entry
         for entry in cfg.DATASETS.COCO_FORMAT
     ]
-    cfg.OUTPUT_DIR = os.path.abspath(cfg.OUTPUT_DIR)
+    # What is no folder stays as it is, to be refused by the name that it was given.
+    if isinstance(cfg.OUTPUT_DIR, str) and cfg.OUTPUT_DIR.strip() and "://" not in cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = os.path.abspath(cfg.OUTPUT_DIR)
 
 
 def absolute_path(

@@ -241,6 +241,22 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
+@pytest.mark.parametrize("path", ["", " ", "https://x/y", "config.yaml", "config.yaml/below"])
+def test_a_folder_that_cannot_be_is_refused_by_its_name(run, path):
+    """From the command line too, whichever way, before anything is made."""
+    before = set(run.iterdir()) - set(run.glob("printed_*"))
+    for argv in (
+        (),
+        ("--resume",),
+        ("--eval-only", "MODEL.WEIGHTS", f"{OUTPUT}/student_final.pth"),
+    ):
+        with unchanged(run / OUTPUT):
+            outcome = train(run, *argv, "OUTPUT_DIR", path)
+        assert outcome.code == 1 and "Traceback" not in outcome.text
+        assert outcome.last.startswith("error: OUTPUT_DIR ")
+        assert set(run.iterdir()) - set(run.glob("printed_*")) == before
+
+
 def test_lock_in_one_process(tmp_path):
     """The process that has a folder may take it again, a fork of it may not."""
     folder = str(tmp_path / "out")
