@@ -99,9 +99,9 @@ def test_gradients_pass_the_teacher_and_stop_at_its_parameters(arch, norm):
 )
 def test_precision_is_the_teachers(precision, dtype):
     """Whatever the type of the student's maps: DISTILL.TEACHER.PRECISION, or the student's."""
-    _, teacher, _ = bundles("retinanet", head_config("retinanet", ""), precision=precision)
     mine = torch.randn(2, 16, 4, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
+        _, teacher, _ = bundles("retinanet", head_config("retinanet", ""), precision=precision)
         found = teacher.dense.finish_tower("cls", {8: mine.bfloat16()}, 1)[8]
     assert found.dtype == dtype
     found.float().sum().backward()
