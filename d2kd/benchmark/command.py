@@ -367,7 +367,7 @@ def build_parser() -> CommandParser:
     add("--profile", action="store_true", help="phases and operators too, and DRKD's terms alone")
     add("--traces", type=Path, help="folder for a profiler's trace of each row's full step (GPU)")
     add("--repeats", type=positive, default=9)
-    add("--minutes", type=positive, help="start no row after so many; call again for the rest")
+    add("--minutes", type=float, help="start no row after so many; call again for the rest")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
     add("--json", type=Path, help="add the rows to this file; a plot goes beside it")
@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure_rows(data: dict, wanted: list[dict], args: argparse.Namespace) -> None:
     """Add what ``data`` lacks of the ``wanted`` settings, and write the file after each row."""
     done = {json.dumps(identity(row)): row for row in data["rows"]}
-    start, too_large = time.monotonic(), set()
+    start, too_large = time.monotonic(), set[str]()
     for number, setting in enumerate(wanted):
         old = done.get(json.dumps(identity(setting)))
         kind = json.dumps(identity({**setting, "batch": 0, "size": 0}))

@@ -14,6 +14,7 @@ from d2kd.benchmark import selection, steps
 from d2kd.benchmark import tables as report
 from d2kd.benchmark.counts import count_operators
 from d2kd.commands import prototypes
+from d2kd.detectors.bundle import FeatureBundle
 from d2kd.detectors.roi import box_stages
 from d2kd.losses.dsig import background_hardness
 
@@ -226,17 +227,19 @@ def test_settled_weights(arch):
 
 
 @pytest.mark.parametrize("precision", ["", "bf16"])
-def test_the_teachers_part_follows_the_precision_of_the_step(precision, teacher_files):
-    """Under autocast its convolutions give bfloat16, as they do in the step."""
+def test_the_teachers_part_follows_the_precision_of_the_step(precision, teacher_files, monkeypatch):
+    """Under autocast its maps are bfloat16, as they are in the step."""
     model = build(distiller_config(detector_config(), ["FeatureMimic"], teacher_files["faster"]))
-    found = []
-    hook = model.teacher.model.backbone.bottom_up.stem.conv1.register_forward_hook
+    found, at = [], FeatureBundle.at
+
+    def recording(bundle, path):
+        found.append(at(bundle, path)[8].dtype)
+
     with EventStorage(5):
         part = steps.TeacherPart(model, make_batch(), precision)
         steps.TrainingStep(model, make_batch(), precision)()  # forgets what its own taps recorded
-        handle = hook(lambda module, inputs, output: found.append(output.dtype))
+        monkeypatch.setattr(FeatureBundle, "at", recording)
         part()
-        handle.remove()
     assert found == [torch.bfloat16 if precision else torch.float32]
 
 

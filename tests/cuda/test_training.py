@@ -74,7 +74,8 @@ def digits_job(folder: Path, precision: str) -> CfgNode:
 
 def train(config_file: str, *arguments: str) -> None:
     """train_net.py as a user runs it."""
-    command = [sys.executable, "train_net.py", "--config-file", config_file, *arguments]
+    command = [sys.executable, "train_net.py", "--import", "tests.toy_head"]
+    command += ["--config-file", config_file, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
