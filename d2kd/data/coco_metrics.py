@@ -26,12 +26,13 @@ def fast_evaluation(truth: Any, detections: Any, kind: str) -> Any:
     """What evaluates ``detections`` against ``truth``, both pycocotools' ``COCO``.
 
     Args:
-        kind: "bbox", "segm" or "keypoints"; for the last, pycocotools itself.
+        kind: "bbox", "segm" or "keypoints"; for the last, and for images whose ids are text,
+            pycocotools itself.
 
     Returns:
         an object that is used as pycocotools' ``COCOeval``.
     """
-    if kind == "keypoints":
+    if kind == "keypoints" or not all(isinstance(image_id, int) for image_id in truth.imgs):
         return COCOeval(truth, detections, kind)
     return _exact_evaluation()(truth, detections, kind, print_function=print)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 import random
 
 import pytest
@@ -67,8 +68,9 @@ def use(parts: Parts, arch: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_damaged_files_are_refused_or_work(seed, tmp_path, capsys):
+def test_damaged_files_are_refused_or_work(seed, tmp_path, capsys, monkeypatch):
     """15 files a seed: no other error than one line, after at most 20 of a report."""
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # only the report
     choose = random.Random(seed)
     whole = Parts(tmp_path)
     refused = 0
