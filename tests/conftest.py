@@ -5,6 +5,9 @@ from __future__ import annotations
 import socket
 
 import pytest
+
+# Before whatever imports distutils: setuptools, which Detectron2 imports later, would refuse.
+import setuptools  # noqa: F401
 import torch
 
 from d2kd.data.builtin import register_builtin_datasets
