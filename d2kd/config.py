@@ -59,7 +59,7 @@ class SolverOptions(Options):
     checkpoint_keep: int = key(
         0,
         NOT_NEGATIVE,
-        "How many of the last checkpoints to keep, and beside them the one with the best AP, where "
+        "How many of the last checkpoints to keep, and with them the one of the best AP, where "
         "TEST.EVAL_PERIOD evaluates on the way. 0 keeps all, as Detectron2 does.",
     )
 

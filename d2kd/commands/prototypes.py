@@ -24,15 +24,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import default_argument_parser, launch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..arguments import CommandParser, positive
 from ..benchmark import selection
+from ..engine import setup
 from ..engine.checkpoint import AtomicCheckpointer
-from ..engine.setup import read_config
+from ..engine.launch import launch
 from ..errors import ConfigError, first_line
 from ..prototypes.generate import PrototypeGenerator
 from ..prototypes.store import Instance, Prototypes
@@ -45,14 +45,14 @@ _INCHES = 1.1
 def make(args: argparse.Namespace) -> None:
     """One process of ``make``."""
     setup_logger(distributed_rank=comm.get_rank(), name="d2kd")
-    cfg = read_config(args)
+    cfg = setup.read_config(args)
     if cfg.MODEL.META_ARCHITECTURE != "Distiller" or "GlobalKnowledge" not in cfg.DISTILL.HEADS:
         raise ConfigError(
             f"a Distiller with the head GlobalKnowledge is needed: MODEL.META_ARCHITECTURE is "
             f"'{cfg.MODEL.META_ARCHITECTURE}', DISTILL.HEADS {list(cfg.DISTILL.HEADS)}"
         )
     model = build_model(cfg)
-    AtomicCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    AtomicCheckpointer(model).load_weights(cfg.MODEL.WEIGHTS)
     bank = model.distill_heads["GlobalKnowledge"].bank
     if bank is None:
         raise ConfigError("DISTILL.GLOBAL_KNOWLEDGE: neither GLOBAL.WEIGHT nor RELIABILITY is on")
@@ -156,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_command(argv)
     if args.command == "make":
         # What the arguments of a training are where this command has none.
-        defaults = vars(default_argument_parser().parse_args([]))
+        defaults = vars(setup.build_parser().parse_args([]))
         args = argparse.Namespace(**{**defaults, **vars(args)})
-        launch(make, args.num_gpus, dist_url="auto", args=(args,))
+        launch(make, args)
     elif args.opts:
         raise ConfigError(f"{args.command} takes no KEY VALUE overrides")
     elif args.command == "time":

@@ -29,6 +29,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
+_AGAINST_DIVERGENCE = (
+    "lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS, set SOLVER.CLIP_GRADIENTS.ENABLED True, or "
+    "bf16 as SOLVER.AMP.PRECISION"
+)
 _WORKER = re.compile(r"DataLoader worker.* (is killed by signal: (\w+)|exited unexpectedly)", re.S)
 _LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|[Tt]imed? ?out|NCCL")
 
@@ -48,11 +52,10 @@ class LossError(TrainingError, FloatingPointError):
 
     @classmethod
     def of(cls, name: str, value: float, iteration: int) -> LossError:
-        factor = " or the head's WEIGHT" if name.startswith("loss_kd_") else ""
+        factor = "the head's WEIGHT or " if name.startswith("loss_kd_") else ""
+        advice = _AGAINST_DIVERGENCE.replace("lower ", f"lower {factor}")
         return cls(
-            f"{name} is {value} at iteration {iteration}, the first that is not finite: lower "
-            f"SOLVER.BASE_LR{factor}, raise SOLVER.WARMUP_ITERS, set "
-            "SOLVER.CLIP_GRADIENTS.ENABLED True, or bf16 as SOLVER.AMP.PRECISION"
+            f"{name} is {value} at iteration {iteration}, the first that is not finite: {advice}"
         )
 
 
@@ -137,6 +140,8 @@ def _words(error: Exception, batch: str) -> str:
             f"a data loading worker {how}, which for lack of memory is usual: lower "
             "DATALOADER.NUM_WORKERS, or free memory (of /dev/shm, too)"
         )
+    if isinstance(error, FloatingPointError):  # of Detectron2, which looks at its proposals
+        return f"{first_line(error).rstrip('.')}: {_AGAINST_DIVERGENCE}"
     if _is_lost_contact(error):
         return f"lost contact with another process of the training: {first_line(error)}"
     if isinstance(error, OSError) and error.filename:

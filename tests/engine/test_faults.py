@@ -16,10 +16,11 @@ import pytest
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 from torch import Tensor
 
 from d2kd import files
-from d2kd.engine import checkpoint, trainer
+from d2kd.engine import checkpoint, launch, trainer
 from d2kd.engine.faults import TrainingError, explain
 from d2kd.engine.loss_log import LossLog
 from d2kd.engine.step import StepTrainer
@@ -215,6 +216,24 @@ def test_killed_worker(job, whole):
     assert_goes_on(job, whole)
 
 
+def test_killed_rank(job, tmp_path):
+    """Of two processes one is killed: the launcher ends the other and says so; both go on."""
+
+    def in_two(fault=lambda: None):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        launch.START_METHOD = "fork"
+        at(3, fault)
+
+    shutil.copytree(job, tmp_path / "other")
+    two = ["--num-gpus", "2"]
+    assert train(tmp_path / "other", *two, prepare=in_two).code == 0
+    outcome = train(job, *two, prepare=lambda: in_two(lambda: comm.get_rank() and kill()))
+    assert outcome.code == 1 and "Traceback" not in outcome.text
+    assert outcome.last.startswith("error: process 1 of 2 was killed by SIGKILL, often by the sys")
+    assert train(job, "--resume", *two, prepare=in_two).code == 0
+    assert_equal_runs(tmp_path / "other", job)
+
+
 def test_nan_loss(job, whole):
     """It stops the run with step, term and what to try; the checkpoint after it is not written."""
 
@@ -231,7 +250,7 @@ def test_nan_loss(job, whole):
     outcome = train(job, prepare=prepare)
     assert outcome.code == 1 and "Traceback" not in outcome.text
     assert outcome.last.startswith("error: loss_kd_ssim is nan at iteration 2, the first that")
-    assert "lower SOLVER.BASE_LR or the head's WEIGHT" in outcome.last
+    assert "lower the head's WEIGHT or SOLVER.BASE_LR, raise" in outcome.last
     assert outcome.last.endswith("; --resume goes on from model_0000001.pth")
     assert len(outcome.last) <= 300
     assert not (job / OUTPUT / "model_0000003.pth").exists()
@@ -427,6 +446,7 @@ def test_folder_of_another_user(whole):
     [
         (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), "ended unexpectedly"),
         (MemoryError(), "out of memory"),
+        (FloatingPointError("Training has diverged."), "has diverged: lower SOLVER.BASE_LR"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
         (torch.distributed.DistNetworkError("reset by peer"), "lost contact with another process"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.jpg"), "'a.jpg': No such file"),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 
+from d2kd.engine import launch as launcher
 from d2kd.engine.faults import LossError
 from d2kd.engine.loss_log import LossLog
+from d2kd.engine.setup import build_parser
 
 
 def losses_of(iteration: int) -> dict[str, torch.Tensor]:
@@ -88,3 +92,34 @@ def test_losses_do_not_keep_the_graph():
     log, weight = LossLog(), torch.ones(3, requires_grad=True)
     log.add(0, {"loss_cls": (weight * 2).sum()}, 0.0)
     assert not log._steps[0].losses.requires_grad
+
+
+def two_ranks(args) -> None:
+    """Rank r notes r + iteration; with ``args.nan`` the last loss of rank 1 is not finite."""
+    log, rank = LossLog(), comm.get_rank()
+    for iteration in range(3):
+        value = torch.nan if args.nan and rank and iteration == 2 else float(rank + iteration)
+        log.add(iteration, {"loss_cls": torch.tensor(value)}, 0.1 * (rank + 1))
+    with EventStorage(2) as storage:
+        try:
+            log.flush()
+            seen = {name: h.values() for name, h in storage.histories().items()}
+        except LossError as error:
+            seen = str(error).split(",")[0]
+    Path(args.folder, f"{rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize("nan", [False, True])
+def test_ranks_are_gathered_once_a_period(nan, tmp_path, monkeypatch):
+    """The main process logs the mean of each step; what one rank finds, all ranks raise."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(launcher, "START_METHOD", "fork")
+    args = build_parser().parse_args(["--num-gpus", "2"])
+    args.nan, args.folder = nan, str(tmp_path)
+    launcher.launch(two_ranks, args)
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    if nan:
+        assert main == other == "loss_cls is nan at iteration 2"
+    else:
+        assert main["loss_cls"] == [[0.5, 0], [1.5, 1], [2.5, 2]] and other == {}
+        assert [value for value, _ in main["data_time"]] == [0.2] * 3
