@@ -17,11 +17,7 @@ TASKS = {"bbox": "Boxes", "segm": "Masks"}
 
 
 def read_lines(path: Path) -> list[dict]:
-<<<<<<< HEAD
     """The lines of a results.jsonl, NaN for a metric without a value; [] if there is none."""
-=======
-    """The lines of a results.jsonl, metrics without a value as NaN; [] without the file."""
->>>>>>> engine
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [{**line, "results": null_to_nan(line["results"])} for line in lines]
 
