@@ -300,6 +300,7 @@ class FeatureBundle(View):
 
     Attributes:
         image_sizes: (h, w) of each resized image, before padding.
+        images: (B, 3, H, W), normalised and padded, what the backbone read; the student's only.
         padded_size: (H, W) of the batch of padded images; the student's only.
         pyramid: stride -> (B, C, H, W), fine to coarse. The teacher's maps have the student's size.
         rois: a :class:`RoIView` for each box-head stage of the student.
@@ -309,6 +310,7 @@ class FeatureBundle(View):
     """
 
     image_sizes: list[tuple[int, int]]
+    images: Tensor
     padded_size: tuple[int, int]
     pyramid: Mapping[int, Tensor]
     rois: list[RoIView]

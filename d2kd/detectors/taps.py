@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
 from .bundle import Batch, FeatureBundle
@@ -107,20 +107,15 @@ class Taps:
         """Drop the references to the last step's tensors."""
         self._calls.clear()
 
-    @property
-    def images(self) -> Tensor:
-        """(B, 3, H, W), normalised and padded: what the student's backbone read."""
-        images: Tensor = self._calls["backbone"][0].inputs[0]
-        return images
-
     def bundle(self, batch: Batch) -> FeatureBundle:
         """The student's view of the forward that was recorded last."""
         step = StudentStep(self.student, self.spec, batch, self._calls)
-        features = step.outputs("backbone")[0]
+        (images, *_), features = step.calls("backbone")[0]
         bundle = FeatureBundle(
             self.spec,
             image_sizes=batch.image_sizes,
-            padded_size=tuple(self.images.shape[-2:]),
+            images=images,
+            padded_size=tuple(images.shape[-2:]),
             pyramid={s: features[name] for name, s in feature_strides(self.student).items()},
         )
         for part in self.parts:

@@ -172,8 +172,8 @@ class Teacher:
 
         def images() -> Tensor:
             if not self.flip_channels and taps.normalisation == self.normalisation is not None:
-                shared = taps.images
-                return pad_images(shared, batch_size(shared, model.backbone, student.padded_size))
+                size = batch_size(student.images, model.backbone, student.padded_size)
+                return pad_images(student.images, size)
             return self.preprocess(inputs, student.padded_size)
 
         bundle = FeatureBundle(
