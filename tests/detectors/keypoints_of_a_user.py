@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from d2kd import DISTILL_HEAD_REGISTRY, DistillHead
 from d2kd.config import HeadOptions
-from d2kd.detectors.bundle import View, lazy
+from d2kd.detectors.bundle import Batch, FeatureBundle, View, lazy
 from d2kd.detectors.part import DetectorPart, StudentStep, TeacherStep
 from d2kd.detectors.spec import DetectorSpec, Facts, fields_on_student_boxes, strides_of
 from d2kd.detectors.student_boxes import (
@@ -42,7 +43,7 @@ class KeypointPart(DetectorPart):
 
     def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
         own = Facts()
-        roi_heads = getattr(model, "roi_heads", None)
+        roi_heads: Any = getattr(model, "roi_heads", None)
         if hasattr(roi_heads, "keypoint_head"):
             strides = strides_of(model, roi_heads.keypoint_in_features)
             fields = {"keypoint", "keypoint.features", "keypoint.logits"}
@@ -96,9 +97,13 @@ class KeypointMimic(DistillHead):
         self.temperature = temperature
 
     @classmethod
-    def from_config(cls, cfg, student_spec, teacher_spec):
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
         return {"temperature": cls.read_options(cfg).temperature}
 
-    def forward(self, student, teacher, batch):
-        mine, theirs = student.keypoint.logits, teacher.keypoint.logits
+    def forward(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> dict[str, Tensor]:
+        mine, theirs = (bundle.view(KeypointView).logits for bundle in (student, teacher))
         return {"": ((mine - theirs).float() / self.temperature).square().mean()}

@@ -157,3 +157,14 @@ def test_at_the_start_of_a_training_only(teacher, tmp_path):
     resumed = DistillTrainer(cfg)
     resumed.resume_or_load(resume=True)
     assert (resumed.model.state_dict()[fpn] == 3).all()
+
+
+def test_weights_come_before_the_first_step(teacher):
+    """The teacher's norms are folded then: what it was loaded with is no longer there to copy."""
+    distiller = build(heir(teacher[0], ["fpn"], heads=["ToyMimic"]), 1)
+    assert not distiller.teacher.is_prepared
+    distiller.start_from_weights()
+    distiller.before_training()
+    assert distiller.teacher.is_prepared
+    with pytest.raises(RuntimeError, match="before the first step"):
+        distiller.start_from_weights()
