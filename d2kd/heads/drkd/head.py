@@ -29,6 +29,7 @@ from ...numerics import Ragged, full_precision
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import INITS, Adapters, build_adapters, pair_levels
 from ..base import DistillHead
+from .graph import GraphUnit
 from .instances import (
     RELATION_FILTERS,
     InstanceRelation,
@@ -36,7 +37,7 @@ from .instances import (
     refine_instances,
     relation_matrices,
 )
-from .pixels import GraphUnit, squared_relation_gaps
+from .pixels import Level, squared_relation_gaps
 
 logger = logging.getLogger(__name__)
 
@@ -280,13 +281,17 @@ class DRKD(DistillHead):
 
     def _pixel_loss(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
         """L_PR over levels; the pyramids are stride -> (B, C_s, H, W), (B, C_t, H, W)."""
-        squared_gaps = squared_relation_gaps(
+        modules = zip(
             _in_order(self.student_graphs),
             _in_order(self.teacher_graphs),
             _in_order(self.pixel_adapters),
-            [student[s] for s in self.strides],
-            [teacher[s] for s in self.strides],
+            strict=True,
         )
+        levels = [
+            Level(mine, theirs, adapter, student[s], teacher[s])
+            for s, (mine, theirs, adapter) in zip(self.strides, modules, strict=True)
+        ]
+        squared_gaps = squared_relation_gaps(levels)
         sizes = [teacher[s].numel() for s in self.strides]
         return pixel_relation_loss(squared_gaps, sizes, self.options.profile)
 

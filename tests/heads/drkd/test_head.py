@@ -26,7 +26,7 @@ from tests.detectors import (
     write_config,
 )
 
-from .test_pixels import brute_force_graph_unit
+from .test_graph import brute_force_graph_unit
 
 STRIDES = (4, 8, 16, 32, 64)
 TERMS = {"pixel", "relation", "instance"}

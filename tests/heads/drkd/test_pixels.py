@@ -1,21 +1,16 @@
-"""DRKD's graph units and the gap that they make: brute force, oracles, degenerate inputs."""
+"""The gap of DRKD's pixel-wise relation: brute force, oracles, degenerate inputs."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 from torch import nn
 
-from d2kd.heads.drkd.pixels import (
-    GraphUnit,
-    Moments,
-    affine_maps,
-    quadratic_forms,
-    squared_relation_gaps,
-)
+from d2kd.heads.drkd.graph import GraphUnit
+from d2kd.heads.drkd.pixels import Level, squared_relation_gaps
 from d2kd.losses.drkd import pixel_relation_loss
+
+from .test_graph import brute_force_graph_unit, random_graph_unit
 
 
 @pytest.fixture(autouse=True)
@@ -23,87 +18,10 @@ def _seed():
     torch.manual_seed(0)
 
 
-# --- graph unit -----------------------------------------------------------------------------------
-
-
-def brute_force_graph_unit(unit: GraphUnit, x: torch.Tensor) -> torch.Tensor:
-    """phi by the letter: every node, state and pixel tensor written out, image by image."""
-    batch, channels, height, width = x.shape
-    num_pixels = height * width
-    extended = []
-    for b in range(batch):
-        pixels = x[b].flatten(1)
-        state = unit.state.weight @ pixels + unit.state.bias[:, None]
-        projection = unit.projection.weight @ pixels + unit.projection.bias[:, None]
-        nodes = torch.zeros(len(state), len(projection), dtype=x.dtype)
-        for p in range(num_pixels):
-            nodes += torch.outer(state[:, p], projection[:, p])
-        if unit.normalize:
-            nodes = nodes / num_pixels
-        mixed = []
-        for i, node in enumerate(nodes.T):
-            weights = unit.mix_nodes.weight[i]
-            others = sum(weights[j] * other for j, other in enumerate(nodes.T))
-            mixed.append(node + others + unit.mix_nodes.bias[i])
-        mixed = unit.mix_states.weight @ torch.stack(mixed, 1).clamp(min=0)
-        extended.append(unit.extend.weight @ (mixed @ projection))
-    refined = []
-    for c in range(channels):
-        values = torch.stack([image[c] for image in extended])
-        if unit.training:
-            mean, variance = values.mean(), values.var(correction=0)
-        else:
-            mean, variance = unit.norm.running_mean[c], unit.norm.running_var[c]
-        normalised = (values - mean) / torch.sqrt(variance + 1e-4)
-        refined.append(unit.norm.weight[c] * normalised + unit.norm.bias[c])
-    return x + torch.stack(refined, 1).view_as(x)
-
-
-def random_graph_unit(channels=3, nodes=2, **kwargs) -> GraphUnit:
-    """A unit in float64 whose batch norm is not the default."""
-    unit = GraphUnit(channels, nodes, **kwargs).double()
-    nn.init.uniform_(unit.norm.weight, 0.5, 1.5)
-    nn.init.normal_(unit.norm.bias)
-    return unit
-
-
-def example_graph_unit(mix: float = 0.0, normalize: bool = False) -> GraphUnit:
-    """The unit of oracle 1: one channel, one node, weights one."""
-    unit = GraphUnit(1, 1, normalize=normalize).double().eval()
-    with torch.no_grad():
-        for layer in (unit.state, unit.projection, unit.mix_nodes):
-            layer.bias.zero_()
-        unit.state.weight.fill_(1)
-        unit.projection.weight.fill_(1)
-        unit.mix_nodes.weight.fill_(mix)
-        unit.mix_states.weight.copy_(torch.eye(2))
-        unit.extend.weight.fill_(0.5)
-    return unit
-
-
-EXAMPLE_MAP = torch.tensor([[[[1.0, 2.0]]]], dtype=torch.float64)
-
-
-def moments_of(x: torch.Tensor) -> Moments:
-    """What units read of one map."""
-    pixels = x.flatten(2)
-    mean = pixels.mean(2)
-    centred = pixels - mean.unsqueeze(2)
-    size = torch.tensor([float(pixels.shape[2])], dtype=x.dtype)
-    return Moments(size, mean[None], (centred @ centred.mT)[None])
-
-
-def phi(unit: GraphUnit, x: torch.Tensor) -> torch.Tensor:
-    """phi(x) by the affine map that the unit makes of the moments of x."""
-    moments = moments_of(x)
-    (matrix,), (offset,) = affine_maps([unit], moments)
-    centred = x.flatten(2) - moments.mean[0].unsqueeze(2)
-    return (matrix @ centred + offset.unsqueeze(2)).view_as(x)
-
-
 def squared_gap(student_unit, teacher_unit, adapter, student, teacher) -> torch.Tensor:
     """The gap of one level."""
-    return squared_relation_gaps([student_unit], [teacher_unit], [adapter], [student], [teacher])[0]
+    level = Level(student_unit, teacher_unit, adapter, student, teacher)
+    return squared_relation_gaps([level])[0]
 
 
 def identity_adapter(channels: int) -> nn.Conv2d:
@@ -114,47 +32,6 @@ def identity_adapter(channels: int) -> nn.Conv2d:
 
 
 SMALL_AND_LARGE = pytest.mark.parametrize("size", [(1, 2), (4, 5)], ids=["small map", "large map"])
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_graph_unit_equals_brute_force(training, normalize):
-    """The affine map is the definition, in training and in evaluation."""
-    unit = random_graph_unit(normalize=normalize).train(training)
-    unit.norm.running_mean.normal_()
-    unit.norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    expected = brute_force_graph_unit(unit, x)
-    torch.testing.assert_close(phi(unit, x), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_graph_unit_running_statistics_are_batch_norms():
-    """Running mean and variance move exactly as ``nn.BatchNorm2d`` moves them."""
-    unit = random_graph_unit()
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    reference = nn.BatchNorm2d(3, eps=1e-4).double()
-    plain = random_graph_unit()
-    plain.load_state_dict(unit.state_dict())
-    with torch.no_grad():  # batch norm with mean 0, variance 1: shows the extended map itself
-        plain.eval().norm.weight.fill_(math.sqrt(1 + 1e-4))
-        plain.norm.bias.zero_()
-        reference(phi(plain, x) - x)
-    phi(unit, x)
-    torch.testing.assert_close(unit.norm.running_mean, reference.running_mean)
-    torch.testing.assert_close(unit.norm.running_var, reference.running_var)
-    assert unit.norm.num_batches_tracked == 1
-
-
-def test_graph_unit_gradients_equal_brute_force():
-    """Gradients of the map and of every parameter equal those of the definition."""
-    unit = random_graph_unit()
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    leaves = [x, *unit.parameters()]
-    weight = torch.randn_like(x)
-    actual = torch.autograd.grad((phi(unit, x) * weight).sum(), leaves)
-    expected = torch.autograd.grad((brute_force_graph_unit(unit, x) * weight).sum(), leaves)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
 @SMALL_AND_LARGE
@@ -219,52 +96,6 @@ def test_gap_within_rounding_is_zero(size, dtype):
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
-def test_oracle_1_graph_unit():
-    """Oracle 1: a unit small enough to compute by hand."""
-    expected = torch.tensor([[[[5.99975, 11.9995]]]], dtype=torch.float64)
-    torch.testing.assert_close(phi(example_graph_unit(), EXAMPLE_MAP), expected, rtol=0, atol=1e-6)
-    expected = torch.tensor([[[[3.499875, 6.99975]]]], dtype=torch.float64)
-    actual = phi(example_graph_unit(normalize=True), EXAMPLE_MAP)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-    expected = torch.tensor([[[[8.0e-6, 2.999992]]]], dtype=torch.float64)
-    actual = phi(example_graph_unit().train(), EXAMPLE_MAP)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-
-
-def test_oracle_2_node_mixing():
-    """Oracle 2: mixing over nodes with -1 cancels the nodes, with +0.2 it strengthens them."""
-    assert torch.equal(phi(example_graph_unit(mix=-1), EXAMPLE_MAP), EXAMPLE_MAP)
-    expected = torch.tensor([[[[6.9997, 13.9994]]]], dtype=torch.float64)
-    actual = phi(example_graph_unit(mix=0.2), EXAMPLE_MAP)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-
-
-def test_oracle_3_zero_norm_is_identity():
-    """Oracle 3: without batch norm's scale and shift the unit is the identity."""
-    unit = GraphUnit(3, 2, zero_init_norm=True).double()
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    torch.testing.assert_close(phi(unit, x), x, rtol=0, atol=1e-14)
-
-
-def test_oracle_4_permutation_of_pixels():
-    """Oracle 4: the order of the pixels does not matter, so neither do flips."""
-    unit = random_graph_unit().eval()
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    order = torch.randperm(20)
-
-    def permute(y):
-        return y.flatten(2)[:, :, order].view_as(y)
-
-    assert (phi(unit, permute(x)) - permute(phi(unit, x))).abs().max() < 1e-12
-    assert (phi(unit, x.flip(3)) - phi(unit, x).flip(3)).abs().max() < 1e-12
-
-
-def test_parameter_counts():
-    """The sizes that the spec counts: 103,168 with 64 nodes, 656,896 with 256."""
-    assert sum(p.numel() for p in GraphUnit(256, 64).parameters()) == 103_168
-    assert sum(p.numel() for p in GraphUnit(256, 256).parameters()) == 656_896
-
-
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (8, 8)])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("value", [0.0, 3.0])
@@ -309,9 +140,10 @@ def test_levels_together_equal_levels_alone(widths):
     teachers = [torch.randn(2, widths[1], *s).double() for s in sizes]
     modules = nn.ModuleList([*sides[0], *sides[1], *adapters])
     leaves = [*students, *modules.parameters()]
-    levels = *sides, adapters, students, teachers
-    together = squared_relation_gaps(*levels)
-    alone = [squared_gap(*level) for level in zip(*levels, strict=True)]
+    zipped = zip(*sides, adapters, students, teachers, strict=True)
+    levels = [Level(*level) for level in zipped]
+    together = squared_relation_gaps(levels)
+    alone = [squared_gap(*level) for level in levels]
     torch.testing.assert_close(together, torch.stack(alone))
     weights = torch.rand(len(nodes), dtype=torch.float64)
     actual = torch.autograd.grad(together @ weights, leaves)
@@ -329,17 +161,10 @@ def test_widths_that_change_between_levels():
         for side, width in enumerate(pair):
             units[side].append(random_graph_unit(width))
             maps[side].append(torch.randn(2, width, 4, 4, dtype=torch.float64))
-    levels = *units, adapters, *maps
-    together = squared_relation_gaps(*levels)
-    alone = [squared_gap(*level) for level in zip(*levels, strict=True)]
+    levels = [Level(*level) for level in zip(*units, adapters, *maps, strict=True)]
+    together = squared_relation_gaps(levels)
+    alone = [squared_gap(*level) for level in levels]
     torch.testing.assert_close(together, torch.stack(alone))
-
-
-def test_quadratic_forms_gradcheck():
-    """The backward pass that relies on symmetry agrees with finite differences."""
-    matrix = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    root = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, r: quadratic_forms(a, r @ r.mT), (matrix, root))
 
 
 def test_half_precision_gradients():
