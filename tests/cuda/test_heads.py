@@ -12,6 +12,7 @@ from d2kd.benchmark.counts import count_waits
 from ..detectors import (
     ARCHS,
     DENSE,
+    DENSE_HEADS,
     build,
     detector_config,
     distiller_config,
@@ -22,9 +23,13 @@ from . import MAY_WAIT, NEEDS_GPU
 
 pytestmark = NEEDS_GPU
 
-METHODS = ("SSIM", "FeatureMimic", "Logits", "DSIG", "DRKD", "GlobalKnowledge", "MAR")
+METHODS = (
+    *("SSIM", "FeatureMimic", "PKD", "CWD", "Logits", "DSIG", "DRKD", "GlobalKnowledge"),
+    "MAR",
+)
 CASES = [
     *((method, arch) for method in METHODS for arch in ARCHS),
+    *((method, arch) for method in DENSE_HEADS for arch in DENSE),
     ("MaskMimic", "mask"),
     ("MaskMimic", "cascade_mask"),
 ]
