@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import pytest
@@ -15,6 +16,12 @@ from d2kd.data.files import dataset_root
 
 from .detectors import ARCHS, detector_config, write_config
 from .toy_head import ToyMimic  # noqa: F401  (registers)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_logging():
+    """Detectron2's log handlers keep the streams of the test that made them, which pytest closes."""
+    logging.raiseExceptions = False
 
 
 @pytest.fixture(scope="session", autouse=True)
