@@ -20,7 +20,7 @@ from .toy_head import ToyMimic  # noqa: F401  (registers)
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_logging():
-    """Detectron2's log handlers keep the streams of the test that made them, which pytest closes."""
+    """Log handlers of Detectron2 keep streams of the test that made them, which pytest closes."""
     logging.raiseExceptions = False
 
 
