@@ -96,7 +96,7 @@ def test_nonsense_is_refused(head, key, specs, teacher_files):
         ("SSIM", ("WINDOW_SIZE", 10), "WINDOW_SIZE is 10; it must be odd and positive"),
         ("DRKD", ("PIXEL_WEIGHT", "much"), "PIXEL_WEIGHT is 'much'; .*0 or positive, or None"),
         ("MAR", ("RELATION.WEIGHT", [1.0]), r"WEIGHT is \[1.0\]; .*0 or positive, or None"),
-        ("MAR", ("MASK.WEIGHT", 0.0, "RELATION.WEIGHT", 0.0), "both 0"),
+        ("MAR", ("MASK.WEIGHT", 0.0, "RELATION.WEIGHT", 0.0), "all 0"),
         ("MAR", ("MASK.BACKGROUND", math.nan), "BACKGROUND is nan; it must be 0 or positive"),
     ],
 )

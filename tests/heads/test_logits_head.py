@@ -247,7 +247,7 @@ def test_bad_values_are_refused(opts, message):
         (
             dense_spec("student"),
             dense_spec("teacher", anchors_per_location=9),
-            r"anchors a location \(student: 1, teacher: 9\)",
+            r"anchors per location \(student: 1, teacher: 9\)",
         ),
     ],
 )

@@ -56,7 +56,7 @@ def test_missing_fields():
     [
         ("num_classes", 3, 80, r"the same number of classes (student: 3, teacher: 80)"),
         ("box_coding", "A", "B", "boxes in the same code (student: A, teacher: B)"),
-        ("anchors_per_location", 9, 1, "anchors a location (student: 9, teacher: 1)"),
+        ("anchors_per_location", 9, 1, "anchors per location (student: 9, teacher: 1)"),
         ("sigmoid_classes", True, False, "(student: sigmoids, teacher: softmax)"),
         ("head_strides", (8, 16), (16,), "(student: (8, 16), teacher: (16,))"),
         ("anchors", {8: (0, 1), 16: (0, 2)}, {16: (0, 3)}, "(different at stride 16)"),
