@@ -155,11 +155,6 @@ def check_config(
         validate_distillation_config(cfg)
     if not (resume and find_checkpoint(cfg.OUTPUT_DIR, weights_only=not train)):
         check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folders)
-        if not train and not cfg.MODEL.WEIGHTS:
-            raise ConfigError(
-                "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
-                "with an OUTPUT_DIR that has one"
-            )
     check_datasets(cfg, train=train)
     for name in cfg.DATASETS.TEST:
         find_evaluator(name)
@@ -234,6 +229,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     logs.start()
     cfg = read_config(args)
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+        raise ConfigError(
+            "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
+            "with an OUTPUT_DIR that has one"
+        )
     check_devices(cfg)
     if comm.is_main_process():
         output.check_output_dir(cfg.OUTPUT_DIR)

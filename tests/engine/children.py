@@ -10,6 +10,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -92,6 +93,8 @@ def train(folder: Path, *argv: str, prepare: Callable[[], object] | None = None)
 
 def _train(folder: Path, argv: list[str], log: Path, prepare) -> None:
     os.setsid()  # a signal to the tests is not one to their children
+    # Tests that run in the background of a shell ignore it, and so would they.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
