@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = ("Makefile", "pyproject.toml", "setup.py", "constraints.txt")
 INSTALLER = "d2kd/commands/install_detectron2.py"
+# What make hands to the commands it runs.
+MADE_BY_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
 # What stands in for the set-up: an interpreter that says how it is called.
 SETUP = """#!/bin/bash
 set -e
@@ -36,7 +39,9 @@ def clone(tmp_path) -> Path:
 
 
 def make(clone: Path, *words: str) -> str:
-    done = subprocess.run(["make", *words], cwd=clone, capture_output=True, text=True)
+    # Under `make test` this make would know itself nested, and say which folders it enters.
+    env = {key: value for key, value in os.environ.items() if key not in MADE_BY_MAKE}
+    done = subprocess.run(["make", *words], cwd=clone, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
