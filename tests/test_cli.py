@@ -32,7 +32,7 @@ OLD_NAMES = {
 def run(*words: str, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess:
     """A command as a process, d2kd from this clone."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *words], cwd=cwd, capture_output=True, text=True, **kwargs
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, **kwargs
     )
 
 
@@ -57,6 +57,16 @@ def test_help_has_an_example(verb, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: d2kd {verb} ")
     assert re.search(rf"^ +d2kd {verb}", printed, flags=re.M)
+
+
+def test_no_warning_of_third_packages():
+    """What Detectron2 and fvcore do with old functions is not printed at each start."""
+    script = (
+        "import d2kd, torch; from detectron2 import model_zoo;"
+        "torch.meshgrid(torch.arange(2), torch.arange(2))"
+    )
+    done = run("-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unknown_verb():

@@ -7,7 +7,8 @@
 
 A measured table stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
 ``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of d2kd benchmark
---json), ``selection`` (of d2kd prototypes time --json), ``refresh`` (prototypes.json of a training
+--json), ``gradients`` and ``evaluation`` (of d2kd.benchmark's modules of these names),
+``selection`` (of d2kd prototypes time --json), ``refresh`` (prototypes.json of a training
 with Global Knowledge), ``compare`` (results.jsonl of d2kd compare), ``gains`` (several of them),
 ``demo`` (demo.json of d2kd demo) or ``published`` (a folder of configs, of which tools/published.py
 makes a table). ``--copy`` first brings results, and the pictures that a page shows, from the folder
@@ -24,7 +25,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from d2kd.benchmark import selection
+from d2kd.benchmark import evaluation, gradients, selection
 from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
 from d2kd.compare import tables as compare
@@ -68,6 +69,8 @@ def render_gains(*paths: Path) -> str:
 
 RENDER = {
     "benchmark": render_benchmark,
+    "gradients": of_json(gradients.markdown),
+    "evaluation": of_json(evaluation.markdown),
     "growth": of_json(benchmark.growth_table),
     "teacher_options": of_json(benchmark.teacher_table),
     "profile": of_json(benchmark.profile_table),

@@ -35,7 +35,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import re
 import shlex
 import statistics
@@ -57,6 +56,7 @@ from ..files import write_atomically, write_json
 from ..meta_arch import Distiller
 from . import tables as report
 from .counts import count_operators, count_waits, profile_kernels
+from .machine import machine
 from .steps import (
     BASES,
     PRECISIONS,
@@ -297,16 +297,6 @@ def profile_parts(parts: dict, args: argparse.Namespace) -> dict:
 # --- the file -----------------------------------------------------------------------------------
 
 
-def environment(args: argparse.Namespace) -> dict:
-    """The machine that rows of one file share."""
-    cuda = torch.cuda.get_device_name() if args.device == "cuda" else None
-    return {
-        "torch": torch.__version__,
-        "device": cuda or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def open_results(args: argparse.Namespace) -> dict:
     """The file's content, or that of a new file.
 
@@ -314,7 +304,7 @@ def open_results(args: argparse.Namespace) -> dict:
         ConfigError: it is no such file, or of another machine, PyTorch or number of threads.
     """
     base = {name: getattr(args, name) for name in (*report.GROWTH, "precision")}
-    data = {"environment": environment(args), "base": base, "rows": []}
+    data = {"environment": machine(args.device), "base": base, "rows": []}
     if args.json is None or not args.json.exists():
         return data
     if args.json.is_dir():

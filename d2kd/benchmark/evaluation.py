@@ -1,6 +1,6 @@
 """How long COCO metrics take, with faster-coco-eval and with pycocotools, on made-up detections.
 
-    python -m d2kd.benchmark.evaluation --images 5000 --detections 100 --task bbox
+    python -m d2kd.benchmark.evaluation --json docs/results/evaluation.json
 
 Both compute the same numbers; the command says so, or fails.
 """
@@ -13,6 +13,7 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,17 @@ from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tabulate import tabulate
 
 from ..data import coco_metrics
+from ..files import write_json
+from .machine import machine, machine_text
 
 SIDE = 640
+EVALUATORS: dict[str, Callable] = {
+    "faster-coco-eval": coco_metrics.fast_evaluation,
+    "pycocotools": COCOeval,
+}
 
 
 def random_truth(images: int, objects: int, classes: int, masks: bool, seed: int = 0) -> COCO:
@@ -122,33 +130,54 @@ def evaluate(truth: COCO, detections: list[dict], task: str, evaluator: Callable
         return _evaluate_predictions_on_coco(truth, detections, task, cocoeval_fn=evaluator)
 
 
+def measure(task: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of both for ``task``.
+
+    Raises:
+        SystemExit: their numbers differ.
+    """
+    truth = random_truth(args.images, args.objects, args.classes, task == "segm")
+    detections = random_detections(truth, args.detections)
+    seconds, metrics = {}, {}
+    for name, evaluator in EVALUATORS.items():
+        start = time.perf_counter()
+        metrics[name] = evaluate(truth, [dict(d) for d in detections], task, evaluator).stats
+        seconds[name] = time.perf_counter() - start
+    if not np.array_equal(*metrics.values()):
+        sys.exit(f"error: the numbers differ: {metrics}")
+    return seconds
+
+
+def markdown(measured: dict[str, Any]) -> str:
+    """The table of a file that this command has written."""
+    rows = [
+        [task, *seconds.values(), seconds["faster-coco-eval"] / seconds["pycocotools"]]
+        for task, seconds in measured["seconds"].items()
+    ]
+    header = ["", *(f"{name}, s" for name in EVALUATORS), "ratio"]
+    text = tabulate(rows, header, tablefmt="pipe", floatfmt=("", ".1f", ".1f", ".2f"))
+    of = f"{measured['images']} images, {measured['detections']} detections per image"
+    return f"{text}\n\n{of}; {machine_text(measured['machine'])}."
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="an image")
-    parser.add_argument("--objects", type=int, default=7, help="an image")
+    parser.add_argument("--detections", type=int, default=100, help="per image")
+    parser.add_argument("--objects", type=int, default=7, help="per image")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--task", default="bbox", choices=["bbox", "segm"])
+    parser.add_argument("--tasks", nargs="+", default=["bbox", "segm"], choices=["bbox", "segm"])
+    parser.add_argument("--json", type=Path, help="write the seconds to this file as well")
     args = parser.parse_args(argv)
     if not coco_metrics.has_fast_metrics():
         sys.exit("error: faster-coco-eval is not installed: pip install faster-coco-eval")
-    truth = random_truth(args.images, args.objects, args.classes, args.task == "segm")
-    detections = random_detections(truth, args.detections)
-    seconds, metrics = {}, {}
-    for name, evaluator in (
-        ("faster-coco-eval", coco_metrics.fast_evaluation),
-        ("pycocotools", COCOeval),
-    ):
-        start = time.perf_counter()
-        metrics[name] = evaluate(truth, [dict(d) for d in detections], args.task, evaluator).stats
-        seconds[name] = time.perf_counter() - start
-        print(f"{name}: {seconds[name]:.1f} s, AP {100 * metrics[name][0]:.6f}", flush=True)
-    fast, slow = seconds.values()
-    print(f"{args.task}, {args.images} images, {args.detections} detections: {fast / slow:.3f}")
-    if not np.array_equal(*metrics.values()):
-        sys.exit(f"error: the numbers differ: {metrics}")
+    measured = {"machine": machine(), "images": args.images, "detections": args.detections}
+    measured["seconds"] = {task: measure(task, args) for task in args.tasks}
+    print(markdown(measured))
+    if args.json:
+        write_json(measured, args.json)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """What gradients that are written out save over autograd's: time, kept memory, operators.
 
-    python -m d2kd.benchmark.gradients [--device cuda]
+    python -m d2kd.benchmark.gradients [--device cuda] --json docs/results/gradients.json
 
-Prints the rows of the table in docs/performance.md: for each custom ``autograd.Function`` of the
-losses on outputs and graphs, the function and the plain formula that it replaces, at the sizes of a
-step on two images of 320 pixels.
+For each custom ``autograd.Function`` of the losses on outputs and graphs: the function and the
+plain formula that it replaces, at the sizes of a step on two images of 320 pixels.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +20,16 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..files import write_json
 from ..losses.dsig import cosine_graph
 from ..losses.logits import dense_class_loss
 from ..losses.mimic import mimic_loss
 from ..numerics import inverse_lengths, softened_kl
+from .machine import machine, machine_text
 
 Loss = Callable[[Tensor], Tensor]
 
-# Two images of 320 px on RetinaNet: anchors a location, classes, locations.
+# Two images of 320 px on RetinaNet: anchors per position, classes, positions.
 DENSE = (2, 9, 80, 2134)
 # Two images of 320 px at stride 4.
 LEVEL = (2, 256, 80, 80)
@@ -67,27 +69,27 @@ def cases(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
     valid = torch.ones(DENSE[0], DENSE[1], DENSE[3], device=device)
     one = torch.ones((), device=device)
     yield (
-        "softened KL of 80 logits an anchor",
+        "softened KL of 80 logits per anchor (DSIG)",
         student,
         lambda x: softened_kl(x, teacher, 1.0, valid, 2),
         lambda x: plain_kl(x, teacher, valid),
     )
     yield (
-        "focused divergence of these logits",
+        "focused divergence of these logits (Logits)",
         student,
         lambda x: dense_class_loss(x, teacher, valid.bool(), one),
         lambda x: plain_focused(x, teacher),
     )
     nodes, edges = randn(*NODES), randn(NODES[0], NODES[1], NODES[1])
     yield (
-        "cosines of 256 nodes an image",
+        "cosines of 256 nodes per image (DSIG)",
         nodes,
         lambda x: F.mse_loss(cosine_graph(x), edges),
         lambda x: F.mse_loss(plain_cosines(x), edges),
     )
     level, target = randn(*LEVEL).bfloat16(), randn(*LEVEL).bfloat16()
     yield (
-        "L2 of a pyramid level in bf16",
+        "L2 of a pyramid level in bf16 (FeatureMimic, DSIG)",
         level,
         lambda x: mimic_loss(x, target),
         lambda x: F.mse_loss(x.float(), target.float()),
@@ -144,19 +146,32 @@ def measure(loss: Loss, x: Tensor, repeats: int) -> tuple[float, float, int]:
     return min(times) * 1e3, kept_memory(loss, x), operators.count
 
 
-def main() -> None:
+def markdown(measured: dict[str, Any]) -> str:
+    """The table of a file that this command has written."""
+    rows = [list(row.values()) for row in measured["rows"]]
+    header = ["", "gradient", "ms", "MiB kept", "operators"]
+    table = tabulate(rows, header, tablefmt="pipe", floatfmt=".1f")
+    return f"{table}\n\n{machine_text(measured['machine'])}, best of {measured['repeats']}."
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    args = parser.parse_args(argv)
     rows = []
     for name, x, written, plain in cases(args.device):
         x.requires_grad_()
         torch.testing.assert_close(written(x), plain(x), rtol=1e-4, atol=1e-6)
         for kind, loss in (("written out", written), ("autograd", plain)):
             ms, mib, operators = measure(loss, x, args.repeats)
-            rows.append([name, kind, f"{ms:.1f}", f"{mib:.1f}", operators])
-    print(tabulate(rows, ["", "gradient", "ms", "MiB kept", "operators"], tablefmt="github"))
+            numbers = {"ms": ms, "MiB": mib, "operators": operators}
+            rows.append({"of": name, "gradient": kind, **numbers})
+    measured = {"machine": machine(args.device), "repeats": args.repeats, "rows": rows}
+    print(markdown(measured))
+    if args.json:
+        write_json(measured, args.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ class and level of a smaller case.
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..engine.cost import peak_memory
 from ..files import write_json
 from ..prototypes.select import dense_candidates, matching_pursuit, select_prototypes
+from .machine import machine, machine_text
 
 
 def draw_features(instances: int, channels: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -70,11 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print the table, and write the figures if asked to."""
     result = {
-        "environment": {
-            "torch": torch.__version__,
-            "device": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": machine(),
         "all": select_everything(args),
         "one": compare_with_naive(args) if args.naive_instances else None,
     }
@@ -152,7 +148,7 @@ def markdown(result: dict) -> str:
         ]
     headers = ["case", "prototypes", "time", "memory grows by"]
     text = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-    return f"{text}\n\n{where['device']}, {where['threads']} threads, PyTorch {where['torch']}."
+    return f"{text}\n\n{machine_text(where)}."
 
 
 def refresh_markdown(report: dict) -> str:

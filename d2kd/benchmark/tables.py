@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
+from .machine import machine_text
+
 # What a row is a measurement of.
 SETTING = (
     *("arch", "student", "teacher", "heads", "opts", "size", "batch", "objects"),
@@ -272,7 +274,7 @@ def setting_line(data: dict) -> str:
     repeats = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     precision = f", {base['precision']} autocast" if base["precision"] else ""
     return (
-        f"{where['device']}, {where['threads']} threads, PyTorch {where['torch']}; "
+        f"{machine_text(where)}; "
         f"{base['size']} px, batch {base['batch']}, {base['objects']} objects an image{precision}, "
         f"medians of {repeats}."
     )
