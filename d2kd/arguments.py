@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
     def parse_command(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse options, and the ``KEY VALUE`` pairs beside them as the list ``opts``.
+        """Parse options, and the ``KEY VALUE`` pairs among them as the list ``opts``.
 
         Args:
             argv: arguments without the program's name; default: those of this process.

@@ -27,7 +27,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
-    "compare": Verb("d2kd.compare.command", "train a student alone and distilled, compare AP"),
+    "compare": Verb("d2kd.compare.command", "train a baseline and distilled students, compare AP"),
     "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),

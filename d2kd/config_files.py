@@ -62,7 +62,7 @@ def default_output_dir(name: str) -> str:
 
     Args:
         name: the config as the user named it. Of a shipped config or an entry of the zoo the whole
-            name counts, of another file its path from the working directory, or its name alone if
+            name counts, of another file its path from the working directory, or only its name if
             it lies elsewhere.
     """
     path = Path(os.path.abspath(resolve_config_file(name)))
@@ -90,7 +90,7 @@ def _files_beside(path: str) -> list[str]:
 
 
 def similar_files(path: str) -> str:
-    """Files beside ``path`` with a name like it, as a list for a message."""
+    """Files in the folder of ``path`` with a similar name, as a list for a message."""
     folder = os.path.dirname(path) or "."
     names = os.listdir(folder) if os.path.isdir(folder) else []
     close = difflib.get_close_matches(os.path.basename(path), names, n=3, cutoff=0.4)

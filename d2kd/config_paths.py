@@ -1,4 +1,4 @@
-"""Where files lie that a config names: in the working directory, beside it, or shipped."""
+"""Where files lie that a config names: in the working directory, in its own folder, or shipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 _PACKAGE = Path(__file__).resolve().parent
-# Installed, configs/ is a folder of the package; in a clone it lies beside it.
+# Installed, configs/ is a folder of the package; in a clone it lies next to it.
 SHIPPED = next(
     (path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()),
     _PACKAGE / "configs",

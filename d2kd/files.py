@@ -21,7 +21,7 @@ def shown(path: str | os.PathLike) -> str:
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there in one step.
+    """Let ``write`` fill a temporary file next to ``path``, then move it there in one step.
 
     A reader finds the old file or the new one, never a part, wherever the process was killed. The
     content reaches the disk before the name does.
@@ -57,7 +57,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
+    """Remove what processes that were killed while they wrote ``path`` have left in its folder."""
     for leftover in glob.glob(f"{glob.escape(os.fspath(path))}.*.tmp"):
         process = leftover.rsplit(".", 2)[1]
         if process.isdigit() and not _is_alive(int(process)):

@@ -125,7 +125,7 @@ def test_differences_are_seen(config, opts, said):
     assert " ".join(found) == said
 
 
-# Weights of the released configs, for 2 images a GPU: foreground, background, edge, class, box,
+# Weights of the released configs, for 2 images per GPU: foreground, background, edge, class, box,
 # pyramid. None: the student has no such term.
 DSIG_RELEASED = {
     "faster_rcnn_R18_R50_dsig": (0.5, 0.5, 2.0, 3.0, 1.0, 0.5),

@@ -79,7 +79,7 @@ class Published:
         config: its path from the repository's root.
         method, where, row: of the row's first line.
         overrides: KEY VALUE pairs that make the row of the config.
-        scores: metric -> (student alone, distilled), as printed; "-" where not known.
+        scores: metric -> (baseline, distilled), as printed; "-" where not known.
         differs: what else is not as in the authors' training, "" where nothing is.
     """
 

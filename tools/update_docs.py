@@ -28,6 +28,7 @@ from pathlib import Path
 from d2kd.benchmark import evaluation, gradients, selection
 from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
+from d2kd.compare import plots
 from d2kd.compare import tables as compare
 from d2kd.files import write_text
 
@@ -47,7 +48,7 @@ def of_json(table: Callable[[dict], str]) -> Callable[[Path], str]:
 
 
 def render_benchmark(path: Path) -> str:
-    """The table and the plot beside the file, for pages in docs/."""
+    """The table and the plot in the folder of the file, for pages in docs/."""
     text = benchmark.main_table(json.loads(path.read_text()))
     picture = path.with_suffix(".png")
     if not picture.is_file():
@@ -85,7 +86,7 @@ RENDER = {
 
 
 def update(text: str) -> str:
-    """``text`` with each block rendered anew; a block whose file is not there stays as it is."""
+    """``text`` with each block rendered again; a block whose file is not there stays as it is."""
 
     def block(match: re.Match) -> str:
         begin, kind, names, end = match.groups()
@@ -112,7 +113,7 @@ def copy_results(folder: Path) -> None:
     """
     name = folder.resolve().name
     source, target = folder / "results.jsonl", ROOT / f"docs/results/{name}.jsonl"
-    pictures = {"gains.svg": f"gains_{name}.svg", "detections.jpg": f"{name}.jpg"}
+    pictures = {"detections.jpg": f"{name}.jpg"}
     if (folder / "demo.json").is_file():
         source, target = folder / "demo.json", ROOT / "docs/results/demo.json"
         pictures = {"demo.jpg": "demo.jpg"}
@@ -127,6 +128,13 @@ def copy_results(folder: Path) -> None:
             shutil.copyfile(folder / old, ROOT / "docs/images" / new)
 
 
+def draw_gains() -> None:
+    """Draw each picture of gains in docs/images/ from the results that it shows."""
+    for picture in (ROOT / "docs/images").glob("gains_*.svg"):
+        results = ROOT / f"docs/results/{picture.stem.removeprefix('gains_')}.jsonl"
+        plots.plot_gains(compare.read_lines(results), picture, times=False)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -137,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for folder in args.copy:
         copy_results(folder)
+    if not args.check:
+        draw_gains()
     stale = []
     for page, text in pages().items():
         if not page.is_file() or page.read_text() != text:

@@ -8,7 +8,7 @@
 For each pair of detectors and each list of heads it times, interleaved in one run:
 
 * student: forward, backward and update of the plain student;
-* teacher: the teacher's fields that the heads read, alone;
+* teacher: only the teacher's fields that the heads read;
 * full: forward, backward and update of the Distiller;
 * inference: the teacher's whole inference, for comparison.
 
@@ -16,7 +16,7 @@ overhead = full / (student + teacher), from the medians. The FLOP bound is the s
 floating-point operations (products and convolutions, forward and backward). Memory is what a step
 needs at its peak beyond what is held before it, gradients included. Operators are those that would
 launch a kernel on a GPU, waits the places of d2kd at which the host would wait for it; on a GPU the
-kernels themselves, the time that they take and the real waits are beside them. Weights are random,
+kernels themselves, the time that they take and the real waits are columns too. Weights are random,
 but behave as trained ones do: maps stay finite, and the teacher knows background.
 
 A GPU's rows, within minutes; called again, it measures what is missing:
@@ -24,8 +24,8 @@ A GPU's rows, within minutes; called again, it measures what is missing:
     d2kd benchmark --json output/gpu.json --pairs 50-101 --size 800 --batch 4 --precision bf16 \
         --minutes 8
 
-With --json the file is written after each row, with a plot beside it. Rows that the file has are
-not measured again, so a run that was stopped goes on, and runs with other options add their rows;
+With --json the file is written after each row, with a plot in its folder. Rows in the file are not
+measured again, so a run that was stopped goes on, and runs with other options add their rows;
 what is printed is what the file holds. The first run fixes the size, batch and objects that the
 tables are about.
 """
@@ -81,7 +81,7 @@ HEADS = (
     "MAR",
 )
 ONE_STAGE_HEADS = ("CrossKD",)
-# Each term of DRKD alone: graph units, relation units, plain instances.
+# One term of DRKD at a time: graph units, relation units, plain instances.
 PARTS = (
     "DRKD DISTILL.DRKD.RELATION_WEIGHT 0 DISTILL.DRKD.INSTANCE_WEIGHT 0",
     "DRKD DISTILL.DRKD.PIXEL_WEIGHT 0 DISTILL.DRKD.INSTANCE_WEIGHT 0",
@@ -153,7 +153,7 @@ def default_heads(arch: str, profile: bool) -> list[str]:
 
 
 def measure(setting: dict, args: argparse.Namespace) -> dict:
-    """The setting, and beside it median seconds, ratios, FLOPs, memory in MiB and parameters."""
+    """The setting, median seconds, ratios, FLOPs, memory in MiB and parameters."""
     torch.manual_seed(0)
     batch = random_batch(setting["batch"], setting["size"], setting["objects"], 80)
     student, distiller, plain_teacher = build_models(setting, args.device, batch)
@@ -345,8 +345,8 @@ def build_parser() -> CommandParser:
     add("--pairs", nargs="+", default=["18-50"], help="depths of student's and teacher's ResNets")
     add("--heads", nargs="+", help="a row each: HEAD[,HEAD ...], or in quotes with KEY VALUE pairs")
     add("--size", type=positive, default=320, help="side of the images in pixels")
-    add("--batch", type=positive, default=2, help="images a step")
-    add("--objects", type=natural, default=8, help="objects an image")
+    add("--batch", type=positive, default=2, help="images per step")
+    add("--objects", type=natural, default=8, help="objects per image")
     add("--growth", action="store_true", help="also with one of the next three at another value")
     add("--sizes", type=positive, nargs="+", default=[160, 320, 480, 640])
     add("--batches", type=positive, nargs="+", default=[1, 2, 4])
@@ -354,13 +354,13 @@ def build_parser() -> CommandParser:
     add("--precision", default="", choices=PRECISIONS, help="autocast of the whole step")
     add("--teacher-precision", default="", choices=PRECISIONS, help="the teacher's own")
     add("--channels-last", action="store_true", help="the teacher in channels_last")
-    add("--profile", action="store_true", help="phases and operators too, and DRKD's terms alone")
+    add("--profile", action="store_true", help="phases and operators too, and each term of DRKD")
     add("--traces", type=Path, help="folder for a profiler's trace of each row's full step (GPU)")
     add("--repeats", type=positive, default=9)
     add("--minutes", type=float, help="start no row after so many; call again for the rest")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
-    add("--json", type=Path, help="add the rows to this file; a plot goes beside it")
+    add("--json", type=Path, help="add the rows to this file; a plot goes into its folder")
     return parser
 
 

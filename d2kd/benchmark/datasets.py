@@ -1,5 +1,5 @@
 """What the check of a dataset costs: time and memory of reading one annotation file, by Detectron2
-alone and by d2kd, which reads and checks it.
+by itself and by d2kd, which reads and checks it.
 
     python -m d2kd.benchmark.datasets
 
@@ -47,7 +47,7 @@ def write_synthetic(folder: Path, images: int = IMAGES, annotations: int = ANNOT
     """Writes a file in COCO format with polygon masks, and its images: links to a grey one.
 
     Returns:
-        Path of the JSON file; the images are in ``images`` beside it.
+        Path of the JSON file; the images are in ``images`` in its folder.
     """
     root = folder / "images"
     root.mkdir(parents=True)

@@ -111,7 +111,7 @@ class _Operators(TorchDispatchMode):
 
 
 def kept_memory(loss: Loss, x: Tensor) -> float:
-    """MiB that are kept for the backward pass beside the student's own tensor."""
+    """MiB that are kept for the backward pass in addition to the student's own tensor."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

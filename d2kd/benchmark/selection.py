@@ -57,10 +57,10 @@ def naive_pursuit(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of the case that is measured."""
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--instances", type=int, default=3000, help="objects a class")
+    parser.add_argument("--instances", type=int, default=3000, help="objects per class")
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--levels", type=int, default=5)
-    parser.add_argument("--prototypes", type=int, default=10, help="prototypes a class and level")
+    parser.add_argument("--prototypes", type=int, default=10, help="prototypes per class and level")
     parser.add_argument(
         "--naive-instances", type=int, default=300, help="size of the naive form's case; 0: none"
     )

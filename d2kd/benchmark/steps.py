@@ -158,7 +158,7 @@ def _prefer_background(scores: nn.Linear, hidden: Tensor) -> None:
 
 
 class TeacherPart:
-    """What the heads of a Distiller read of the teacher in one step, to be repeated alone.
+    """What the heads of a Distiller read of the teacher in one step, to be repeated by itself.
 
     Args:
         distiller: with its heads.

@@ -275,8 +275,8 @@ def setting_line(data: dict) -> str:
     precision = f", {base['precision']} autocast" if base["precision"] else ""
     return (
         f"{machine_text(where)}; "
-        f"{base['size']} px, batch {base['batch']}, {base['objects']} objects an image{precision}, "
-        f"medians of {repeats}."
+        f"{base['size']} px, batch {base['batch']}, {base['objects']} objects per image"
+        f"{precision}, medians of {repeats}."
     )
 
 

@@ -157,7 +157,7 @@ class Demo:
 
 
 def markdown(figures: dict) -> str:
-    """The table of ``demo.json`` as Markdown, and the gain beside the noise of the seeds."""
+    """The table of ``demo.json`` as Markdown, and the gain with the spread of the seeds."""
     results = figures["results"]
     rows = [
         [name, len(group), *(f"{np.mean([run[m] for run in group]):.1f}" for m in METRICS)]

@@ -5,7 +5,7 @@ copy of it as the sub-package ``LabGym.detectron2``; this tool downloads that on
 hash, and installs the copy as the distribution ``detectron2``. A Detectron2 that already imports,
 of whatever origin, is left as it is. LabGym itself is neither needed nor touched.
 
-The new package is prepared in a temporary folder beside its destination, tried there, and renamed
+The new package is prepared in a temporary folder next to its destination, tried there, and renamed
 into place last of all. So whatever goes wrong, a Detectron2 in site-packages is a complete one.
 
     d2kd install-detectron2 [--wheel FILE]
@@ -67,7 +67,7 @@ LabGym.detectron2 back into detectron2.
 """
 
 # Run in a fresh interpreter: an import that fails or crashes must not take this process with it.
-# detectron2.engine imports nearly all of Detectron2, `import detectron2` alone next to nothing.
+# detectron2.engine imports nearly all of Detectron2, a plain `import detectron2` hardly anything.
 PROBE = """
 import importlib.util, json
 spec = importlib.util.find_spec("detectron2")
@@ -197,7 +197,7 @@ def apache_license() -> str:
 
 
 def write_dist_info(package: Path) -> Path:
-    """Write the dist-info beside ``package`` that lets pip list, check and uninstall it."""
+    """Write the dist-info next to ``package`` that lets pip list, check and uninstall it."""
     version = package_version(package)
     root = package.parent
     info = root / f"detectron2-{version}.dist-info"

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output", help="default: MODEL.WEIGHTS of the config")
     parser.add_argument("--steps", type=positive, default=1000)
-    parser.add_argument("--batch", type=positive, default=256, help="crops a step, half are digits")
+    parser.add_argument("--batch", type=positive, default=256, help="crops per step, half digits")
     parser.add_argument("--crop", type=positive, default=32, help="side of a crop in pixels")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Train a student alone and with each method on one footing, and compare AP and cost.
+"""Train a baseline and each method on one footing, and compare AP and cost.
 
     d2kd compare --suite suites/digits_retinanet_strong_teacher.yaml --jobs 2
     d2kd compare --configs digits/retinanet_R18.yaml digits/retinanet_R18_ssim.yaml \\

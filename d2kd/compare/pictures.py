@@ -97,7 +97,7 @@ def draw_detections(
 
 
 def sheet(panels: dict[str, list[np.ndarray]], columns: int) -> np.ndarray:
-    """One column a title, one row an image; after ``columns`` titles a new block begins."""
+    """One column per title, one row per image; after ``columns`` titles a new block begins."""
     height = max(panel.shape[0] for group in panels.values() for panel in group)
     width = max(panel.shape[1] for group in panels.values() for panel in group)
 

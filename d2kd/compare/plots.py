@@ -27,7 +27,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
-    """Bars of the paired gains in AP with 95 % intervals, with the cost of a step beside each.
+    """Bars of the paired gains in AP with 95 % intervals, each with the cost of a step.
 
     Args:
         times: whether the machine was idle enough to show that cost.
@@ -58,7 +58,7 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
     for axis, task in zip(axes[0], tasks, strict=True):
         gains = [paired_gains(runs, base, task) for runs in arms.values()]
         means = [g.mean() if len(g) else 0.0 for g in gains]
-        errors = np.nan_to_num([half_interval(g) for g in gains])
+        errors = [half_interval(g) for g in gains]  # NaN, so no bar, with one seed
         axis.barh(labels, means, xerr=errors, color=colours, height=0.62, capsize=3)
         for row, group in enumerate(gains):
             axis.plot(group, [row] * len(group), "o", color="black", markersize=2.5, alpha=0.6)

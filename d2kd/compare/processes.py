@@ -61,7 +61,7 @@ class Processes:
                 process.terminate()
 
 
-# glibc hands the memory of large tensors back to the system after use and has it mapped in anew,
+# glibc hands the memory of large tensors back to the system after use and has it mapped in again,
 # a few percent of a small detector's step on a CPU. Each step wants the same memory: it may stay.
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": f"{2**30}", "MALLOC_MMAP_THRESHOLD_": f"{2**30}"}
 
@@ -150,7 +150,7 @@ def _run_logged(
 def lock_file(path: Path, name: str):
     """Open and lock a file; the lock is the process's that inherits it, and goes with its end.
 
-    So a training that outlived a killed parent is not started a second time beside itself.
+    So a training that outlived a killed parent is not started a second time while it runs.
 
     Raises:
         StageFailed: another process has it.

@@ -1,4 +1,4 @@
-"""The whole report of a comparison: plots and detections beside the tables, report.html in one
+"""The whole report of a comparison: tables, plots and detections, report.html in one
 file that needs no network."""
 
 from __future__ import annotations

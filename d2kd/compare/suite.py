@@ -142,7 +142,8 @@ def _prepared(path: Path, label: str, entry: dict) -> Arm:
 
 
 def _find_config(where: str, name: str, folder: Path) -> str:
-    """A config's name as it is from the working directory; its path if it lies beside the suite.
+    """A config's name if it is found from the working directory, else its path from the suite's
+    folder.
 
     Raises:
         ConfigError: there is none; names the folders it was looked for in.
@@ -153,7 +154,7 @@ def _find_config(where: str, name: str, folder: Path) -> str:
 
 
 def _with_paths(opts: dict, folder: Path) -> dict:
-    """``opts``, in which the paths of files that lie beside the suite are absolute."""
+    """``opts``, in which the paths of files in the folder of the suite are absolute."""
     beside = {
         key: absolute_path(value, [folder])
         for key, value in opts.items()
@@ -211,7 +212,7 @@ def check_suite(suite: Suite, where: str) -> None:
         if (arm.config, arm.opts) != (base.config, base.opts) or arm.times != 1:
             raise ConfigError(
                 f"{place}: same_time_as needs the config and opts of the baseline "
-                f"'{base.label}', whose time a step it goes by, and no times"
+                f"'{base.label}', whose time per step it goes by, and no times"
             )
 
 

@@ -141,7 +141,7 @@ def cost_table(lines: list[dict]) -> Table:
         ]
         rows.append([label, *("-" if cell == "nan" else cell for cell in cells)])
     memory = "/".join(sorted({run["memory_of"] for runs in arms.values() for run in runs.values()}))
-    headers = ["arm", "iterations", "ms a step", "x baseline", "minutes", f"MiB ({memory})"]
+    headers = ["arm", "iterations", "ms per step", "x baseline", "minutes", f"MiB ({memory})"]
     return Table("Cost", [*headers, "parameters added"], rows)
 
 
@@ -192,7 +192,7 @@ def notes(lines: list[dict]) -> str:
         f"AP: mean ± standard error over the seeds. Gain: difference to '{lines[0]['baseline']}', "
         "seed by seed, with its 95 % interval (Student's t). Time a step: median; minutes: "
         f"training without evaluation, {threads} CPU thread(s) a run. Parameters added are trained "
-        "beside the student and not kept."
+        "in addition to the student and not kept."
     )
 
 

@@ -184,7 +184,7 @@ def _read(path: Path) -> str:
 
 
 def _count(content: dict) -> dict[str, int]:
-    """Number of images, and of boxes a class."""
+    """Number of images, and of boxes per class."""
     boxes = Counter(item["category_id"] for item in content["annotations"])
     count = {"images": len(content["images"])}
     return count | {name: boxes[i + 1] for i, name in enumerate(CLASSES)}

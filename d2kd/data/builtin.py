@@ -19,7 +19,7 @@ from .files import dataset_root
 
 def register_builtin_datasets(root: Path) -> None:
     """Registers the built-in datasets below `root`, or moves them there. Names that somebody else
-    has registered are left alone."""
+    has registered are not changed."""
     for family in digits.SPECS:
         directory = root / family
         for split in digits.SPLITS:

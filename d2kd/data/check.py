@@ -28,7 +28,7 @@ from .report import Finding, plural, shown, some
 
 # Boxes may leave the image by this many pixels without a word: annotation tools round.
 _ROUNDING = 1.0
-# A look-alike is refused from this share of all boxes on: a single one is a slip of an annotator.
+# Boxes of another kind are refused from this share of all boxes on: a single one is a slip.
 _SHARE = 0.01
 # A box read as x, y, width, height that reaches this share of the image beyond its border.
 _FAR_OUT = 0.1
@@ -215,7 +215,7 @@ def check_links(table: Table, use: Use) -> Iterator[Finding]:
         )
     if use.train:
         yield from _check_trained_images(table, use)
-    elif table.has_annotations:  # else it is a test set whose annotations nobody has
+    elif table.has_annotations:  # else it is a test set whose annotations are not public
         if not ((table.image_of >= 0) & ~table.crowd & ~boxes_without_area(table)).any():
             yield Finding(
                 "no image has an object to evaluate",
@@ -443,7 +443,7 @@ def _check_polygons(
         yield from _findings(short, "masks have no polygon of three points", remedy, example)
     yield from _findings(
         is_polygon & masks.some_short,
-        "masks have polygons of fewer than three points beside others",
+        "masks have polygons of fewer than three points among others",
         "these polygons are dropped",
         example,
         fatal=False,
@@ -636,7 +636,7 @@ def judge_headers(table: Table, headers: Mapping[int, Header | str]) -> Iterator
         (unreadable, "cannot be read", "repair or remove them"),
         (
             deep,
-            "have more than 8 bits a channel, of which Detectron2 would make white images",
+            "have more than 8 bits per channel, of which Detectron2 would make white images",
             "convert them to 8 bits",
         ),
         (other_size, "have another size than the JSON says", "mend 'width' and 'height' there"),

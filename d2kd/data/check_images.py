@@ -101,7 +101,7 @@ def judge(table: Table, looks: dict[int, Look]) -> Iterator[Finding]:
     for places in _groups(looks, "digest"):
         yield Finding(
             f"{len(places):,} images are the same file",
-            "the objects of one are background in the other, unless all are annotated alike",
+            "the objects of one are background in the other, unless all have the same annotations",
             some(shown(table.names[place]) for place in places),
         )
 

@@ -317,7 +317,7 @@ def trained_classes(cfg: CfgNode) -> tuple[str, ...] | None:
 
 def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] | None:
     """Class names of a dataset, from its annotation file or its metadata; None if not known."""
-    entries = cfg.DATASETS.get("COCO_FORMAT", ())  # a teacher's, which nobody has checked
+    entries = cfg.DATASETS.get("COCO_FORMAT", ())  # a teacher's, which is not checked yet
     files = {str(e[0]): str(e[1]) for e in entries if isinstance(e, (list, tuple)) and len(e) > 2}
     known = name in DatasetCatalog
     if name not in files and known and is_readable(name):
@@ -419,7 +419,7 @@ def _check_keypoint_names(cfg: CfgNode, name: str, use: Use, names: list[str]) -
     return findings
 
 
-# Datasets whose pairs of keypoints nobody stated.
+# Datasets whose pairs of keypoints were not stated.
 _pairs_by_name: set[str] = set()
 
 

@@ -81,7 +81,7 @@ def make_digits(directory: Path, spec: DigitsSpec) -> bool:
 
 
 def ensure_digits(directory: Path, spec: DigitsSpec) -> None:
-    """Makes the dataset where there is none, and anew where another version of d2kd made it.
+    """Makes the dataset where there is none, and again where another version of d2kd made it.
 
     A copy with a size, counts or seed of the user's own (`datasets/prepare_digits.py`) is kept;
     `spec` serves only where there is nothing yet.
@@ -90,7 +90,7 @@ def ensure_digits(directory: Path, spec: DigitsSpec) -> None:
     if meta is None:
         make_digits(directory, spec)
     elif meta[0] != VERSION:
-        logger.warning(f"{directory} was made by version {meta[0]} of digits; making it anew.")
+        logger.warning(f"{directory} was made by version {meta[0]} of digits; making it again.")
         make_digits(directory, meta[1])
 
 

@@ -1,4 +1,4 @@
-"""Where datasets lie, and how one is written so that nobody ever reads half of it."""
+"""Where datasets lie, and how one is written so that no process ever reads half of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_directory(
 ) -> bool:
     """Makes the directory `target` by `fill(empty directory)`, all of it or nothing.
 
-    The content is written beside `target` and renamed into place, so a killed build leaves
+    The content is written next to `target` and renamed into place, so a killed build leaves
     `target` as it was; what it did leave is removed by the next build. Of several processes one
     builds while the others wait. An older `target` is replaced.
 

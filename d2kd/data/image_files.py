@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import first_line
 
-# Modes of Pillow with more than 8 bits a channel. Detectron2 converts them with Pillow's convert(),
+# Pillow's modes with more than 8 bits per channel. Detectron2 converts them by Pillow's convert(),
 # which clips at 255: nearly all of a 16-bit picture becomes white.
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow raises for files that are no image, or a broken one.
@@ -39,7 +39,7 @@ class Header:
 
     @property
     def deep(self) -> bool:
-        """Whether it has more than 8 bits a channel."""
+        """Whether it has more than 8 bits per channel."""
         return self.mode in DEEP_MODES
 
     @property
@@ -142,7 +142,7 @@ def explain_unreadable(record: dict, deep_only: bool = False) -> str:
 
     Args:
         record: in Detectron2's format.
-        deep_only: look at the header, for more than 8 bits a channel; all else shows by itself.
+        deep_only: look at the header, for more than 8 bits per channel; all else shows by itself.
     """
     path = record["file_name"]
     try:
@@ -154,7 +154,7 @@ def explain_unreadable(record: dict, deep_only: bool = False) -> str:
         return "" if deep_only else f"image {path} cannot be read ({first_line(error)})"
     if header.deep:
         return (
-            f"image {path} has more than 8 bits a channel (mode {header.mode}), of which "
+            f"image {path} has more than 8 bits per channel (mode {header.mode}), of which "
             "Detectron2 would make a white image: convert it to 8 bits"
         )
     stated = record.get("width"), record.get("height")

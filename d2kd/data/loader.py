@@ -1,7 +1,7 @@
-"""A training loader whose every batch is a function of (seed, iteration, rank) alone.
+"""A training loader whose every batch is a function of (seed, iteration, rank) only.
 
 So a run that is stopped and resumed sees the images and augmentations that it would have seen
-without the stop, and two runs with one seed (a student alone and a distilled one) see the same,
+without the stop, and two runs with one seed (a baseline and a distilled student) see the same,
 whatever the number of workers.
 """
 
@@ -64,7 +64,7 @@ class NamingMapper:
         """The sample of ``record``.
 
         Raises:
-            ImageError: the image cannot be read, has more than 8 bits a channel, or is of another
+            ImageError: the image cannot be read, has more than 8 bits per channel, or is of another
                 size than the record says.
         """
         self._refuse(record, deep_only=True)
@@ -110,7 +110,7 @@ class BatchSampler(torchdata.Sampler):
 
     Args:
         aspect: (n,) bool, whether an image is wide; with ``group`` a batch holds one kind only.
-        batch_size: images a batch, over all ranks.
+        batch_size: images per batch, over all ranks.
         repeats: (n,) how often an image comes in an epoch; fractions are drawn. None: once.
         start: the first batch to yield.
 

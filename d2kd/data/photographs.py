@@ -88,7 +88,7 @@ FACADES = Photographs(
         "vegetation",
         "window",
     ),
-    # Crops of one photograph stand in all three folders, so the splits are made anew.
+    # Crops of one photograph stand in all three folders, so the splits are made again.
     folders={"train": "train", "valid": "train", "test": "train"},
     max_side=448,
     photograph_ends_at="_scaled_",
@@ -269,7 +269,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def place(photograph: str) -> float:
-    """A number in [0, 1) that the name of a photograph alone decides, evenly spread."""
+    """A number in [0, 1) that only the name of a photograph decides, evenly spread."""
     return int(hashlib.sha256(photograph.encode()).hexdigest()[:12], 16) / 16**12
 
 

@@ -6,7 +6,7 @@ Maps are keyed by stride, fine to coarse, never by name or position: levels of d
 meet only where their strides agree.
 
 Shapes: B images, C channels, K classes, R sampled RoIs of the whole batch (image after image),
-P pooled size, A anchors a location, N = sum of H x W x A over levels.
+P pooled size, A anchors per position, N = sum of H x W x A over levels.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class RoIView(View):
         pooled: the call of the student's pooler that these boxes are of.
         labels: (R,) long, the matched class, K for background.
         image_index: (R,) long, the image a RoI belongs to.
-        features: (R, C, P, P) pooled, before the box head; pooled alike in both detectors.
+        features: (R, C, P, P) pooled, before the box head, pooled equally in both detectors.
         hidden: (R, D) output of the box head.
         logits: (R, K + 1), background last.
         deltas: (R, 4 K), or (R, 4) when class-agnostic.
@@ -233,7 +233,7 @@ class MaskView(View):
     Attributes:
         pooled: the call of the student's pooler that these boxes are of.
         boxes: per image (F_i, 4). labels: (F,) long. image_index: (F,) long.
-        features: (F, C, P, P) pooled for the mask head, alike in both detectors.
+        features: (F, C, P, P) pooled for the mask head, equally in both detectors.
         logits: (F, K, M, M), or (F, 1, M, M) when class-agnostic.
     """
 

@@ -171,7 +171,7 @@ class _TeacherDense(DenseView):
             finish_tower=self._finish_tower,
         )
 
-    # Every level, in order: with BN the towers keep one norm a level and count the calls.
+    # Every level, in order: with BN the towers keep one norm per level and count the calls.
     @lazy
     def class_tower(self) -> dict[int, Tensor]:
         tower = self._model.head.cls_subnet

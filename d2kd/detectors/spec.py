@@ -33,11 +33,11 @@ class DetectorSpec:
         rpn_channels: width of the RPN's hidden map.
         head_strides: levels that the RPN, or the dense head, reads.
         anchors_per_location: A, of the RPN or of the dense head.
-        anchors: stride -> the anchors around one location of a dense detector, as (offset of their
-            centre in strides, corners); None where these numbers are not known.
+        anchors: stride -> the anchors around one position of a one-stage detector, as (offset of
+            their centre in strides, corners); None where these numbers are not known.
         box_coding: name of the transform its box deltas are coded with.
         class_agnostic_mask: one mask for all classes.
-        sigmoid_classes: its box head is trained with a sigmoid a class (as for LVIS), not softmax.
+        sigmoid_classes: its box head has a sigmoid per class (as for LVIS), not a softmax.
         extra: name of a part of a user's -> what the part says of itself.
     """
 

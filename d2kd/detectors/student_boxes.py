@@ -87,12 +87,12 @@ def _branch_strides(model: Any, branch: str) -> tuple[int, ...]:
 
 
 def _level_rule(pooler: Any) -> tuple[int, int]:
-    """What decides which level a box is pooled from, beside the levels that there are."""
+    """What decides which level a box is pooled from, apart from the levels that there are."""
     return pooler.canonical_box_size, pooler.canonical_level
 
 
 def _pooling(pooler: Any) -> tuple[Any, ...]:
-    """What decides a ROIPooler's output beside its inputs."""
+    """What decides a ROIPooler's output apart from its inputs."""
     levels = [
         (
             type(p).__name__,

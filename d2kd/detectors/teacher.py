@@ -33,7 +33,7 @@ from .weights import load_teacher_weights, teacher_config
 class Teacher:
     """A frozen detector, read through a :class:`~d2kd.detectors.bundle.FeatureBundle`.
 
-    The model is kept as it was loaded until :meth:`prepare`, which the first step calls if nobody
+    The model is kept as it was loaded until :meth:`prepare`, which the first step calls if no one
     did before.
 
     Args:

@@ -187,7 +187,7 @@ def _unfit_words(path: str, result, absent: list[str]) -> str:
 
 
 def save_student(model: nn.Module, path: str) -> None:
-    """Write the student's weights alone: what a plain Detectron2 model of the config loads."""
+    """Write only the student's weights: what a plain Detectron2 model of the config loads."""
     write_tensors({"model": moments_of(model).student.state_dict()}, path)
 
 

@@ -47,7 +47,7 @@ class TrainingCost:
             ``hook_seconds``, what heads did between steps, such as making prototypes;
             ``train_seconds``, all of it, without evaluations; ``peak_memory_mib`` and
             ``memory_of``, what it is the peak of; ``student_parameters`` and
-            ``distillation_parameters``, those that are trained beside the student.
+            ``distillation_parameters``, those that are trained in addition to the student.
         """
         on_gpu = model.device.type == "cuda"
         moments = moments_of(model)

@@ -45,7 +45,7 @@ _PARTS: dict[str, Registry] = {
 def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
     """Write ``student_final.pth`` and ``student_config.yaml`` of a model that was trained.
 
-    The config is one of plain Detectron2, if the student is made of Detectron2's parts alone.
+    The config is one of plain Detectron2, if the student is made only of Detectron2's parts.
     """
     weights = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
     save_student(model, weights)
@@ -58,7 +58,7 @@ def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
-    """The config of the student alone, without teacher, heads, or keys that it does not need.
+    """The config of the student, without teacher, heads, or keys that it does not need.
 
     Args:
         weights: the student's file, which becomes ``MODEL.WEIGHTS``.

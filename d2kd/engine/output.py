@@ -194,7 +194,7 @@ def set_aside(path: str) -> str:
         number += 1
     target = os.path.join(path, f"{EARLIER}{number}")
     os.mkdir(target)
-    # A folder of evaluations alone is no run, but of a run it is a part.
+    # A folder with only evaluations is not a run, but of a run it is a part.
     for name in [*found, EVALUATION_FOLDER]:
         if os.path.lexists(os.path.join(path, name)):
             os.rename(os.path.join(path, name), os.path.join(target, name))

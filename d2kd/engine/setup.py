@@ -98,7 +98,7 @@ def merged_config(config_file: str, opts: list[str]) -> CfgNode:
     """The config of a file and KEY VALUE overrides, before any check of what they say.
 
     Its paths are absolute as far as the files are there, looked for in the working directory and
-    beside ``config_file``.
+    in the folder of ``config_file``.
 
     Raises:
         ConfigError: in one line, for a missing file or an unknown key.

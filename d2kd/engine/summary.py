@@ -45,13 +45,13 @@ def summarise(
         parts = [f"{name} x {cfg.DISTILL[node_name(name)].WEIGHT:g}" for name in heads]
         lines.append(f"distilled: {', '.join(parts)}   from: {cfg.DISTILL.TEACHER.CONFIG_FILE}")
     else:
-        lines.append("distilled: nothing (the student alone)")
+        lines.append("distilled: nothing (a baseline)")
     for change in changes:
         words = one_line(", ".join(change["changed"]))
         lines.append(f"resumed at iteration {change['iteration']} with other settings: {words}")
     if cost["step_seconds"] is not None:
         lines.append(
-            f"time a step: {cost['step_seconds']:.3f} s   iterations: {cfg.SOLVER.MAX_ITER}   "
+            f"time per step: {cost['step_seconds']:.3f} s   iterations: {cfg.SOLVER.MAX_ITER}   "
             f"peak memory ({cost['memory_of']}): {cost['peak_memory_mib']:.0f} MiB"
         )
     lines.append(

@@ -1,4 +1,4 @@
-"""Anchors of a regular grid, made on the device; A anchors a location of an H x W map."""
+"""Anchors of a regular grid, made on the device; A anchors per position of an H x W map."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Boxes on feature maps: which level a box belongs to, which cells it covers, and means over them.
 
 Everything works on padded batches of boxes and without a loop over them, so that it costs one
-launch a level and never waits for the device.
+launch per level and never waits for the device.
 
 B: images, P: boxes per image (padded with boxes of weight zero), L: levels, C_r: channels,
 H_r, W_r: height and width of level r, s: its stride in pixels of the network's input.

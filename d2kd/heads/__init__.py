@@ -1,4 +1,4 @@
-"""Distillation heads, one file a method. Importing the package registers them."""
+"""Distillation heads, one file per method. Importing the package registers them."""
 
 from ..registry import DISTILL_HEAD_REGISTRY, node_name
 from .base import DistillHead, build_head

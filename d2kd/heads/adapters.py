@@ -38,7 +38,7 @@ def pair_levels(
 
 
 class Adapters(nn.ModuleDict):
-    """One convolution a level on the student's side; ``adapters(stride, feature)`` applies it.
+    """One convolution per level on the student's side; ``adapters(stride, feature)`` applies it.
 
     Levels that need none pass through unchanged.
     """

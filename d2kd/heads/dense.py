@@ -21,7 +21,7 @@ def join_levels(maps: Mapping[int, Tensor], strides: Sequence[int], width: int) 
         width: numbers of an anchor: K for logits, 4 for deltas.
 
     Returns:
-        (B, A, width, L), L being the locations of those levels.
+        (B, A, width, L), L being the positions of those levels.
     """
     return torch.cat([maps[s].unflatten(1, (-1, width)).flatten(3) for s in strides], dim=3)
 
@@ -47,7 +47,7 @@ def at_anchors(joined: Tensor, anchors: Tensor) -> Tensor:
 class DensePair:
     """Two dense detectors on the anchors of the levels that both have, fine to coarse.
 
-    Shapes: B images, A anchors a location, L locations of an image over those levels.
+    Shapes: B images, A anchors per position, L positions of an image over those levels.
 
     Attributes:
         student, teacher: their views.

@@ -44,7 +44,7 @@ class DSIGOptions(HeadOptions):
         "mean",
         one_of(losses.IMAGE_REDUCTIONS),
         'Node and edge terms over the images of a GPU: "mean", so that their strength does not '
-        'depend on the batch, or "sum", the authors\' code. At 2 images a GPU "mean" with the '
+        'depend on the batch, or "sum", the authors\' code. At 2 images per GPU "mean" with the '
         'default weights equals their "sum" with half of them (0.5, 0.5, 2.0).',
     )
     foreground_weight: float = key(
@@ -108,8 +108,8 @@ class DSIGOptions(HeadOptions):
     predictions_per_level: int = key(
         1000,
         COUNT,
-        "Nodes of a dense student are its own best predictions: so many (location, class) pairs a "
-        "level go into class-wise NMS.",
+        "Nodes of a one-stage student are its own best predictions: so many (position, class) "
+        "pairs per level go into class-wise NMS.",
     )
     predictions_nms: float = key(
         0.5,
@@ -391,7 +391,7 @@ def _mask_needs() -> list[Need]:
 
 
 def _roi_needs(options: DSIGOptions) -> list[Need]:
-    """Needs of the terms of a two-stage student; deltas of RoIs may come one box a class."""
+    """Needs of the terms of a two-stage student; deltas of RoIs may come one box per class."""
     needs = [
         Need(
             "class",

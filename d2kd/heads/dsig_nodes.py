@@ -2,8 +2,8 @@
 
 A two-stage student brings its sampled RoIs; a dense one the best boxes that it currently predicts.
 
-Shapes: B images, R nodes of all images, C channels, P pooled size, K classes, A anchors a location;
-n candidates of an image.
+Shapes: B images, R nodes of all images, C channels, P pooled size, K classes, A anchors per
+position; n candidates of an image.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TopPredictions:
     There is no score threshold, so a graph has its nodes from the first iteration on.
 
     Attributes:
-        per_level: (location, class) pairs that a pyramid level may propose for an image.
+        per_level: (position, class) pairs that a pyramid level may propose for an image.
         nms_threshold: IoU of the class-wise non-maximum suppression.
         per_image: boxes that are kept over all levels.
     """
@@ -106,25 +106,25 @@ class TopPredictions:
         return self._suppress(dense, found, image_sizes)
 
     def _candidates(self, dense: DenseView) -> _Candidates:
-        """The best (location, class) pairs of each level."""
+        """The best (position, class) pairs of each level."""
         scores, places, areas, starts = [], [], [], []
-        locations = 0
+        positions = 0
         for logits in dense.logit_maps.values():
             area, pairs = logits.shape[2] * logits.shape[3], logits.flatten(1)
             best, place = pairs.topk(min(self.per_level, pairs.shape[1]), dim=1)
             scores.append(best)
             places.append(place)
             areas += [area] * best.shape[1]
-            starts += [locations] * best.shape[1]
-            locations += area
+            starts += [positions] * best.shape[1]
+            positions += area
         # Where it lies in its map (A, K, H W), from where it lies in memory.
         area, start = on_device([areas, starts], scores[0].device)
         place = torch.cat(places, dim=1)
-        channel, location = place // area, place % area + start
+        channel, position = place // area, place % area + start
         stride, logits = next(iter(dense.logit_maps.items()))
         num_anchors = dense.delta_maps[stride].shape[1] // 4
         num_classes = logits.shape[1] // num_anchors
-        anchors = location * num_anchors + channel // num_classes
+        anchors = position * num_anchors + channel // num_classes
         best, order = torch.cat(scores, dim=1).float().sort(dim=1, descending=True)
         return _Candidates(best, (channel % num_classes).gather(1, order), anchors.gather(1, order))
 

@@ -75,7 +75,7 @@ class Logits(DistillHead):
         weights: term -> weight, of "cls", "box" and "mask"; what is absent is not computed.
         two_stage: the pair has box heads on RoIs; else it is dense.
         num_classes: K, of both.
-        sigmoid_classes: the box heads are trained with a sigmoid a class instead of softmax.
+        sigmoid_classes: the box heads are trained with a sigmoid per class instead of softmax.
     """
 
     Options = LogitsOptions

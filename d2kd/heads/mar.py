@@ -78,12 +78,12 @@ class MaskOptions(Options):
         "auto",
         one_of(ANCHORS),
         'Whose anchors: "detector" (the student\'s own); "pseudo" (three of side 8 strides on each '
-        'cell); "auto": pseudo for anchor-free students and those with a single anchor a location, '
-        "which is how Detectron2 represents the points of FCOS.",
+        'cell); "auto": pseudo for anchor-free students and those with a single anchor per '
+        "position, which is how Detectron2 represents the points of FCOS.",
     )
     cap: bool = key(
         False,
-        comment="Keep the values at the number of anchors a location, however many objects "
+        comment="Keep the values at the number of anchors per position, however many objects "
         "overlap.",
     )
     background: float = key(

@@ -1,4 +1,4 @@
-"""MaskMimic: distillation of the mask branch, to be switched on beside any method."""
+"""MaskMimic: distillation of the mask branch, to be added to any method."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def soft_label_loss(
 ) -> Tensor:
     """Reliability-weighted KL divergence of class distributions, ``tau^2`` times the class mean.
 
-    ``1/N sum_i r_i tau^2 / n sum_c p^t log(p^t / p^s)`` with n logits a box (section 2.4). Logits
+    ``1/N sum_i r_i tau^2 / n sum_c p^t log(p^t / p^s)`` with n logits per box (section 2.4). Logits
     of a sigmoid classifier are soft-maxed over the classes all the same, as the released code
     does: on positive boxes it compares which class, not how sure.
 

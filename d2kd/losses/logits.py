@@ -3,7 +3,7 @@
 Classes follow Hinton et al., "Distilling the Knowledge in a Neural Network" (2015): KL divergence
 between distributions softened by a temperature T, times T^2 so that gradients keep their size.
 What differs between outputs is the distribution. A box head that is trained with softmax has one
-over K + 1 classes. Dense heads and masks are trained with one sigmoid a class, so each logit is a
+over K + 1 classes. Dense heads and masks are trained with one sigmoid per class, so each logit is a
 Bernoulli distribution of its own: a softmax over such logits would compare something that neither
 detector predicts, and is blind to a shift of all logits of an anchor, which is what tells an object
 from background.
@@ -14,7 +14,7 @@ step; Detectron2's dense detectors divide by a moving average of that number ins
 
 Shape legend, used throughout this file:
     R: sampled RoIs of the batch    F: foreground RoIs    K: classes, K also labels background
-    B: images    A: anchors a location    L: locations of an image, all levels    M: side of a mask
+    B: images    A: anchors per position    L: positions of all levels    M: side of a mask
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def roi_class_loss(
     Args:
         student, teacher: (R, K + 1) logits, background last.
         temperature: T.
-        sigmoid: the box heads are trained with a sigmoid a class (as for LVIS): sum over the K
+        sigmoid: the box heads are trained with a sigmoid per class (as for LVIS): sum over the K
             classes of :func:`binary_kl`; such heads do not use their background column.
 
     Returns:

@@ -40,9 +40,9 @@ def mask_guided_loss(
     without weight (no objects) gives zero.
 
     Args:
-        student: one (B, C, H, W) a level, with the teacher's channels.
-        teacher: one (B, C, H, W) a level; constant.
-        masks: one (B, H, W) a level, not negative; constant.
+        student: one (B, C, H, W) per level, with the teacher's channels.
+        teacher: one (B, C, H, W) per level; constant.
+        masks: one (B, H, W) per level, not negative; constant.
         background_weight: eta in docs/methods/mar.md.
 
     Returns:
@@ -137,8 +137,8 @@ def map_relation_loss(
     The matrices of positions are never built, see :func:`gram_distances`.
 
     Args:
-        student: (B, Cs, H, W) a level.
-        teacher: (B, Ct, H, W) a level; constant.
+        student: (B, Cs, H, W) per level.
+        teacher: (B, Ct, H, W) per level; constant.
         weights: (B, P) of the positions of all levels, of sum one in each level of each image.
 
     Returns:

@@ -36,7 +36,7 @@ def pyramid_mimic_loss(
     whatever its size.
 
     Args:
-        students: one (B, C, H_r, W_r) a level, after its adapter.
+        students: one (B, C, H_r, W_r) per level, after its adapter.
         teachers: the same of the teacher, constants.
         distance: "l1", |s - t|, or "l2", (s - t)^2 (FitNets; Romero et al., ICLR 2015).
         rescale: None compares the features as they are. A scope of

@@ -39,7 +39,7 @@ class FCOSOptions(Options):
     )
     center_sampling_radius: float = key(
         1.5,
-        comment="A location is positive within this many strides of an object's centre.",
+        comment="A position is positive within this many strides of an object's centre.",
     )
     focal_loss_alpha: float = key(0.25, comment="alpha of the focal loss: weight of positives.")
     focal_loss_gamma: float = key(2.0, comment="gamma of the focal loss.")
@@ -47,7 +47,7 @@ class FCOSOptions(Options):
         0.2,
         comment="Inference: the score is the root of class probability times centerness.",
     )
-    topk_candidates_test: int = key(1000, comment="Best locations per level that go into NMS.")
+    topk_candidates_test: int = key(1000, comment="Best positions per level that go into NMS.")
     nms_thresh_test: float = key(0.6, comment="IoU of class-wise NMS.")
 
 

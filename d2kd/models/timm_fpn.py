@@ -71,7 +71,7 @@ class TimmBackbone(Backbone):
         freeze_at: as in Detectron2's ResNets: 1 freezes all layers up to stride 2 (the stem), 2 up
             to stride 4, and so on: no gradient, and frozen batch norms.
         norm: what becomes of the other batch norms: "BN", "SyncBN", "FrozenBN", or "GN", which
-            starts anew. Norms of other kinds stay as they are.
+            starts from scratch. Norms of other kinds stay as they are.
         in_channels: of the images.
 
     Raises:

@@ -60,7 +60,7 @@ def find_candidates(
         records: Detectron2 dataset dicts with annotations.
         num_classes: K.
         min_size: pixels of the original image.
-        max_images: images a class.
+        max_images: images per class.
     """
     objects_of = [_large_objects(record, min_size) for record in records]
     images_of: dict[int, list[int]] = defaultdict(list)

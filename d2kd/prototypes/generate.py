@@ -130,7 +130,7 @@ class PrototypeGenerator:
         return tables["student"], self._teacher
 
     def _report(self, counts: Tensor) -> None:
-        """Log what the last call made, (L, K) prototypes a level and class, and what it took."""
+        """Log what the last call made, (L, K) prototypes per level and class, and what it took."""
         cost = self.cost
         logger.info(
             "%d prototypes on %d levels for %d of %d classes, from %d objects in %d images: "
@@ -158,7 +158,7 @@ def choose_prototypes(
     Args:
         candidates: what the tables' rows are.
         student, teacher: this process's features, with the same ``index``.
-        count: M, prototypes a class and level.
+        count: M, prototypes per class and level.
         device: where to compute.
         options: of :func:`~d2kd.prototypes.select.select_prototypes`.
     """

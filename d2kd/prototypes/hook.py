@@ -1,4 +1,4 @@
-"""Making the prototypes anew during training, because the student's features move."""
+"""Making the prototypes again during training, because the student's features move."""
 
 from __future__ import annotations
 

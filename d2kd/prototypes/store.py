@@ -4,7 +4,7 @@ Packed, the prototypes of all classes of a level stand below each other. Padded,
 room for M of them, so that the size of a checkpoint does not depend on how many were found and
 losses need no loop over classes.
 
-L: levels, K: classes, M: prototypes a class at most, M_all: prototypes of a level over all
+L: levels, K: classes, M: prototypes per class at most, M_all: prototypes of a level over all
 classes, C_t, C_s: channels of teacher and student.
 """
 
@@ -68,7 +68,7 @@ class Prototypes:
 
     @property
     def counts(self) -> Tensor:
-        """(L, K) long: prototypes a level and class."""
+        """(L, K) long: prototypes per level and class."""
         return torch.stack([level.offsets.diff() for level in self.levels.values()])
 
     def save(self, path: str) -> None:
@@ -97,7 +97,7 @@ class Prototypes:
 
 
 class PrototypeBank(nn.Module):
-    """Padded prototypes as buffers: (K, M, C) features a level and their presence (K, M).
+    """Padded prototypes as buffers: (K, M, C) features per level and their presence (K, M).
 
     The buffers belong to the checkpoint of the module that owns the bank. ``iteration`` is the
     training step the prototypes were made for, -1 while there are none.
@@ -180,7 +180,7 @@ class PrototypeBank(nn.Module):
         room = (*student.shape, teacher.shape[2])
         if found[0] != room[0] or found[1] > room[1] or found[2:] != room[2:]:
             raise ValueError(
-                f"prototypes at stride {stride} have (classes, prototypes a class, student "
+                f"prototypes at stride {stride} have (classes, prototypes per class, student "
                 f"channels, teacher channels) {found}, the bank has room for {room}"
             )
         classes = torch.arange(len(counts)).repeat_interleave(counts)

@@ -258,7 +258,7 @@ REFUSED = {
         {},
         "6 of 6 images are not there.*of the first, it is there as 'train_1.png'",
     ),
-    "16 bits": (make_deep, {}, "6 of 6 images that were opened have more than 8 bits a channel"),
+    "16 bits": (make_deep, {}, "6 of 6 images that were opened have more than 8 bits per channel"),
     "other size": (other_size, {}, "1 of 6 images that were opened have another size"),
     "turned by EXIF": (turned, {}, "have another size than the JSON says"),
     "not an image": (no_image, {}, "1 of 6 images that were opened cannot be read"),
@@ -593,7 +593,7 @@ SAID = {
     "a short polygon more": (
         lambda parts: parts.train["annotations"][2]["segmentation"].append([1, 2, 3]),
         MASKS,
-        "1 of 18 masks have polygons of fewer than three points beside others",
+        "1 of 18 masks have polygons of fewer than three points among others",
     ),
     "mask outside": (
         one("annotations", segmentation=[[900, 5, 910, 5, 910, 10]]),

@@ -154,7 +154,7 @@ def test_annotations_agree_with_the_visible_masks(made, split):
 
 
 def test_objects_are_varied_and_many_are_small(tmp_path):
-    """At 160 px: all classes, 2 to 8 digits an image, sides from about 16 to about 80 px."""
+    """At 160 px: all classes, 2 to 8 digits per image, sides from about 16 to about 80 px."""
     digits.make_digits(tmp_path / "d", digits.DigitsSpec(train=60, val=1))
     content = content_of(tmp_path / "d", "train")
     boxes = np.array([annotation["bbox"] for annotation in content["annotations"]])
@@ -218,7 +218,7 @@ def test_a_copy_of_the_users_own_make_is_kept(made):
     assert digest(made) == before
 
 
-def test_a_copy_of_another_version_is_made_anew(tmp_path):
+def test_a_copy_of_another_version_is_made_again(tmp_path):
     """A stale copy is replaced by the present version of the same size, counts and seed."""
     spec = replace(SPEC, train=2, val=1)
     digits.make_digits(tmp_path / "digits", spec)

@@ -188,7 +188,7 @@ def test_perfect_masks_score_100(name, parts):
 
 
 def with_keypoints(parts: Parts, missing: int = 0) -> None:
-    """Two keypoints a box, of which the first ``missing`` objects have none."""
+    """Two keypoints per box, of which the first ``missing`` objects have none."""
     for content in (parts.train, parts.val):
         for place, entry in enumerate(content["annotations"]):
             x, y, w, h = entry["bbox"]

@@ -147,7 +147,7 @@ DAMAGES = {
     "truncated": (truncate, r"image .*train_3.png cannot be read \("),
     "empty": (lambda path: path.write_bytes(b""), r"image .*train_3.png cannot be read \("),
     "gone": (lambda path: path.unlink(), r"image .*train_3.png cannot be read \(.*No such file"),
-    "deep": (make_deep, "train_3.png has more than 8 bits a channel.*convert it to 8 bits"),
+    "deep": (make_deep, "train_3.png has more than 8 bits per channel.*convert it to 8 bits"),
     "other size": (
         lambda path: Image.new("RGB", (96, 128)).save(path),
         "train_3.png is 96 x 128, its annotation file says 128 x 96",

@@ -14,7 +14,7 @@ from . import build, detector_config, make_batch
 from .test_teacher import bundles
 
 NAMES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
-# (meta-architecture, norm of its towers): none, shared by the levels, one a level.
+# (meta-architecture, norm of its towers): none, shared by the levels, one per level.
 HEADS = [("retinanet", ""), ("fcos", "GN"), ("retinanet", "BN"), ("fcos", "BN")]
 
 

@@ -51,7 +51,7 @@ def head_config(tmp_path, arch="faster", *opts, heads=("GlobalKnowledge",)):
 
 
 def random_prototypes(strides, absent: int = 2, seed: int = 0) -> Prototypes:
-    """Three prototypes a class, none of class ``absent``."""
+    """Three prototypes per class, none of class ``absent``."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor([0 if c == absent else COUNT for c in range(CLASSES)])
     total = int(counts.sum())

@@ -185,7 +185,7 @@ def test_only_what_is_weighted_is_read():
 
 
 def test_sigmoid_box_heads():
-    """Box heads that are trained with a sigmoid a class are compared class by class."""
+    """Box heads that are trained with a sigmoid per class are compared class by class."""
     student, teacher = bundles = two_stage_bundles()
     specs = (two_stage_spec(role, sigmoid_classes=True) for role in ("student", "teacher"))
     terms = run(make_head(*specs), bundles)

@@ -129,7 +129,7 @@ COUNTS = [
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_node_losses_equal_the_loops(counts):
-    """Both node terms agree with the loops for 0, 1 and many nodes an image, in any order."""
+    """Both node terms agree with the loops for 0, 1 and many nodes per image, in any order."""
     student, teacher, foreground, image_index = random_batch(counts)
     num_images = len(counts)
     expected = reference_node_losses(student, teacher, foreground, image_index, num_images, ALPHA)
@@ -264,7 +264,7 @@ def test_edge_gradient():
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_edge_loss_equals_the_loops(counts):
-    """Packed, batched graphs agree with the loops for 0, 1 and many nodes an image."""
+    """Packed, batched graphs agree with the loops for 0, 1 and many nodes per image."""
     student, teacher, foreground, image_index = random_batch(counts, seed=3)
     num_images = len(counts)
     logits = torch.randn(len(student), 4, generator=torch.Generator().manual_seed(4))

@@ -222,7 +222,7 @@ def test_merged_form_equals_three_factors():
 @pytest.mark.parametrize("size", [(6, 6), (7, 11), (33, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_library_formula(size, dtype):
-    """Oracle 12: equal to the image-library formula on [0, 1] maps to 1e-5, written here anew."""
+    """Oracle 12: equal to the image-library formula on [0, 1] maps to 1e-5, written here again."""
     generator = torch.Generator().manual_seed(1)
     s = torch.rand(2, 3, *size, dtype=dtype, generator=generator)
     t = torch.rand(2, 3, *size, dtype=dtype, generator=generator)

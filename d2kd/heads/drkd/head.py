@@ -85,9 +85,9 @@ class DRKDOptions(HeadOptions):
     )
     batch_size_rule: bool = key(
         True,
-        comment="Keep the meaning of the weights, which are for 2 images a GPU, at B images: norms "
-        "grow with the batch, so the pixel term is multiplied by sqrt(2 / B) and the others by "
-        '2 / B. Profile "code" only.',
+        comment="Keep the meaning of the weights, which are for 2 images per GPU, at B images: "
+        "norms grow with the batch, so the pixel term is multiplied by sqrt(2 / B) and the others "
+        'by 2 / B. Profile "code" only.',
     )
     strides: tuple[int, ...] = key(
         (),
@@ -354,7 +354,7 @@ def _in_order(modules: nn.ModuleDict) -> list[Any]:
 def _build_graphs(
     options: DRKDOptions, spec: DetectorSpec, strides: Sequence[int]
 ) -> nn.ModuleDict:
-    """A graph unit a level, keyed by its stride."""
+    """A graph unit per level, keyed by its stride."""
     nodes = [*options.nodes, *[options.nodes[-1]] * len(strides)]
     return nn.ModuleDict(
         {
@@ -372,7 +372,7 @@ def _build_graphs(
 def _build_relations(
     options: DRKDOptions, spec: DetectorSpec, strides: Sequence[int]
 ) -> nn.ModuleDict:
-    """A relation unit a level, or what it needs for its relation matrix; keyed by its stride."""
+    """A relation unit per level, or what it needs for its relation matrix; keyed by its stride."""
     unit = RelationUnit if options.profile == "code" else InstanceRelation
     cells = options.pool_resolution**2
     return nn.ModuleDict(
@@ -394,7 +394,7 @@ def _copy_where_shapes_agree(source: nn.ModuleDict, target: nn.ModuleDict) -> No
 
 
 class _ReportParameters(HookBase):
-    """Logs the size of what is trained beside the student, once."""
+    """Logs the size of what is trained in addition to the student, once."""
 
     def __init__(self, head: DRKD):
         self.head = head
@@ -414,7 +414,7 @@ def describe_parameters(head: DRKD) -> str:
     sizes["adapters"] = total - sum(sizes.values())
     text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     return (
-        f"DRKD trains {total:,} parameters beside the student ({text}); they serve training only "
+        f"DRKD trains {total:,} parameters besides the student ({text}); they serve training only "
         "and are not in student_final.pth. DISTILL.DRKD.BOTTLENECK makes relation units smaller."
     )
 
@@ -424,14 +424,14 @@ def _count(module: nn.Module) -> int:
 
 
 def choose_boxes(boxes: list[Tensor], limit: int, seed: int) -> list[Tensor]:
-    """At most ``limit`` boxes an image, a random choice where there are more.
+    """At most ``limit`` boxes per image, a random choice where there are more.
 
     The choice depends on ``seed`` only: it leaves the student's random numbers alone, and a resumed
     run makes it again.
 
     Args:
         boxes: per image (n_i, 4).
-        limit: largest number of boxes an image.
+        limit: largest number of boxes per image.
         seed: of the choice; the iteration.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -133,10 +133,10 @@ def _gaps_from_moments(levels: Sequence[Level]) -> Tensor:
     needs no map, only the means and scatter matrices of the pixels: three products with the pixels
     forward and two backward, against eight with the maps.
 
-    It is a difference of large sums where the gap is small beside the features. Each of those is
-    a sum over N pixels, which floating point gets wrong by about eps sqrt(N) times its size; a gap
-    within that error counts as zero. In float32 that is, of a map of 200 x 336 positions, a gap of
-    less than 0.8 % of the features.
+    It is a difference of large sums where the gap is small compared with the features. Each of
+    those is a sum over N pixels, which floating point gets wrong by about eps sqrt(N) times its
+    size; a gap within that error counts as zero. In float32 that is, of a map of 200 x 336
+    positions, a gap of less than 0.8 % of the features.
     """
     (units, maps), count = _side_by_side(levels), len(levels)
     pixels = [x.flatten(2) for x in (*maps[::2], *maps[1::2])]

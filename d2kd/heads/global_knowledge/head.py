@@ -63,7 +63,7 @@ class GlobalKnowledge(DistillHead):
         self.strides = tuple(strides)
         self.num_classes = student_spec.num_classes or 0
         self.two_stage = student_spec.two_stage
-        # Detectron2 represents the locations of anchor-free detectors by one square each.
+        # Detectron2 represents the positions of anchor-free detectors by one square each.
         self.anchor_free = student_spec.anchors_per_location == 1
         self.adapters = adapters
         self.bank = bank

@@ -80,7 +80,7 @@ class SoftLabelOptions(Options):
 class PrototypeOptions(Options):
     """Keys of ``DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES``."""
 
-    count: int = key(10, COUNT, "M, prototypes a class and level.")
+    count: int = key(10, COUNT, "M, prototypes per class and level.")
     refresh_period: int = key(
         -1,
         Rule(lambda value: value >= -1, "it must be a number of iterations, 0 or -1"),
@@ -95,7 +95,7 @@ class PrototypeOptions(Options):
         30.0,
         NOT_NEGATIVE,
         "Training objects wider and higher than this many pixels of the original image "
-        "are candidates, of a random choice of this many images a class.",
+        "are candidates, of a random choice of this many images per class.",
     )
     max_images: int = key(
         800, COUNT, "Candidates come from a random choice of so many images per class."
