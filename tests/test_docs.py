@@ -21,7 +21,7 @@ from d2kd.config_files import load_config, resolve_config_file
 from d2kd.config_paths import SHIPPED
 from d2kd.engine import train as train_net
 from d2kd.keys import node_at
-from tools import reference, update_docs
+from tools import reference, site, update_docs
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -112,6 +112,13 @@ def test_what_is_generated_is_current():
     command = [sys.executable, "-W", "ignore", "tools/update_docs.py", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_site_builds(tmp_path):
+    """Without a warning: each link and anchor leads somewhere, each page is in the navigation."""
+    pytest.importorskip("mkdocs")
+    site.main([str(tmp_path)])
+    assert (tmp_path / "docs/methods/ssim.html").is_file()
 
 
 def test_every_name_of_the_api_has_a_section():
