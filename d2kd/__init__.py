@@ -44,6 +44,7 @@ try:
         POSITIVE,
         Options,
         Rule,
+        adds_config,
         config_keys,
         group,
         key,
@@ -62,6 +63,7 @@ except ModuleNotFoundError as error:
 # What is imported when it is first asked for: not everyone trains.
 _LATER = {
     "DistillTrainer": ".engine.trainer",
+    "add_distillation_hooks": ".engine.own_trainer",
     "merged_config": ".engine.setup",
     "train": ".engine.train",
 }
@@ -92,6 +94,8 @@ __all__ = [
     "TeacherStep",
     "View",
     "add_distillation_config",
+    "add_distillation_hooks",
+    "adds_config",
     "build_adapters",
     "build_head",
     "config_keys",

@@ -20,13 +20,14 @@ from .keys import (
     NOT_NEGATIVE,
     KeyInfo,
     Options,
+    Rule,
     config_keys,
     group,
     key,
     node_at,
     one_of,
 )
-from .registry import CONFIG_KEYS, DISTILL_HEAD_REGISTRY, node_name
+from .registry import CONFIG_FUNCTIONS, CONFIG_KEYS, DISTILL_HEAD_REGISTRY, node_name
 from .schedules import Schedule, ScheduleOptions
 
 PRECISIONS = {
@@ -73,6 +74,24 @@ class AmpOptions(Options):
         "fp16",
         one_of(("fp16", "bf16")),
         'Precision of SOLVER.AMP.ENABLED: "fp16" (needs a GPU; losses are scaled) or "bf16".',
+    )
+
+
+@config_keys("SOLVER.EMA")
+@dataclass(frozen=True)
+class EmaOptions(Options):
+    """Keys of ``SOLVER.EMA``, the average of the student's weights over the training."""
+
+    enabled: bool = key(
+        False,
+        comment="Evaluate and keep an average of the student's weights over the last steps (an "
+        "exponential moving average) instead of the weights that the last step left.",
+    )
+    decay: float = key(
+        0.9998,
+        Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1"),
+        "What the average keeps of itself each step: it is over about 1 / (1 - DECAY) steps. In "
+        "the first n steps it is at most (1 + n) / (10 + n).",
     )
 
 
@@ -134,10 +153,13 @@ class DistillOptions(Options):
 
 
 def add_distillation_config(cfg: CfgNode) -> None:
-    """Add d2kd's keys to Detectron2's ``cfg``; call it before merging any file.
+    """Add d2kd's keys to Detectron2's ``cfg``, and those of :func:`d2kd.adds_config`; call it
+    before merging any file.
 
-    Heads and groups of keys that are registered later are not in ``cfg``.
+    Heads and keys that are registered later are not in ``cfg``.
     """
+    for add in CONFIG_FUNCTIONS:
+        add(cfg)
     for path, options in CONFIG_KEYS.items():
         options.add_to(node_at(cfg, path, create=True))
     for name, head in DISTILL_HEAD_REGISTRY:
@@ -175,6 +197,7 @@ def validate_solver(cfg: CfgNode) -> None:
         ConfigError: names the key and what is valid.
     """
     SolverOptions.read(cfg.SOLVER, "SOLVER")
+    EmaOptions.read(cfg.SOLVER.EMA, "SOLVER.EMA")
     precision = AmpOptions.read(cfg.SOLVER.AMP, "SOLVER.AMP").precision
     if cfg.SOLVER.AMP.ENABLED and precision == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")

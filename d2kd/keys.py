@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 from detectron2.config import CfgNode
 
 from .errors import ConfigError
-from .registry import CONFIG_KEYS
+from .registry import CONFIG_FUNCTIONS, CONFIG_KEYS
 
 Self = TypeVar("Self", bound="Options")
+Adder = TypeVar("Adder", bound=Callable[[CfgNode], Any])
 
 
 class Rule(NamedTuple):
@@ -153,6 +154,18 @@ def config_keys(path: str) -> Callable[[type[Self]], type[Self]]:
         return options
 
     return register
+
+
+def adds_config(function: Adder) -> Adder:
+    """Let ``function(cfg)`` add keys to every config, the student's and the teacher's alike.
+
+    For keys that have no :class:`Options`, such as those of a Detectron2 project:
+    ``d2kd.adds_config(add_pointrend_config)``, before :func:`d2kd.add_distillation_config`. A
+    decorator, too.
+    """
+    if function not in CONFIG_FUNCTIONS:
+        CONFIG_FUNCTIONS.append(function)
+    return function
 
 
 def node_at(cfg: CfgNode, path: str, create: bool = False) -> CfgNode:

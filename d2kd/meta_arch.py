@@ -70,6 +70,9 @@ class TrainingMoments(Protocol):
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         """Hooks that the trainer runs before its own."""
 
+    def factors(self, iteration: int) -> dict[str, float]:
+        """Name of each head, as in its losses -> the factor of its terms; 0 where it rests."""
+
     def start_from_weights(self) -> None:
         """A training starts, and does not resume: ``MODEL.WEIGHTS`` are loaded."""
 
@@ -91,6 +94,9 @@ class PlainMoments:
 
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         return []
+
+    def factors(self, iteration: int) -> dict[str, float]:
+        return {}
 
     def start_from_weights(self) -> None:
         pass
@@ -145,6 +151,7 @@ class Distiller(nn.Module):
         self.schedules = schedules or {}
         self.max_iter = max_iter
         self._resting: set[str] = set()
+        self._has_trainer = False
         # In a tuple the teacher is no submodule, whatever it is.
         self._hidden = (teacher,)
         self._inheritance = plan_inheritance(student, teacher.model, inherit) if inherit else None
@@ -193,6 +200,9 @@ class Distiller(nn.Module):
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         return [hook for head in self.distill_heads.values() for hook in head.build_hooks(cfg)]
 
+    def factors(self, iteration: int) -> dict[str, float]:
+        return {_short_name(name): s(iteration) for name, s in self.schedules.items()}
+
     def start_from_weights(self) -> None:
         """Copy ``DISTILL.INHERIT`` from the teacher over the student's own weights, and log it.
 
@@ -210,6 +220,7 @@ class Distiller(nn.Module):
     def before_training(self) -> None:
         """Make the teacher ready; free the memory of one that no head reads: nothing is left to
         inherit from it."""
+        self._has_trainer = True
         if not len(self.distill_heads):
             self._hidden = (None,)
         else:
@@ -234,6 +245,8 @@ class Distiller(nn.Module):
     def forward(self, batched_inputs: list[dict]):
         """In training: the student's losses and ``loss_kd_<head>[_<term>]``, each a scalar.
         In evaluation: the student's output."""
+        if self.training and not self._has_trainer:
+            self._say_that_hooks_are_missing()
         if not self.training or not len(self.distill_heads):
             return self.student(batched_inputs)
         inputs = to_device(batched_inputs, self.device)
@@ -241,6 +254,22 @@ class Distiller(nn.Module):
             losses = self.student(batched_inputs if _is_pictured(self.student) else inputs)
         losses.update(self._distill(inputs, losses))
         return _with_parameters_in_graph(losses, self.distill_heads.parameters())
+
+    def _say_that_hooks_are_missing(self) -> None:
+        self._has_trainer = True  # once is enough
+        if self.teacher is None:
+            return
+        heads = self.distill_heads.items()
+        hooked = [n for n, h in heads if type(h).build_hooks is not DistillHead.build_hooks]
+        lost = ["DISTILL.INHERIT"] if self._inheritance is not None else []
+        lost += [f"what {name} does between steps" for name in hooked]
+        lost += ["the teacher's check", "resting heads", "SOLVER.OPTIMIZER", "SOLVER.EMA"]
+        logger.warning(
+            "The trainer of this Distiller runs no hooks of d2kd and drops, where the config asks "
+            "for it: %s. Call d2kd.add_distillation_hooks(trainer) before it trains, or use "
+            "d2kd.DistillTrainer",
+            ", ".join(lost),
+        )
 
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         iteration = get_event_storage().iter
@@ -300,8 +329,12 @@ def _check_complete(teacher, heads: dict, schedules: dict, inherit: Sequence[str
         raise ConfigError(f"Distiller: no schedule for the heads {missing}; one for each is needed")
 
 
+def _short_name(head: str) -> str:
+    return node_name(head).lower()
+
+
 def _loss_name(head: str, term: str) -> str:
-    name = f"loss_kd_{node_name(head).lower()}"
+    name = f"loss_kd_{_short_name(head)}"
     return f"{name}_{term}" if term else name
 
 

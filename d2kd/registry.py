@@ -7,6 +7,7 @@ has to import them.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.utils.registry import Registry
@@ -24,6 +25,8 @@ Parts of detectors that distillation can read, see :class:`d2kd.detectors.part.D
 
 # Path of a config node, e.g. "MODEL.FCOS" -> the class that declares keys there; see d2kd.keys.
 CONFIG_KEYS: dict[str, Any] = {}
+# Functions that add keys to every config, see d2kd.keys.adds_config.
+CONFIG_FUNCTIONS: list[Callable[[Any], Any]] = []
 
 
 def node_name(head_name: str) -> str:

@@ -105,6 +105,7 @@ def noted(tmp_path_factory, digits_root, recorded_options) -> set[str]:
     student.DATASETS.TEST = ("digits_tiny_val",)
     student.SOLVER.MAX_ITER = 2
     student.SOLVER.AMP.ENABLED, student.SOLVER.AMP.PRECISION = True, "bf16"
+    student.SOLVER.EMA.ENABLED = True
     student.OUTPUT_DIR = str(folder / "out")
     heads = [head for head in HEADS if head not in DENSE_HEADS]
     cfg = distiller_config(student, heads, teachers["mask"])

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.config import get_cfg
 
 import d2kd
@@ -21,6 +22,7 @@ from d2kd.config_files import load_config, resolve_config_file
 from d2kd.config_paths import SHIPPED
 from d2kd.engine import train as train_net
 from d2kd.keys import node_at
+from d2kd.registry import node_name
 from tools import reference, site, update_docs
 
 from .detectors import detector_config, distiller_config, write_config
@@ -37,10 +39,12 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
-def test_the_head_of_the_docs_trains(tmp_path, digits_root):
-    """The head of docs/extending.md, as printed there, is imported, built and trained."""
-    (snippet,) = code_blocks(ROOT / "docs" / "extending.md", "python")
-    head = tmp_path / "documented_head.py"
+@pytest.mark.parametrize("name", ["AttentionTransfer", "MaskedGeneration"])
+def test_the_heads_of_the_docs_train(name, tmp_path, digits_root):
+    """A head of docs/extending.md, as printed there, is imported, built and trained."""
+    blocks = code_blocks(ROOT / "docs" / "extending.md", "python")
+    (snippet,) = [block for block in blocks if f"class {name}(DistillHead)" in block]
+    head = tmp_path / f"documented_{name.lower()}.py"
     head.write_text(snippet)
     teacher = write_config(detector_config(width=24, num_classes=10), tmp_path / "teacher.yaml")
     student = detector_config(num_classes=10)
@@ -49,9 +53,12 @@ def test_the_head_of_the_docs_trains(tmp_path, digits_root):
     student.OUTPUT_DIR = str(tmp_path / "out")
     student.SOLVER.MAX_ITER = 2
     config = write_config(distiller_config(student, [], teacher), tmp_path / "student.yaml")
-    opts = ["DISTILL.HEADS", "['AttentionTransfer']", "DISTILL.ATTENTION_TRANSFER.WEIGHT", "10.0"]
+    opts = ["DISTILL.HEADS", f"['{name}']", f"DISTILL.{node_name(name)}.WEIGHT", "10.0"]
     train_net.main(["--config-file", config, "--import", str(head), *opts])
-    assert "loss_kd_attention_transfer" in (tmp_path / "out" / "metrics.json").read_text()
+    assert f"loss_kd_{node_name(name).lower()}" in (tmp_path / "out" / "metrics.json").read_text()
+    state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    trained = [key for key in state if key.startswith(f"distill_heads.{name}.")]
+    assert bool(trained) == (name == "MaskedGeneration")
 
 
 def shell_commands() -> list[str]:

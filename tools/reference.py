@@ -32,6 +32,7 @@ SECTIONS = {
     ),
     "Declaring keys": (
         *("Options", "HeadOptions", "key", "group", "config_keys", "declared_keys", "Rule"),
+        "adds_config",
         *("POSITIVE", "NOT_NEGATIVE", "COUNT", "one_of", "or_none"),
     ),
     "Configs and schedules": (
@@ -39,7 +40,7 @@ SECTIONS = {
         "student_config",
         *("head_schedule", "Schedule", "ConfigError"),
     ),
-    "Training": ("train", "DistillTrainer", "Distiller", "Teacher"),
+    "Training": ("train", "DistillTrainer", "add_distillation_hooks", "Distiller", "Teacher"),
     "Modules": ("losses", "models", "data"),
 }
 

@@ -139,6 +139,7 @@ def build_parser() -> CommandParser:
     )
     maker.add_argument("--output", default="output/prototypes.pth")
     maker.add_argument("--num-gpus", type=positive, default=1)
+    setup.add_import_argument(maker)
     shower = commands.add_parser("show", help="draw the objects behind prototypes")
     shower.add_argument("file")
     shower.add_argument("--pictures", default="output/prototypes", help="folder of the pictures")

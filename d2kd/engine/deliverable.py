@@ -23,9 +23,11 @@ from torch import nn
 from ..config import declared_keys, student_config
 from ..files import write_text
 from ..keys import node_at
+from ..registry import CONFIG_FUNCTIONS
 from .checkpoint import STUDENT_FILE, save_student
 
 STUDENT_CONFIG = "student_config.yaml"
+_PROJECTS = "detectron2.projects."
 
 # Parts that a config names, and where their names are looked up.
 _PARTS: dict[str, Registry] = {
@@ -52,29 +54,33 @@ def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
     config, foreign = deployable_config(cfg, weights)
     needs = "plain Detectron2"
     if foreign:
-        needs = f"d2kd.add_distillation_config(cfg), and what defines {', '.join(foreign)},"
+        base = needs if _are_projects(foreign) else "d2kd.add_distillation_config(cfg)"
+        needs = f"{base}, and what defines {', '.join(foreign)} and its keys,"
     header = f"# The student of {STUDENT_FILE}; {needs} can read it.\n"
     write_text(header + config.dump(), os.path.join(cfg.OUTPUT_DIR, STUDENT_CONFIG))
 
 
-def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
+def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, dict[str, str]]:
     """The config of the student, without teacher, heads, or keys that it does not need.
 
     Args:
         weights: the student's file, which becomes ``MODEL.WEIGHTS``.
 
     Returns:
-        The config, and the names of parts that are not Detectron2's; with none, it has no key that
-        plain Detectron2 lacks.
+        The config, and the parts that are not Detectron2's, name -> module; with none, it has no
+        key that plain Detectron2 lacks, with those of Detectron2's projects alone no key of d2kd's.
     """
     plain = student_config(cfg).clone()
     plain.defrost()
     plain.MODEL.WEIGHTS = weights
     foreign = _foreign_parts(plain)
     del plain["DISTILL"]
-    if not foreign:
-        _keep_only(plain, get_cfg())
-        return plain, []
+    if _are_projects(foreign):
+        like = get_cfg()
+        for add in CONFIG_FUNCTIONS if foreign else ():
+            add(like)
+        _keep_only(plain, like)
+        return plain, foreign
     for info in declared_keys():
         if info.path.startswith("SOLVER."):
             node, _, key = info.path.rpartition(".")
@@ -83,15 +89,21 @@ def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, list[str]]:
     return plain, foreign
 
 
-def _foreign_parts(cfg: CfgNode) -> list[str]:
-    """The names of parts that are not defined in Detectron2."""
-    names = []
+def _foreign_parts(cfg: CfgNode) -> dict[str, str]:
+    """Name -> module of the parts that plain Detectron2 does not define."""
+    parts = {}
     for path, registry in _PARTS.items():
         node, _, key = path.rpartition(".")
         name = node_at(cfg, node)[key]
-        if name in registry and not registry.get(name).__module__.startswith("detectron2."):
-            names.append(name)
-    return names
+        module = registry.get(name).__module__ if name in registry else ""
+        if module and (not module.startswith("detectron2.") or module.startswith(_PROJECTS)):
+            parts[name] = module
+    return parts
+
+
+def _are_projects(foreign: dict[str, str]) -> bool:
+    """Whether all parts are of projects that ship with Detectron2."""
+    return all(module.startswith(_PROJECTS) for module in foreign.values())
 
 
 def _keep_only(node: CfgNode, like: CfgNode) -> None:

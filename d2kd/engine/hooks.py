@@ -7,14 +7,17 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from ..files import write_json
+from ..meta_arch import TrainingMoments
 from .checkpoint import prune
 from .deliverable import save_deliverable
+from .ema import EmaHook
 from .output import RESULTS_FILE
 from .summary import summarise
 
@@ -22,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 # Iterations between two lines of a log, as in Detectron2.
 LOG_PERIOD = 20
+
+
+def first_hooks(cfg: CfgNode, moments: TrainingMoments) -> list[HookBase]:
+    """What comes before Detectron2's hooks, which save, evaluate and write."""
+    periods = [LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]
+    ema = [EmaHook(cfg.SOLVER.EMA.DECAY, periods[1:])] if cfg.SOLVER.EMA.ENABLED else []
+    return [LossHook(periods), *ema, *moments.build_hooks(cfg)]
 
 
 class LossHook(HookBase):
@@ -37,7 +47,7 @@ class LossHook(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
-            self.trainer.read_losses()
+            self.trainer._trainer.read_losses()
 
 
 class LazyWriters(EventWriter):

@@ -36,6 +36,18 @@ def start() -> None:
     _attach(logging.handlers.MemoryHandler(10_000, logging.CRITICAL + 1, flushOnClose=False))
 
 
+def follow_program() -> None:
+    """Log where the program lets Detectron2 log; :func:`start`, if it set up nothing."""
+    theirs, own = logging.getLogger("detectron2"), logging.getLogger("d2kd")
+    if not theirs.isEnabledFor(logging.INFO):
+        start()
+    elif not own.handlers:
+        own.setLevel(theirs.level)
+        own.propagate = theirs.propagate
+        for handler in theirs.handlers:
+            own.addHandler(handler)
+
+
 def open_file(folder: str) -> None:
     """Write the log to ``folder``/log.txt, what was kept since :func:`start` first.
 
@@ -54,6 +66,17 @@ def open_file(folder: str) -> None:
     kept.flush()
     close()
     _attach(file)
+
+
+def is_written_by_program(path: str) -> bool:
+    """Whether ``path`` is a log file that the program opened, as ``default_setup`` does."""
+    streams = [getattr(h, "stream", None) for n in _LOGGERS for h in logging.getLogger(n).handlers]
+    names = [getattr(stream, "name", None) for stream in streams]
+    return any(isinstance(name, str) and _is_same(name, path) for name in names)
+
+
+def _is_same(name: str, path: str) -> bool:
+    return os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path)
 
 
 def write_to_file(text: str, error: BaseException | None = None) -> None:

@@ -14,6 +14,7 @@ import tempfile
 
 from ..errors import ConfigError, first_line
 from ..files import remove_leftovers, shown
+from . import logs
 from .checkpoint import LAST_CHECKPOINT, STUDENT_FILE
 
 logger = logging.getLogger(__name__)
@@ -183,11 +184,17 @@ def check_unfinished(path: str) -> None:
 
 
 def set_aside(path: str) -> str:
-    """Move what another run left in the folder into a folder below; "" if there is nothing."""
-    found = [name for pattern in _FILES_OF_A_RUN for name in glob.glob(pattern, root_dir=path)]
+    """Move what another run left in the folder into a folder below; "" if there is nothing.
+
+    What Detectron2's ``default_setup`` wrote there just now is no run: the log stays.
+    """
+    patterns = set(_FILES_OF_A_RUN)
+    if logs.is_written_by_program(os.path.join(path, "log.txt")):
+        patterns.remove("log.txt*")
+    found = [name for pattern in patterns for name in glob.glob(pattern, root_dir=path)]
     for name in glob.glob("*.tmp", root_dir=path):
         remove_leftovers(os.path.join(path, name.rsplit(".", 2)[0]))
-    if not found:
+    if not set(found) - {CONFIG_FILE}:
         return ""
     number = 1
     while os.path.lexists(os.path.join(path, f"{EARLIER}{number}")):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import re
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -38,6 +40,7 @@ from ..data.custom import check_datasets, log_reports
 from ..data.loader import validate_loader_config
 from ..detectors.weights import RANDOM_WEIGHTS
 from ..errors import ConfigError
+from ..keys import adds_config
 from . import logs, output
 from .checkpoint import find_checkpoint
 from .launch import add_launch_arguments
@@ -62,36 +65,47 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a file or module to import first, e.g. one that registers a head of yours",
+        help="a file or module to import first: it registers a head of yours, or adds config keys",
     )
 
 
 def import_user_module(name: str) -> None:
     """Import a user's module, by dotted name or by file, so that what it registers is known.
 
+    Its functions called ``add_..._config``, as Detectron2's projects call theirs, add their keys to
+    every config that is read from then on.
+
     Raises:
         ConfigError: there is no such module.
     """
-    if not name.endswith(".py"):
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"--import: {error}") from error
-        return
-    if not os.path.isfile(name):
-        raise ConfigError(f"--import: no file '{name}'")
-    module_name = os.path.splitext(os.path.basename(name))[0]
-    if module_name in sys.modules:
-        found = getattr(sys.modules[module_name], "__file__", None)
-        if found is None or not os.path.exists(found) or not os.path.samefile(found, name):
-            raise ConfigError(
-                f"--import: another module is called '{module_name}': rename '{name}'"
-            )
-        return
-    spec = importlib.util.spec_from_file_location(module_name, name)
+    module = _import_file(name) if name.endswith(".py") else _import_name(name)
+    for key, value in vars(module).items():
+        of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
+        if of_detectron2s_form and value is not add_distillation_config:
+            adds_config(value)
+
+
+def _import_name(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--import: {error}") from error
+
+
+def _import_file(path: str) -> ModuleType:
+    if not os.path.isfile(path):
+        raise ConfigError(f"--import: no file '{path}'")
+    name = os.path.splitext(os.path.basename(path))[0]
+    if name in sys.modules:
+        found = getattr(sys.modules[name], "__file__", None)
+        if found is None or not os.path.exists(found) or not os.path.samefile(found, path):
+            raise ConfigError(f"--import: another module is called '{name}': rename '{path}'")
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
+    return module
 
 
 def merged_config(config_file: str, opts: list[str]) -> CfgNode:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from torch import nn
@@ -22,6 +23,11 @@ from .loss_log import LossLog
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def seed_for(cfg: CfgNode) -> int:
+    """``SEED``, or one that all processes draw."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
 
 
 class StepTrainer(TrainerBase):

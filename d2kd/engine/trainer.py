@@ -29,6 +29,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
+from ..config import validate_solver
 from ..data.evaluation import CocoEvaluator
 from ..data.loader import build_test_loader, build_train_loader, validate_loader_config
 from ..detectors.teacher import Teacher
@@ -38,9 +39,9 @@ from ..meta_arch import TrainingMoments
 from . import logs, output
 from .checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint, read_checkpoint
 from .faults import LossError, Stopped, TrainingError, explain, on_main_process, stopping_by_signals
-from .hooks import LOG_PERIOD, FinishHook, KeepHook, LazyWriters, LossHook, StudentHook
+from .hooks import FinishHook, KeepHook, LazyWriters, StudentHook, first_hooks
 from .run import Run
-from .step import StepTrainer, unwrap, use_fused_update
+from .step import StepTrainer, seed_for, unwrap, use_fused_update
 from .teacher_check import check_teacher
 
 logger = logging.getLogger(__name__)
@@ -85,13 +86,13 @@ class DistillTrainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, *, resume: bool = False, model: nn.Module | None = None):
         TrainerBase.__init__(self)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            logs.start()
+        logs.follow_program()
+        validate_solver(cfg)
         # First of all, because the heads' schedules end with SOLVER.MAX_ITER.
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         validate_loader_config(cfg, comm.get_world_size())
         self.cfg, self._resume = cfg, resume
-        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed() % 2**31
+        seed = seed_for(cfg)
         if model is None:
             seed_all_rng(seed)
             resumes = resume and find_checkpoint(cfg.OUTPUT_DIR)
@@ -153,8 +154,9 @@ class DistillTrainer(DefaultTrainer):
         self.run.claim(moments.teacher, self.start_iter, resumes, needed)
 
     def _checkpoint_bytes(self) -> int:
-        """About the size of a checkpoint: the model, and one or two moments of what is trained."""
+        """About the size of a checkpoint: the model, and moments and average of what is trained."""
         moments = 1 if self.cfg.SOLVER.OPTIMIZER == "SGD" else 2
+        moments += self.cfg.SOLVER.EMA.ENABLED
         return sum(
             p.numel() * p.element_size() * (1 + moments * p.requires_grad)
             for p in self.model.parameters()
@@ -242,14 +244,6 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.iter = self.iter
         self._trainer.run_step()
 
-    def read_losses(self) -> None:
-        """Check and log the losses of all steps so far; all ranks together.
-
-        Raises:
-            LossError: one was not finite.
-        """
-        self._trainer.read_losses()
-
     def before_step(self) -> None:
         """Detectron2's, timed: it is here that heads do what they do between steps."""
         start = time.perf_counter()
@@ -282,13 +276,12 @@ class DistillTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks; before them those of the heads, among them d2kd's own."""
         cfg, hooks = self.cfg, super().build_hooks()
-        own = self._moments.build_hooks(cfg)
-        periods = [LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD]
+        own = first_hooks(cfg, self._moments)
         at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         behind = [FinishHook()]
         if comm.is_main_process():
             behind.append(KeepHook(cfg.SOLVER.CHECKPOINT_KEEP, cfg.TEST.EVAL_PERIOD))
-        return [LossHook(periods), *own, *hooks[:at], StudentHook(), *hooks[at:], *behind]
+        return [*own, *hooks[:at], StudentHook(), *hooks[at:], *behind]
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's writers, which make their files with the first line."""

@@ -93,4 +93,4 @@ def test_pretrained_weights_are_not_fetched(tmp_path):
     cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
     cfg.MODEL.TIMM.PRETRAINED = True
     found, foreign = deployable_config(cfg, "student_final.pth")
-    assert not found.MODEL.TIMM.PRETRAINED and foreign == ["build_timm_fpn_backbone"]
+    assert not found.MODEL.TIMM.PRETRAINED and list(foreign) == ["build_timm_fpn_backbone"]
