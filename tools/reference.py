@@ -39,7 +39,7 @@ SECTIONS = {
         "student_config",
         *("head_schedule", "Schedule", "ConfigError"),
     ),
-    "Training": ("train", "DistillTrainer", "Distiller", "Teacher"),
+    "Training": ("train", "DistillTrainer", "Distiller", "Teacher", "GivesMaps", "Pixels"),
     "Modules": ("losses", "models", "data"),
 }
 
