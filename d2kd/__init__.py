@@ -24,6 +24,7 @@ try:
         validate_distillation_config,
     )
     from .detectors.bundle import Batch, FeatureBundle, View, lazy
+    from .detectors.foreign import GivesMaps, Pixels
     from .detectors.part import DetectorPart, StudentStep, TeacherStep
     from .detectors.spec import (
         DetectorSpec,
@@ -84,9 +85,11 @@ __all__ = [
     "Distiller",
     "Facts",
     "FeatureBundle",
+    "GivesMaps",
     "HeadOptions",
     "Need",
     "Options",
+    "Pixels",
     "Rule",
     "Schedule",
     "StudentStep",

@@ -14,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from .config_files import resolve_config_file
+from .config_files import resolve_teacher
 from .errors import ConfigError
 from .keys import (
     NOT_NEGATIVE,
@@ -101,18 +101,22 @@ class TeacherOptions(Options):
 
     config_file: str = key(
         "",
-        comment="A YAML file, or a model-zoo name such as "
-        '"COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".',
+        comment="A YAML file, a LazyConfig (.py, which is run), or a model-zoo name of either, "
+        'such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"; or a model of another library, '
+        '"timm:resnet50" or "torchvision:fasterrcnn_resnet50_fpn_v2".',
     )
     weights: str = key(
         "",
         comment='Its checkpoint. "": that of the zoo for a zoo name, else MODEL.WEIGHTS of '
-        'CONFIG_FILE. "random": none, for tests only.',
+        "CONFIG_FILE (LazyConfig: train.init_checkpoint), or the library's own. "
+        '"random": none, for tests only.',
     )
     opts: tuple[Any, ...] = key(
         (),
         comment="KEY VALUE pairs merged into the teacher's config, e.g. "
-        '["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]].',
+        '["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]]; of a LazyConfig ["model.roi_heads.num_classes=7"]; '
+        "of another library's model arguments of its builder, e.g. "
+        '["num_classes", 11].',
     )
     precision: str = key(
         "",
@@ -224,10 +228,10 @@ def validate_distillation_config(cfg: CfgNode) -> None:
     if options.heads or options.inherit:
         if not teacher.config_file:
             raise ConfigError(
-                "DISTILL.TEACHER.CONFIG_FILE is empty: give the teacher's YAML file or model-zoo "
+                "DISTILL.TEACHER.CONFIG_FILE is empty: give the teacher's config file or model-zoo "
                 "name"
             )
-        resolve_config_file(teacher.config_file, "DISTILL.TEACHER.CONFIG_FILE")
+        resolve_teacher(teacher.config_file)
     if teacher.precision == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("DISTILL.TEACHER.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
     validate_meta_arch("DISTILL.STUDENT_META_ARCH", options.student_meta_arch)

@@ -22,6 +22,8 @@ from .keys import node_at
 BASE_KEY = "_BASE_"
 # Detectron2's own default, which makes all trainings share one folder.
 SHARED_OUTPUT = "./output"
+# Whose models can teach by name, "timm:resnet50".
+FOREIGN_LIBRARIES = ("timm", "torchvision")
 
 
 def resolve_config_file(
@@ -37,11 +39,11 @@ def resolve_config_file(
         ConfigError: none is there; names close matches and the folders.
     """
     if not name:
-        raise ConfigError(f"{key} is empty: give a YAML file or a model-zoo name")
+        raise ConfigError(f"{key} is empty: give a config file or a model-zoo name")
     if "://" in name:
         raise ConfigError(f"{key}: '{name}' is not read; give a file or a model-zoo name")
     if os.path.isdir(name):
-        raise ConfigError(f"{key}: '{name}' is a folder; give a YAML file or a model-zoo name")
+        raise ConfigError(f"{key}: '{name}' is a folder; give a config file or a model-zoo name")
     found = find_file(name, folders) or shipped_config(name)
     if found:
         return found
@@ -55,6 +57,20 @@ def resolve_config_file(
             f"{key}: '{name}' is neither a file nor a model-zoo name{hint}"
             f"{looked_in(name, folders)}"
         ) from None
+
+
+def foreign_teacher(name: str) -> tuple[str, str] | None:
+    """Library and model of a teacher that no config file describes, such as "timm:resnet50"."""
+    library, colon, model = name.partition(":")
+    return (library, model) if colon and library in FOREIGN_LIBRARIES else None
+
+
+def resolve_teacher(name: str, folders: Sequence[str | os.PathLike[str]] = ()) -> str:
+    """The path of ``DISTILL.TEACHER.CONFIG_FILE``, as :func:`resolve_config_file`'s; a model of
+    another library keeps its name."""
+    if foreign_teacher(name):
+        return name
+    return resolve_config_file(name, "DISTILL.TEACHER.CONFIG_FILE", folders)
 
 
 def default_output_dir(name: str) -> str:
@@ -79,14 +95,14 @@ def _zoo_names() -> list[str]:
         os.path.relpath(os.path.join(folder, file), root)
         for folder, _, files in os.walk(root)
         for file in files
-        if file.endswith(".yaml") and folder != root
+        if file.endswith((".yaml", ".py")) and folder != root and "common" not in folder
     ]
 
 
 def _files_beside(path: str) -> list[str]:
     folder = os.path.dirname(path)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    return [os.path.join(folder, name) for name in names if name.endswith(".yaml")]
+    return [os.path.join(folder, name) for name in names if name.endswith((".yaml", ".py"))]
 
 
 def similar_files(path: str) -> str:

@@ -11,7 +11,7 @@ import yaml
 from d2kd import ConfigError
 from d2kd.config_files import default_output_dir, resolve_config_file
 from d2kd.config_paths import SHIPPED, absolute_path, shipped_config, shipped_names
-from d2kd.detectors.weights import teacher_config
+from d2kd.detectors.source import teacher_config
 from d2kd.engine.setup import merged_config, read_config
 from d2kd.engine.train import build_parser
 

@@ -16,6 +16,7 @@ import torch
 from detectron2.config import get_cfg
 
 import d2kd
+from d2kd.arguments import split_overrides
 from d2kd.cli import VERBS
 from d2kd.config import add_distillation_config
 from d2kd.config_files import load_config, resolve_config_file
@@ -59,6 +60,54 @@ def test_the_heads_of_the_docs_train(name, tmp_path, digits_root):
     state = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
     trained = [key for key in state if key.startswith(f"distill_heads.{name}.")]
     assert bool(trained) == (name == "MaskedGeneration")
+
+
+@pytest.fixture
+def mask_student(tmp_path, digits_root) -> Path:
+    """A config of a small Mask R-CNN that distils for two iterations, without a teacher."""
+    student = detector_config("mask", num_classes=10)
+    student.DATASETS.TRAIN = ("digits_tiny_train",)
+    student.DATASETS.TEST = ("digits_tiny_val",)  # where the teacher is checked, if it can be
+    student.OUTPUT_DIR = str(tmp_path / "out")
+    student.SOLVER.MAX_ITER = 2
+    write_config(distiller_config(student, [], ""), tmp_path / "student.yaml")
+    return tmp_path / "student.yaml"
+
+
+TEACHERS = code_blocks(ROOT / "docs" / "teachers.md", "yaml")
+
+
+@pytest.mark.parametrize("block", TEACHERS, ids=range(len(TEACHERS)))
+def test_the_teachers_of_the_docs_teach(block, mask_student):
+    """Each block of docs/teachers.md trains a student, with random weights of the teacher."""
+    config = mask_student.with_name("distil.yaml")
+    config.write_text(f"_BASE_: {mask_student}\n{block}")
+    opts = ["DISTILL.TEACHER.WEIGHTS", "random"]
+    if ".py" in block:  # of 80 classes
+        opts += ["DISTILL.TEACHER.OPTS", "['model.roi_heads.num_classes=10']"]
+    train_net.main(["--config-file", str(config), *opts])
+    metrics = (mask_student.parent / "out" / "metrics.json").read_text()
+    cfg = load_plain(config)
+    assert len(cfg.DISTILL.HEADS) >= 1
+    assert all(f"loss_kd_{node_name(head).lower()}" in metrics for head in cfg.DISTILL.HEADS)
+
+
+def load_plain(path: Path):
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    load_config(cfg, str(path))
+    return cfg
+
+
+def test_the_module_of_the_docs_teaches(mask_student, monkeypatch):
+    """teacher.py of docs/teachers.md, as printed there, with the overrides of its command."""
+    (module,) = code_blocks(ROOT / "docs" / "teachers.md", "python")
+    (command,) = code_blocks(ROOT / "docs" / "teachers.md", "bash")
+    mask_student.with_name("teacher.py").write_text(module)
+    monkeypatch.chdir(mask_student.parent)
+    _, opts = split_overrides(shlex.split(command.replace("\\\n", " "))[2:])
+    train_net.main(["--config-file", str(mask_student), *opts])
+    assert "loss_kd_ssim" in (mask_student.parent / "out" / "metrics.json").read_text()
 
 
 def shell_commands() -> list[str]:

@@ -27,7 +27,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from d2kd.detectors.weights import RANDOM_WEIGHTS, teacher_config
+from d2kd.detectors.source import teacher_config
+from d2kd.detectors.weights import RANDOM_WEIGHTS
 from d2kd.engine.setup import merged_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -40,7 +40,10 @@ SECTIONS = {
         "student_config",
         *("head_schedule", "Schedule", "ConfigError"),
     ),
-    "Training": ("train", "DistillTrainer", "add_distillation_hooks", "Distiller", "Teacher"),
+    "Training": (
+        *("train", "DistillTrainer", "add_distillation_hooks", "Distiller"),
+        *("Teacher", "GivesMaps", "Pixels"),
+    ),
     "Modules": ("losses", "models", "data"),
 }
 

@@ -32,10 +32,11 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from ..config_files import read_yaml, resolve_config_file
+from ..config_files import foreign_teacher, read_yaml, resolve_config_file
 from ..config_paths import PATH_KEYS, absolute_path, find_file
 from ..engine.setup import merged_config
 from ..errors import ConfigError
+from ..lazy_config import is_lazy
 from ..registry import node_name
 
 PREPARED = ("teacher", "start")  # detectors that are trained once, before the arms
@@ -291,6 +292,8 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
     if uses_teacher(cfg):
         node = cfg.DISTILL.TEACHER
         _set_file(flat, "DISTILL.TEACHER.WEIGHTS", node.WEIGHTS)
+        if is_lazy(node.CONFIG_FILE) or foreign_teacher(node.CONFIG_FILE):
+            return flat  # no YAML: its name and OPTS say what it is
         teacher = merged_config(node.CONFIG_FILE, list(node.OPTS))
         flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
         if node.WEIGHTS:  # the file says what weights it has; the keys below, what it is

@@ -75,6 +75,13 @@ class DetectorSpec:
         return self.num_stages > 0
 
     @property
+    def kind(self) -> str:
+        """What predicts boxes, in a word."""
+        if self.two_stage:
+            return "two-stage"
+        return "one-stage" if "dense.logits" in self.fields else "maps only"
+
+    @property
     def mask_channels(self) -> int | None:
         """Channels of the mask branch's pooled features, None without one."""
         return self.channels[self.mask_strides[0]] if self.mask_strides else None
@@ -123,7 +130,8 @@ def describe_detector(
         sizes.update(facts.sizes)
         if facts.extra is not None:
             extra[part.name] = facts.extra
-    known = {"role": role, "meta_arch": type(model).__name__, "channels": channels, **sizes}
+    meta_arch = getattr(model, "meta_arch", type(model).__name__)  # a foreign one has a name
+    known = {"role": role, "meta_arch": meta_arch, "channels": channels, **sizes}
     return DetectorSpec(**known, fields=frozenset(fields), extra=extra)
 
 

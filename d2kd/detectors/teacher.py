@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..config import PRECISIONS
-from ..data.custom import trained_classes
 from ..errors import ConfigError
 from .bundle import Context, FeatureBundle, Lazy
 from .folding import fold_norms, in_precision
+from .foreign import MapsDetector, as_detector
 from .inputs import batch_size, normalisation, normalise, pad_images, to_device
 from .part import TeacherStep, detector_parts
 from .pyramid import LazyLevels, last_convolutions_left_out
+from .source import build_source
 from .spec import DetectorSpec, describe_detector, feature_strides
 from .taps import Taps
-from .weights import load_teacher_weights, teacher_config
+from .weights import load_teacher_weights
 
 
 class Teacher:
@@ -37,8 +37,8 @@ class Teacher:
     did before.
 
     Args:
-        model: a Detectron2 detector.
-        input_format: channel order ("BGR" or "RGB") the model expects.
+        model: a Detectron2 detector, or a :class:`~d2kd.detectors.foreign.GivesMaps`.
+        input_format: channel order ("BGR" or "RGB") the model expects; one that gives maps says it.
         student_format: channel order of the images it is given.
         precision: "" to follow the student's autocast, or "fp32", "bf16", "fp16".
         class_names: of the classes that it predicts, in order, where they are known.
@@ -57,6 +57,9 @@ class Teacher:
             raise ConfigError(
                 f"DISTILL.TEACHER.PRECISION is '{precision}'; valid: {list(PRECISIONS)}"
             )
+        model = as_detector(model)
+        if isinstance(model, MapsDetector):
+            input_format = model.input_format
         self.model: Any = model.eval().requires_grad_(False)
         self.flip_channels = input_format != student_format
         self.precision = precision
@@ -72,17 +75,17 @@ class Teacher:
         Raises:
             ConfigError: its config or weights are not found, or a weight did not load.
         """
-        teacher_cfg = teacher_config(cfg)
         # Drawing the teacher's initial weights must not shift the random numbers the student sees.
         with torch.random.fork_rng(devices=[]):
-            model = build_model(teacher_cfg)
-        load_teacher_weights(model, teacher_cfg.MODEL.WEIGHTS)
+            source = build_source(cfg)
+        if source.weights:
+            load_teacher_weights(source.model, source.weights)
         return cls(
-            model,
-            input_format=teacher_cfg.INPUT.FORMAT,
+            source.model,
+            input_format=source.input_format,
             student_format=cfg.INPUT.FORMAT,
             precision=cfg.DISTILL.TEACHER.PRECISION,
-            class_names=trained_classes(teacher_cfg),
+            class_names=source.class_names,
         )
 
     def train(self, mode: bool = True) -> Teacher:
@@ -108,7 +111,10 @@ class Teacher:
                 "normalises the student's images for it; a GeneralizedRCNN, RetinaNet or FCOS has"
             )
         spec = describe_detector(self.model, "teacher", student)
-        return dataclasses.replace(spec, class_names=self.class_names)
+        names = self.class_names
+        if names is not None and spec.num_classes not in (None, len(names)):
+            names = None  # those of what its config names, but it was built for others
+        return dataclasses.replace(spec, class_names=names)
 
     def context(self) -> contextlib.AbstractContextManager[None]:
         """No gradient, and the teacher's own precision, else that of the caller's autocast."""

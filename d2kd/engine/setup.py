@@ -29,9 +29,11 @@ from ..config import (
 from ..config_files import (
     SHARED_OUTPUT,
     default_output_dir,
+    foreign_teacher,
     load_config,
     merge_overrides,
     resolve_config_file,
+    resolve_teacher,
     similar_files,
 )
 from ..config_paths import looked_in, set_absolute_paths
@@ -204,8 +206,8 @@ def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
     if not (cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT) or not isinstance(teacher, CfgNode):
         return
     if teacher.CONFIG_FILE and isinstance(teacher.CONFIG_FILE, str):
-        resolve_config_file(teacher.CONFIG_FILE, "DISTILL.TEACHER.CONFIG_FILE", folders)
-    if teacher.WEIGHTS != RANDOM_WEIGHTS:
+        resolve_teacher(teacher.CONFIG_FILE, folders)
+    if teacher.WEIGHTS != RANDOM_WEIGHTS and not foreign_teacher(str(teacher.CONFIG_FILE)):
         check_weights(teacher.WEIGHTS, "DISTILL.TEACHER.WEIGHTS", folders)
 
 

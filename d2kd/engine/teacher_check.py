@@ -12,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import inference_on_dataset
 
+from ..detectors.foreign import MapsDetector
 from ..detectors.spec import describe_detector
 from ..detectors.teacher import Teacher
 from ..files import null_to_nan, write_json
@@ -43,12 +44,15 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
     """Evaluate the teacher on ``DATASETS.TEST``, on the student's input.
 
     A teacher of other classes than the dataset's cannot be evaluated on it, but its features can
-    be distilled: it is only named.
+    be distilled: it is only named. So is one of another library.
 
     Returns:
         Results of the evaluators; {} on other processes than the main one.
     """
-    results = {}
+    results: dict[str, Any] = {}
+    if isinstance(teacher.model, MapsDetector):
+        logger.info("Not checking the teacher, a %s: it is not evaluated", teacher.model.meta_arch)
+        return results
     known = describe_detector(teacher.model, "teacher").num_classes
     for name in cfg.DATASETS.TEST:
         classes = len(MetadataCatalog.get(name).get("thing_classes", ()))

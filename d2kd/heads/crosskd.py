@@ -185,7 +185,7 @@ def _check_one_stage(options: CrossKDOptions, student: DetectorSpec, teacher: De
         if spec.two_stage:
             raise ConfigError(
                 f"CrossKD is for one-stage detectors, but the {spec.role}, a {spec.meta_arch}, has "
-                f"two stages; {SHARED['two_stage'].advice}"
+                f"two stages; {SHARED['kind'].advice}"
             )
         there = len(spec.tower_channels) - 1
         if 0 <= there < options.teacher_convs:

@@ -132,7 +132,7 @@ class Logits(DistillHead):
             "box": Need("box", both=(f"{outputs}.deltas",), same=("box_coding",)),
             "mask": Need("mask", both=("mask.logits",)),
         }
-        pair = Need("", student=(labels,), same=("two_stage", "num_classes", *same_anchors))
+        pair = Need("", student=(labels,), same=("kind", "num_classes", *same_anchors))
         return [pair, *(terms[term] for term in cls._weights(options, student))]
 
     def forward(

@@ -28,11 +28,7 @@ _ANY_PAIR = "heads on the pyramid (SSIM, FeatureMimic, DRKD) take any pair"
 
 # What a Need may name as ``same``.
 SHARED = {
-    "two_stage": Shared(
-        "two detectors of one kind",
-        lambda two_stage: "two-stage" if two_stage else "one-stage",
-        _ANY_PAIR,
-    ),
+    "kind": Shared("two detectors of one kind", advice=_ANY_PAIR),
     "num_classes": Shared("the same number of classes"),
     "box_coding": Shared("boxes in the same code"),
     "anchors_per_location": Shared("the same number of anchors per location", advice=_ANY_PAIR),

@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 COARSEST = "res5"
+NO_OPTIONS: Mapping[str, Any] = {}
+_NO_WEIGHTS = (
+    "name a file or a package of weights in MODEL.TIMM.WEIGHTS, or start from scratch: "
+    "MODEL.TIMM.PRETRAINED False, MODEL.TIMM.NORM BN, MODEL.BACKBONE.FREEZE_AT 0"
+)
 
 
 @config_keys("MODEL.TIMM")
@@ -146,39 +152,42 @@ class TimmBackbone(Backbone):
 # --- timm ----------------------------------------------------------------------------------------
 
 
-def import_timm() -> ModuleType:
+def import_timm(key: str = "MODEL.BACKBONE.NAME") -> ModuleType:
     """timm, or a ConfigError that says how to install it."""
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(
-            "MODEL.BACKBONE.NAME: this backbone needs timm, which is not there: pip install timm"
-        ) from error
+        raise ConfigError(f"{key}: it needs timm, which is not there: pip install timm") from error
     return timm
 
 
-def describe_levels(name: str) -> dict[str, dict]:
+def describe_levels(
+    name: str, key: str = "MODEL.TIMM.NAME", options: Mapping[str, Any] = NO_OPTIONS
+) -> dict[str, dict]:
     """Level ("res2", ...) -> timm's description of the deepest map of its stride.
+
+    Args:
+        key: where the name stands, for messages.
+        options: further arguments of ``timm.create_model``.
 
     Raises:
         ConfigError: there is no such model (names close ones), or it yields no maps.
     """
-    timm = import_timm()
+    timm = import_timm(key)
     if not name:
-        raise ConfigError("MODEL.TIMM.NAME is empty: name a model of timm, e.g. mobilenetv2_100")
+        raise ConfigError(f"{key} is empty: name a model of timm, e.g. mobilenetv2_100")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
         raise ConfigError(
-            f"MODEL.TIMM.NAME: timm {timm.__version__} has no model '{name}'"
+            f"{key}: timm {timm.__version__} has no model '{name}'"
             + (f"; close: {', '.join(close)}" if close else "")
         )
+    make = {"features_only": True, "pretrained": False, **options}
     try:
         with torch.device("meta"):
-            infos = timm.create_model(name, features_only=True, pretrained=False).feature_info.info
+            infos = timm.create_model(name, **make).feature_info.info
     except Exception as error:
-        raise ConfigError(
-            f"MODEL.TIMM.NAME: {name} is no feature extractor: {first_line(error)}"
-        ) from error
+        raise ConfigError(f"{key}: {name} is no feature extractor: {first_line(error)}") from error
     levels = {}
     for index, info in enumerate(infos):
         levels[f"res{math.log2(info['reduction']):.3g}"] = {**info, "index": index}
@@ -206,11 +215,21 @@ def check_levels(name: str, levels: dict[str, dict], wanted: Sequence[str]) -> N
 
 
 def create_body(
-    name: str, indices: tuple[int, ...], pretrained: bool, in_channels: int
+    name: str,
+    indices: tuple[int, ...],
+    pretrained: bool,
+    in_channels: int,
+    options: Mapping[str, Any] = NO_OPTIONS,
+    remedy: str = _NO_WEIGHTS,
 ) -> nn.Module:
-    """timm's model cut down to what its maps ``indices`` need: images -> list of maps."""
+    """timm's model cut down to what its maps ``indices`` need: images -> list of maps.
+
+    Args:
+        options: further arguments of ``timm.create_model``.
+        remedy: what to do where its weights cannot be fetched, for the message.
+    """
     timm = import_timm()
-    make = {"features_only": True, "out_indices": indices, "in_chans": in_channels}
+    make = {"features_only": True, "out_indices": indices, "in_chans": in_channels, **options}
     if not pretrained:
         return timm.create_model(name, pretrained=False, **make)
     try:
@@ -218,9 +237,7 @@ def create_body(
     except Exception as error:
         raise ConfigError(
             f"the pretrained weights of timm's {name} cannot be fetched ({first_line(error)}). "
-            "Copy timm's cache (HF_HOME) from where there is a network, name a file or a package "
-            "of weights in MODEL.TIMM.WEIGHTS, or start from scratch: "
-            "MODEL.TIMM.PRETRAINED False, MODEL.TIMM.NORM BN, MODEL.BACKBONE.FREEZE_AT 0"
+            f"Copy timm's cache (HF_HOME) from where there is a network, or {remedy}"
         ) from error
 
 

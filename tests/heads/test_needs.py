@@ -81,8 +81,8 @@ def test_heads_without_a_common_level():
 
 def test_detectors_of_two_kinds():
     """The advice names heads that are registered and take any pair."""
-    message = refusal(Need("", same=("two_stage",)), {"num_stages": 1})
-    assert "one kind (student: two-stage, teacher: one-stage)" in message
+    message = refusal(Need("", same=("kind",)), {"num_stages": 1})
+    assert "one kind (student: two-stage, teacher: maps only)" in message
     *_, advice = message.split("; ")
     named = advice[advice.index("(") + 1 : advice.index(")")].split(", ")
     assert all(name in DISTILL_HEAD_REGISTRY for name in named)
