@@ -62,6 +62,7 @@ except ModuleNotFoundError as error:
 # What is imported when it is first asked for: not everyone trains.
 _LATER = {
     "DistillTrainer": ".engine.trainer",
+    "ExportedDetector": ".export.detector",
     "merged_config": ".engine.setup",
     "train": ".engine.train",
 }
@@ -80,6 +81,7 @@ __all__ = [
     "DistillHead",
     "DistillTrainer",
     "Distiller",
+    "ExportedDetector",
     "Facts",
     "FeatureBundle",
     "HeadOptions",

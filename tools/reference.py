@@ -40,6 +40,7 @@ SECTIONS = {
         *("head_schedule", "Schedule", "ConfigError"),
     ),
     "Training": ("train", "DistillTrainer", "Distiller", "Teacher"),
+    "Using the student": ("ExportedDetector",),
     "Modules": ("losses", "models", "data"),
 }
 
