@@ -61,8 +61,10 @@ except ModuleNotFoundError as error:
 
 # What is imported when it is first asked for: not everyone trains.
 _LATER = {
+    "DistillResult": ".commands.distill",
     "DistillTrainer": ".engine.trainer",
     "ExportedDetector": ".export.detector",
+    "distill": ".commands.distill",
     "merged_config": ".engine.setup",
     "train": ".engine.train",
 }
@@ -79,6 +81,7 @@ __all__ = [
     "DetectorPart",
     "DetectorSpec",
     "DistillHead",
+    "DistillResult",
     "DistillTrainer",
     "Distiller",
     "ExportedDetector",
@@ -101,6 +104,7 @@ __all__ = [
     "data",
     "declared_keys",
     "describe_detector",
+    "distill",
     "fields_on_student_boxes",
     "full_precision",
     "group",

@@ -27,6 +27,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
+    "distill": Verb("d2kd.commands.distill", "teacher, student, data: all in one command"),
     "compare": Verb("d2kd.compare.command", "train a student alone and distilled, compare AP"),
     "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),

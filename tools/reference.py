@@ -39,7 +39,7 @@ SECTIONS = {
         "student_config",
         *("head_schedule", "Schedule", "ConfigError"),
     ),
-    "Training": ("train", "DistillTrainer", "Distiller", "Teacher"),
+    "Training": ("distill", "DistillResult", "train", "DistillTrainer", "Distiller", "Teacher"),
     "Using the student": ("ExportedDetector",),
     "Modules": ("losses", "models", "data"),
 }
