@@ -25,7 +25,7 @@ help:
 	@echo
 	@echo 'VENV=folder     set up and use that folder instead of .venv'
 	@echo 'PYTHON=python   use an environment of your own, as it is, and set nothing up; it needs'
-	@echo "                pip install -e '.[dev,eval,lite,timm]' && d2kd install-detectron2"
+	@echo "                pip install -e '.[dev,eval,export,lite,timm]' && d2kd install-detectron2"
 
 ready:
 ifneq ($(origin PYTHON),command line)

@@ -63,8 +63,11 @@ except ModuleNotFoundError as error:
 
 # What is imported when it is first asked for: not everyone trains.
 _LATER = {
+    "DistillResult": ".commands.distill",
     "DistillTrainer": ".engine.trainer",
+    "ExportedDetector": ".export.detector",
     "add_distillation_hooks": ".engine.own_trainer",
+    "distill": ".commands.distill",
     "merged_config": ".engine.setup",
     "train": ".engine.train",
 }
@@ -81,8 +84,10 @@ __all__ = [
     "DetectorPart",
     "DetectorSpec",
     "DistillHead",
+    "DistillResult",
     "DistillTrainer",
     "Distiller",
+    "ExportedDetector",
     "Facts",
     "FeatureBundle",
     "GivesMaps",
@@ -106,6 +111,7 @@ __all__ = [
     "data",
     "declared_keys",
     "describe_detector",
+    "distill",
     "fields_on_student_boxes",
     "full_precision",
     "group",

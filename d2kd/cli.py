@@ -27,11 +27,13 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
+    "distill": Verb("d2kd.commands.distill", "teacher, student, data: all in one command"),
     "compare": Verb("d2kd.compare.command", "train a baseline and distilled students, compare AP"),
     "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
     "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
+    "export": Verb("d2kd.export.command", "export a student to TorchScript and ONNX, time it"),
     "convert": Verb("d2kd.commands.convert", "turn torchvision's ResNet weights into Detectron2's"),
     "demo": Verb("d2kd.commands.demo", "train teacher and students on digits in a few minutes"),
     "pretrain": Verb("d2kd.commands.pretrain", "pre-train the backbone of a digits config"),

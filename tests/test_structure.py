@@ -23,7 +23,7 @@ FLOORS = (
     ("heads", "prototypes"),
     ("meta_arch",),
     ("engine",),
-    ("compare", "benchmark", "commands", "cli", "__main__", "__init__"),
+    ("compare", "benchmark", "export", "commands", "cli", "__main__", "__init__"),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

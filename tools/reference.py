@@ -41,9 +41,10 @@ SECTIONS = {
         *("head_schedule", "Schedule", "ConfigError"),
     ),
     "Training": (
-        *("train", "DistillTrainer", "add_distillation_hooks", "Distiller"),
-        *("Teacher", "GivesMaps", "Pixels"),
+        *("distill", "DistillResult", "train", "DistillTrainer", "add_distillation_hooks"),
+        *("Distiller", "Teacher", "GivesMaps", "Pixels"),
     ),
+    "Using the student": ("ExportedDetector",),
     "Modules": ("losses", "models", "data"),
 }
 

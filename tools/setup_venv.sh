@@ -71,7 +71,7 @@ pip_install() {
 }
 
 : >"$log"
-pip_install --editable '.[dev,eval,lite,timm]'
+pip_install --editable '.[dev,eval,export,lite,timm]'
 
 # opencv-python needs the system's libGL, which servers and containers often lack.
 if ! "$python" -c 'import cv2' >/dev/null 2>&1; then

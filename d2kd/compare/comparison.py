@@ -20,6 +20,7 @@ from ..engine.trainer import DistillTrainer
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from .processes import Devices, Processes, run_in_order, run_stage
+from .receipts import complete_receipts
 from .suite import (
     Arm,
     Suite,
@@ -31,7 +32,7 @@ from .suite import (
     uses_teacher,
     weights_of,
 )
-from .tables import write_markdown
+from .tables import read_lines, write_markdown
 
 
 class Comparison:
@@ -285,10 +286,11 @@ class Comparison:
         return lines
 
     def save(self) -> None:
-        """Write results.jsonl and the tables."""
+        """Write results.jsonl, the tables, and what they say into the receipts of the students."""
         text = "".join(json.dumps(line) + "\n" for line in self.lines())
         write_text(text, self.output / "results.jsonl")
         write_markdown(self.output)
+        complete_receipts(read_lines(self.output / "results.jsonl"), self.output)
 
 
 def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:

@@ -19,6 +19,7 @@ from .checkpoint import prune
 from .deliverable import save_deliverable
 from .ema import EmaHook
 from .output import RESULTS_FILE
+from .receipt import write_receipt
 from .summary import summarise
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class StudentHook(HookBase):
 
 
 class FinishHook(HookBase):
-    """At the end of a complete training: the results, and a summary."""
+    """At the end of a complete training: the results, the receipt, and a summary."""
 
     def after_train(self) -> None:
         trainer = self.trainer
@@ -123,6 +124,7 @@ class FinishHook(HookBase):
             return
         cost, results = trainer.cost, trainer.last_results
         write_json({"results": results, **cost}, os.path.join(trainer.run.folder, RESULTS_FILE))
+        write_receipt(trainer.run, cost, results, trainer.seed)
         trainer.run.update(finished=True)
         changes = trainer.run.record["changes"]
         text = summarise(trainer.cfg, results, trainer.run.teacher_results, cost, changes)

@@ -63,7 +63,7 @@ def describe_run(cfg: CfgNode, teacher: Teacher | None) -> dict[str, Any]:
         "config": hashlib.sha256(text.encode()).hexdigest(),
         "heads": list(cfg.DISTILL.HEADS) if distils else [],
         "teacher": None if teacher is None else describe_teacher(cfg, teacher),
-        "data": {name: _describe_dataset(name) for name in cfg.DATASETS.TRAIN},
+        "data": {name: describe_dataset(name) for name in cfg.DATASETS.TRAIN},
         "versions": versions(),
         "settings": settings,
     }
@@ -112,17 +112,19 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _describe_dataset(name: str) -> dict[str, Any]:
+def describe_dataset(name: str) -> dict[str, Any]:
+    """The annotation file of a dataset, and its SHA-256; None where they are not known."""
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file", None)
     if path is None and metadata.get("dirname", None) is not None:  # PASCAL VOC
         path = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
     # A dataset that is made on its first use may not be there yet.
     known = path is not None and os.path.isfile(path)
-    return {"file": path, "sha256": _file_sha256(path) if known else None}
+    return {"file": path, "sha256": file_sha256(path) if known else None}
 
 
-def _file_sha256(path: str) -> str:
+def file_sha256(path: str) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):

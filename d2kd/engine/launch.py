@@ -71,14 +71,19 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     Returns:
         What ``main`` returned, if it ran in this process; else None.
     """
+    with ending_in_one_line():
+        return start(main, args)
+
+
+@contextlib.contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """End the program in one line where what is done here goes wrong.
+
+    Raises:
+        SystemExit: of a mistake, a fault of the training, or a signal.
+    """
     try:
-        with stopping_by_signals():
-            if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
-                return _join_torchrun(main, args)
-            _check_counts(args)
-            if args.num_gpus * args.num_machines <= 1:
-                return main(args)
-            return _start_processes(main, args)
+        yield
     except (ConfigError, TrainingError) as error:
         sys.exit(f"error: {one_line(str(error), 293)}")
     except OSError as error:
@@ -87,6 +92,26 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         sys.exit(f"error: {one_line(disk_words(error), 293)}")
     except Stopped as stop:
         _end(str(stop), 128 + stop.signal)
+
+
+def start(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """As :func:`launch`, for a program that goes on: what goes wrong is raised.
+
+    Raises:
+        ConfigError, TrainingError, Stopped: in one line.
+    """
+    with stopping_by_signals():
+        if under_torchrun():
+            return _join_torchrun(main, args)
+        _check_counts(args)
+        if args.num_gpus * args.num_machines <= 1:
+            return main(args)
+        return _start_processes(main, args)
+
+
+def under_torchrun() -> bool:
+    """Whether ``torchrun`` started this process as one of several."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
 def _end(words: str, code: int) -> NoReturn:

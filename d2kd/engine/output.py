@@ -23,6 +23,7 @@ LOCK_FILE = ".lock"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
+RECEIPT_FILE = "receipt.json"
 EVALUATION_FOLDER = "inference"
 EARLIER = "earlier_"
 
@@ -34,6 +35,7 @@ _FILES_OF_A_RUN = (
     LAST_CHECKPOINT,
     STUDENT_FILE,
     "student_config.yaml",
+    RECEIPT_FILE,
     "teacher_results.json",
     "metrics.json",
     "log.txt*",

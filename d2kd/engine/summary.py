@@ -26,6 +26,18 @@ def _rows(name: str, results: dict) -> list[list]:
     return rows
 
 
+def metrics_table(found: dict[str, dict], style: str = "simple") -> str:
+    """AP of several detectors, "" without any.
+
+    Args:
+        found: whose -> results of Detectron2's evaluators, a map of tasks or of datasets.
+        style: of tabulate, e.g. "pipe" for Markdown.
+    """
+    rows = [row for name, results in found.items() for row in _rows(name, results)]
+    headers = ["", "task", *METRICS]
+    return tabulate(rows, headers, tablefmt=style, disable_numparse=True) if rows else ""
+
+
 def summarise(
     cfg: CfgNode, student: dict, teacher: dict, cost: dict, changes: Sequence[dict] = ()
 ) -> str:
@@ -36,10 +48,8 @@ def summarise(
         cost: of the training, see :meth:`~d2kd.engine.cost.TrainingCost.summary`.
         changes: what was resumed with other settings: ``iteration``, and ``changed`` in words.
     """
-    lines = []
-    rows = _rows("student", student) + _rows("teacher", teacher)
-    if rows:
-        lines.append(tabulate(rows, headers=["", "task", *METRICS], disable_numparse=True))
+    table = metrics_table({"student": student, "teacher": teacher})
+    lines = [table] if table else []
     heads = cfg.DISTILL.HEADS if cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
     if heads:
         parts = [f"{name} x {cfg.DISTILL[node_name(name)].WEIGHT:g}" for name in heads]

@@ -262,6 +262,11 @@ class DistillTrainer(DefaultTrainer):
         return "there is no checkpoint yet"
 
     @property
+    def seed(self) -> int:
+        """``SEED``, or what was drawn where it is -1."""
+        return self._trainer.seed
+
+    @property
     def cost(self) -> dict:
         """What the training took so far, over all its pieces; see :class:`TrainingCost`."""
         return self._trainer.cost.summary(unwrap(self.model))

@@ -15,7 +15,7 @@ import torch
 from detectron2.modeling import build_model
 
 from d2kd import ConfigError, cli
-from d2kd.compare import command, plots, processes, tables
+from d2kd.compare import command, plots, processes, receipts, tables
 from d2kd.compare import comparison as comparisons
 from d2kd.compare import report as reports
 from d2kd.compare import suite as suites
@@ -476,6 +476,37 @@ def test_paired_gains():
     assert tables.paired_gains(arms["kd"], {1: arms["alone"][1]}).tolist() == [3.5]
     assert tables.gain_text(np.array([3.5])) == "+3.5"
     assert tables.gain_text(np.array([])) == "-" == tables.error_text([math.nan])
+
+
+def test_receipts_of_students(tmp_path):
+    """The receipt of each student but the baseline and controls has the gain with its interval, and
+    that over as long a training of the baseline."""
+    lines = fake_lines()
+    timed = [
+        {**line, "arm": "timed", "same_time_as": "kd", "folder": f"timed_{line['seed']}"}
+        for line in lines
+        if line["arm"] == "long"
+    ]
+    for line in lines:
+        if line["role"] == "student":
+            (tmp_path / line["folder"]).mkdir()
+            receipt = tmp_path / line["folder"] / "receipt.json"
+            receipt.write_text('{"compared": null, "seed": 7}')
+    receipts.complete_receipts([*lines, *timed], tmp_path)
+    found = {
+        path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/receipt.json")
+    }
+    assert all(receipt["seed"] == 7 for receipt in found.values())
+    assert {name for name, receipt in found.items() if receipt["compared"]} == {
+        f"kd_{seed}" for seed in range(3)
+    }
+    compared = found["kd_1"]["compared"]
+    assert (compared["suite"], compared["baseline"]) == ("fakes", "alone")
+    gain = compared["gain"]["bbox"]
+    assert gain["mean"] == pytest.approx(7 / 3) and gain["seeds"] == 3
+    assert gain["half_interval"] == pytest.approx(4.302653 * math.sqrt(13 / 36), rel=1e-6)
+    over = compared["over_equal_time"]["timed"]["bbox"]["mean"]
+    assert over == pytest.approx(np.mean(np.subtract(AP["kd"], AP["long"])))
 
 
 def test_tables():

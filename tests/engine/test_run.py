@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,25 @@ def test_what_a_run_leaves(run):
         path = run / OUTPUT / name
         if path.is_file():
             json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def test_the_receipt(run):
+    """receipt.json says what the student is, by hashes of its files, and what made it; the next run
+    in the folder sets it aside with them."""
+    found = json.loads((run / OUTPUT / "receipt.json").read_text())
+    assert found["student"]["architecture"] == "GeneralizedRCNN"
+    for name in ("weights", "config"):
+        file = run / OUTPUT / found["student"][name]["file"]
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert found["student"][name]["sha256"] == digest
+    assert found["teacher"].items() >= record(run)["teacher"].items()
+    results = json.loads((run / OUTPUT / "results.json").read_text())
+    assert found["student"]["results"] == results.pop("results")
+    assert found["cost"].items() >= results.items() and found["compared"] is None
+    assert found["heads"] == {"SSIM": 4.0, "FeatureMimic": 1.0} and found["seed"] == 3
+    assert found["data"]["trained_on"] == record(run)["data"]
+    assert found["command"].startswith(sys.argv[0]) and found["processes"] == 1
+    assert "receipt.json" in os.listdir(output.set_aside(str(run / OUTPUT)))
 
 
 # --- files of one run and another ---------------------------------------------------------------

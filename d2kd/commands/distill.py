@@ -1,0 +1,550 @@
+"""Distil a student from a teacher on your data, in one command.
+
+    d2kd distill --student COCO-Detection/retinanet_R_50_FPN_1x.yaml \\
+        --teacher COCO-Detection/retinanet_R_101_FPN_3x.yaml \\
+        --data train.json images/ val.json images/ --iterations 3000 --out output/mine
+
+Student and teacher are YAML files, configs that d2kd ships, or names in Detectron2's model zoo. The
+data are annotation file and image folder of training, then of evaluation, in COCO format; or two
+names of registered datasets. Both detectors get the classes of the data. A teacher that has no
+weights for these classes is trained first, from the weights that it has. All is checked before
+anything is written. KEY VALUE pairs are the student's; the teacher's are DISTILL.TEACHER.OPTS. The
+same command goes on where it was stopped.
+
+OUT holds teacher.yaml and student.yaml, by which d2kd train repeats what was done; report.md;
+gain.yaml, a suite for d2kd compare that measures what distillation gains; and the folders of the
+two trainings, student/ with student_final.pth, student_config.yaml and receipt.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from ..arguments import CommandParser, positive
+from ..compare.suite import as_list, stretched
+from ..config import student_config
+from ..config_files import merge_overrides
+from ..config_paths import absolute_path, find_file, set_absolute_paths
+from ..data.classes import list_of
+from ..data.custom import (
+    check_present,
+    dataset_uses,
+    is_readable,
+    register_coco_format_datasets,
+    trained_classes,
+)
+from ..data.loader import validate_loader_config
+from ..data.loading import Question, inspect, release
+from ..data.report import error_line, plural
+from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
+from ..engine import logs, output, train
+from ..engine.checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint
+from ..engine.deliverable import STUDENT_CONFIG
+from ..engine.identity import changed_settings
+from ..engine.launch import ending_in_one_line, start, under_torchrun
+from ..engine.setup import add_import_argument, check_config, import_user_module, merged_config
+from ..engine.summary import metrics_table
+from ..errors import ConfigError
+from ..files import null_to_nan, shown, write_text
+
+DEFAULT_HEADS = ("SSIM",)
+CHECKPOINTS = 10  # at least, in a training
+SEED = 1  # where the config has none: what is done can be repeated
+SUITE = """# What distillation gains over the same training without it: d2kd compare --suite {path}
+title: {title}
+baseline: baseline
+seeds: [1, 2, 3]
+arms:
+  baseline: &baseline
+    config: student.yaml
+    opts: {{DISTILL.HEADS: [], DISTILL.INHERIT: []}}
+  distilled: {{config: student.yaml}}
+  baseline, same time: {{<<: *baseline, same_time_as: distilled}}
+"""
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What :func:`distill` made.
+
+    Attributes:
+        folder: of the student's training.
+        weights: the student's checkpoint. config: a config that reads it.
+        results: the student's, task -> metrics, e.g. ``results["bbox"]["AP"]``.
+        teacher_results: the teacher's on the student's input; {} where it was not evaluated.
+        teacher_weights: those that taught.
+        receipt: the content of ``receipt.json``: pair, data, cost, hashes, versions.
+    """
+
+    folder: str
+    weights: str
+    config: str
+    results: dict[str, Any]
+    teacher_results: dict[str, Any]
+    teacher_weights: str
+    receipt: dict[str, Any]
+
+
+def distill(
+    student: str | CfgNode,
+    teacher: str | CfgNode,
+    data: Sequence[str] = (),
+    *,
+    heads: Sequence[str] = (),
+    out: str = "output/distill",
+    iterations: int | None = None,
+    batch: int | None = None,
+    num_gpus: int = 1,
+    opts: Sequence[Any] = (),
+    imports: Sequence[str] = (),
+) -> DistillResult:
+    """Distil ``student`` from ``teacher`` on ``data``: train the teacher if need be, then the
+    student, evaluate it and write a report. A second call goes on, or gives what is there.
+
+    Args:
+        student, teacher: a YAML file, a config that d2kd ships, a name in Detectron2's model zoo,
+            or a config of ``get_cfg()``. Weights are those of ``MODEL.WEIGHTS``; a teacher from the
+            zoo has its checkpoint there.
+        data: ``[train.json, images, val.json, images]`` in COCO format, or two names of registered
+            datasets; () for those of the student's config.
+        heads: names of heads; () for those of the student's config, else SSIM.
+        out: folder of all that is written.
+        iterations: of either training; their schedules keep their proportions. None: the configs'.
+        batch: images in a step, by which learning rates are scaled. None: the configs'.
+        num_gpus: processes, with a GPU each where there are GPUs.
+        opts: KEY VALUE pairs of the student; ``DISTILL.TEACHER.OPTS`` are the teacher's.
+        imports: files or modules to import first, e.g. with a head of yours.
+
+    Raises:
+        ConfigError: a mistake, in one line, before anything is written; or ``out`` holds another
+            distillation.
+        TrainingError: a fault, in one line; the same call goes on from the last checkpoint.
+    """
+    if under_torchrun():
+        raise ConfigError("d2kd distill starts its own processes: use --num-gpus, not torchrun")
+    for name in imports:
+        import_user_module(name)
+    plan = Plan(student, teacher, data, heads, out, opts)
+    plan.set_length(iterations, batch)
+    plan.check(num_gpus)
+    plan.write()
+    print(plan.words(), flush=True)
+    if plan.trains_teacher:
+        run_training(plan.teacher_file, num_gpus, imports)
+    run_training(plan.student_file, num_gpus, imports)
+    result = plan.result()
+    write_text(plan.report(result), os.path.join(plan.out, "report.md"))
+    return result
+
+
+class Plan:
+    """The two trainings that a call asks for.
+
+    Args:
+        student, teacher, data, heads, out, opts: see :func:`distill`.
+
+    Attributes:
+        student, teacher: the configs.
+        classes: names of the data's classes.
+        trains_teacher: whether its weights are not for these classes.
+    """
+
+    def __init__(self, student, teacher, data, heads, out, opts):
+        self.out = os.path.abspath(out)
+        self.student_file, self.teacher_file = (
+            os.path.join(self.out, f"{name}.yaml") for name in ("student", "teacher")
+        )
+        self.student = read_config(student, opts)
+        output.check_output_dir(self.out)
+        node = self.student.DISTILL.TEACHER
+        set_data(self.student, data)
+        self.classes = class_names(self.student)
+        self.teacher = student_config(read_config(teacher, node.OPTS))
+        self.teacher.defrost()
+        weights = teacher_weights(teacher, self.teacher, node.WEIGHTS)
+        known = trained_classes(self.teacher)  # of the data that its config names
+        for key in ("TRAIN", "TEST", "COCO_FORMAT"):
+            self.teacher.DATASETS[key] = self.student.DATASETS[key]
+        for cfg, name in ((self.student, "student"), (self.teacher, "teacher")):
+            set_classes(cfg, len(self.classes))
+            cfg.OUTPUT_DIR = os.path.join(self.out, name)
+            cfg.SEED = SEED if cfg.SEED < 0 else cfg.SEED
+        self.teacher.DISTILL.HEADS = []
+        self.teacher.MODEL.WEIGHTS = "" if weights == RANDOM_WEIGHTS else weights
+        self.why = why_train(self.teacher, weights, known, self.classes)
+        self.trains_teacher = bool(self.why)
+        own = os.path.join(self.teacher.OUTPUT_DIR, STUDENT_FILE)
+        self._make_distiller(heads, own if self.trains_teacher else weights)
+
+    def _make_distiller(self, heads: Sequence[str], weights: str) -> None:
+        cfg = self.student
+        if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+            cfg.DISTILL.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
+            cfg.MODEL.META_ARCHITECTURE = "Distiller"
+        cfg.DISTILL.HEADS = list(heads or cfg.DISTILL.HEADS or DEFAULT_HEADS)
+        node = cfg.DISTILL.TEACHER
+        node.CONFIG_FILE, node.OPTS, node.WEIGHTS = self.teacher_file, [], weights
+
+    def set_length(self, iterations: int | None, batch: int | None) -> None:
+        """Change the number of iterations and the batch of both trainings, and let either keep its
+        last checkpoint, to go on from."""
+        for cfg in (self.student, self.teacher):
+            if iterations:
+                merge_overrides(cfg, as_list(stretched(cfg, iterations)))
+            if batch:
+                cfg.SOLVER.BASE_LR *= batch / cfg.SOLVER.IMS_PER_BATCH
+                cfg.SOLVER.IMS_PER_BATCH = batch
+            period = max(cfg.SOLVER.MAX_ITER // CHECKPOINTS, 1)
+            cfg.SOLVER.CHECKPOINT_PERIOD = min(cfg.SOLVER.CHECKPOINT_PERIOD, period)
+            cfg.SOLVER.CHECKPOINT_KEEP = cfg.SOLVER.CHECKPOINT_KEEP or 1
+
+    # --- before anything is written -------------------------------------------------------------
+
+    def check(self, num_gpus: int) -> None:
+        """Check both configs, the data, the pair, the weights to start from, and ``out``.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        self._check_same()
+        with tempfile.TemporaryDirectory() as folder:
+            student, teacher = self.student.clone(), self.teacher.clone()
+            file = os.path.join(folder, "teacher.yaml")
+            write_text(as_yaml(teacher), file)
+            student.DISTILL.TEACHER.CONFIG_FILE = file
+            if self.trains_teacher:
+                student.DISTILL.TEACHER.WEIGHTS = RANDOM_WEIGHTS
+                check_training(teacher, num_gpus)
+            check_training(student, num_gpus)
+        for cfg in (self.student, self.teacher):
+            output.check_free(cfg.OUTPUT_DIR)
+
+    def _check_same(self) -> None:
+        """Refuse ``out`` where it holds a distillation of other settings."""
+        for path, cfg in self._files().items():
+            if not os.path.isfile(path):
+                continue
+            old, new = (changed_settings(c) for c in (merged_config(path, []), cfg))
+            for key in sorted(old.keys() | new.keys()):
+                was, now = (found.get(key, "its default") for found in (old, new))
+                if was != now:
+                    raise ConfigError(
+                        f"'{shown(self.out)}' holds a distillation with other settings: {key} of "
+                        f"{os.path.basename(path)} was {was} and is {now}; name another --out"
+                    )
+
+    def _files(self) -> dict[str, CfgNode]:
+        return {self.teacher_file: self.teacher, self.student_file: self.student}
+
+    # --- what is written ------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Write the two configs, and the suite that measures the gain."""
+        os.makedirs(self.out, exist_ok=True)
+        for path, cfg in self._files().items():
+            write_text(as_yaml(cfg), path)
+        suite = os.path.join(self.out, "gain.yaml")
+        title = json.dumps(f"Distilled by {', '.join(self.student.DISTILL.HEADS)}")
+        write_text(SUITE.format(title=title, path=shown(suite)), suite)
+
+    def words(self) -> str:
+        """What will be done, a line for the data and for each training."""
+        names = self.student.DATASETS
+        lines = [
+            f"data: {plural(len(self.classes), 'class')} ({list_of(self.classes)}), trained on "
+            f"{', '.join(names.TRAIN)}, evaluated on {', '.join(names.TEST)}"
+        ]
+        how = f"trained first: {self.why}; {length(self.teacher)}" if self.why else "as it is"
+        lines.append(f"teacher: {self.teacher.MODEL.META_ARCHITECTURE}, {how}")
+        arch, heads = self.student.DISTILL.STUDENT_META_ARCH, ", ".join(self.student.DISTILL.HEADS)
+        lines.append(f"student: {arch}, distilled by {heads}; {length(self.student)}")
+        return "\n".join(lines)
+
+    def result(self) -> DistillResult:
+        """What is there at the end."""
+        folder = self.student.OUTPUT_DIR
+
+        def read(name: str) -> dict:
+            return json.loads(Path(folder, name).read_text())
+
+        receipt = read(output.RECEIPT_FILE)
+        teacher = receipt["teacher"]["results"]
+        return DistillResult(
+            folder=folder,
+            weights=os.path.join(folder, STUDENT_FILE),
+            config=os.path.join(folder, STUDENT_CONFIG),
+            results=null_to_nan(read(output.RESULTS_FILE)["results"]),
+            teacher_results=null_to_nan(teacher),
+            teacher_weights=self.student.DISTILL.TEACHER.WEIGHTS,
+            receipt=receipt,
+        )
+
+    def report(self, result: DistillResult) -> str:
+        """report.md: AP, per class too, cost, and how to go on."""
+        found = {"student": result.results, "teacher": result.teacher_results}
+        cost = result.receipt["cost"]
+        again = [f"d2kd train --config-file {shown(path)}" for path in self._files()]
+        again = again if self.trains_teacher else again[1:]
+        return (
+            f"# {self.student.DISTILL.STUDENT_META_ARCH} distilled by "
+            f"{', '.join(self.student.DISTILL.HEADS)}\n\n```\n{self.words()}\n```\n\n"
+            f"{metrics_table(found, 'pipe')}\n\n{class_table(found, self.classes)}\n\n"
+            f"The student has {cost['student_parameters']:,} parameters. {cost['iterations']} steps "
+            f"took {cost['train_seconds'] / 60:.1f} minutes on {cost['device']}, a step "
+            f"{cost['step_seconds']:.3f} s (median), and {cost['peak_memory_mib']:.0f} MiB. Weights, "
+            f"config and receipt are in `{shown(result.folder)}`.\n\n"
+            "Whether distillation helped cannot be seen from one run. This trains the same student "
+            "without it, from three seeds, and for the same time:\n\n```bash\n"
+            f"d2kd compare --suite {shown(os.path.join(self.out, 'gain.yaml'))}\n```\n\n"
+            "The same trainings again, each into another `OUTPUT_DIR`:\n\n```bash\n"
+            + "\n".join(f"{line} OUTPUT_DIR again" for line in again)
+            + f"\n```\n\nThe student as a file for deployment, with its latency:\n\n```bash\n"
+            f"d2kd export {shown(result.folder)}\n```\n"
+        )
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+def read_config(config: str | CfgNode, opts: Sequence[Any]) -> CfgNode:
+    """The config of a file or name, or a copy of a config, with overrides merged."""
+    if isinstance(config, str):
+        return merged_config(config, list(opts))
+    cfg = config.clone()
+    cfg.defrost()
+    if "DISTILL" not in cfg:
+        raise ConfigError("the config has no DISTILL: call d2kd.add_distillation_config(cfg) first")
+    merge_overrides(cfg, opts)
+    set_absolute_paths(cfg)
+    return cfg
+
+
+def set_data(cfg: CfgNode, data: Sequence[str]) -> None:
+    """Let ``cfg`` train and evaluate on ``data``; the datasets are registered.
+
+    Raises:
+        ConfigError: it is neither four paths nor two names, or a file is not there.
+    """
+    if len(data) == 4:
+        entries = []
+        for json_file, images in (data[:2], data[2:]):
+            paths = [absolute_path(path, is_there=os.path.exists) for path in (json_file, images)]
+            digest = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:6]
+            stem = re.sub(r"\W+", "_", Path(json_file).stem)
+            entries.append([f"{stem}_{digest}", *paths])
+        cfg.DATASETS.COCO_FORMAT = [e for i, e in enumerate(entries) if e not in entries[:i]]
+        data = [entry[0] for entry in entries]
+    elif len(data) not in (0, 2):
+        raise ConfigError(
+            f"--data has {len(data)} items; it must be: train.json images val.json images, or two "
+            "names of datasets"
+        )
+    if data:
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (data[0],), (data[1],)
+    if not (cfg.DATASETS.TRAIN and cfg.DATASETS.TEST):
+        raise ConfigError("name data to train and evaluate on: --data, or the student's DATASETS")
+    register_coco_format_datasets(cfg)
+    for name in dataset_uses(cfg, train=True):
+        check_present(name)
+
+
+def class_names(cfg: CfgNode) -> tuple[str, ...]:
+    """The classes of the first training set, in the order in which a detector numbers them.
+
+    Raises:
+        ConfigError: they cannot be told.
+    """
+    name = cfg.DATASETS.TRAIN[0]
+    metadata = MetadataCatalog.get(name)
+    if is_readable(name):
+        answer = inspect(name, Question(str(metadata.json_file), str(metadata.image_root)))
+        if answer.reading is None:
+            raise ConfigError(error_line([answer.report]))
+        return answer.reading.classes.names
+    if "thing_classes" not in metadata.as_dict():
+        DatasetCatalog.get(name)  # which may state them
+    if not metadata.get("thing_classes"):
+        raise ConfigError(f"dataset '{name}' states no thing_classes in its metadata")
+    return tuple(metadata.thing_classes)
+
+
+def set_classes(cfg: CfgNode, count: int) -> None:
+    """Write the number of classes of things into every part of the model that has one."""
+    for name, node in cfg.MODEL.items():
+        if isinstance(node, CfgNode) and "NUM_CLASSES" in node and name != "SEM_SEG_HEAD":
+            node.NUM_CLASSES = count
+
+
+def teacher_weights(teacher: str | CfgNode, cfg: CfgNode, stated: str) -> str:
+    """``DISTILL.TEACHER.WEIGHTS``, else the zoo's checkpoint, else the teacher config's own."""
+    if stated:
+        return stated
+    if isinstance(teacher, str) and not find_file(teacher):
+        with contextlib.suppress(RuntimeError):
+            return model_zoo.get_checkpoint_url(teacher)
+    return cfg.MODEL.WEIGHTS
+
+
+def why_train(
+    cfg: CfgNode, weights: str, known: tuple[str, ...] | None, classes: tuple[str, ...]
+) -> str:
+    """Why ``weights`` are not a teacher for ``classes``, in words; "" where they are.
+
+    Args:
+        cfg: the teacher's, with the number of ``classes``.
+        known: names of the classes that the teacher's own config was made for; None: not known.
+    """
+    if weights == RANDOM_WEIGHTS:
+        return ""
+    if not weights:
+        return "it has no weights"
+    if known is not None and known != classes:
+        return f"its weights are for {plural(len(known), 'class')} ({list_of(known)})"
+    if known is None or "://" not in weights:
+        plain = cfg.clone()
+        plain.MODEL.DEVICE, plain.MODEL.TIMM.PRETRAINED = "cpu", False
+        try:
+            load_teacher_weights(build_model(plain), weights)
+        except ConfigError as error:
+            if not find_file(weights.partition("?")[0]):
+                raise
+            return f"its weights are not for this model and these classes ({first_words(error)})"
+    return ""
+
+
+def first_words(error: Exception) -> str:
+    return str(error).partition(":")[0]
+
+
+def check_training(cfg: CfgNode, num_gpus: int) -> None:
+    """Check all that can be checked of a training that may go on: its config, data, pair, weights.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    check_config(cfg, train=True, resume=True)
+    validate_loader_config(cfg, max(num_gpus, 1))
+    if not find_checkpoint(cfg.OUTPUT_DIR):
+        cfg.MODEL.DEVICE = "cpu"
+        model = build_model(cfg)
+        AtomicCheckpointer(model).load_weights(cfg.MODEL.WEIGHTS)
+
+
+def as_yaml(cfg: CfgNode) -> str:
+    """The keys of ``cfg`` that differ from their defaults, as a config file."""
+    nested: dict[str, Any] = {}
+    for key, value in changed_settings(cfg).items():
+        *path, last = key.split(".")
+        node = nested
+        for name in path:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return yaml.safe_dump(nested, default_flow_style=None, width=100)
+
+
+# --- running and reporting ----------------------------------------------------------------------
+
+
+def run_training(config_file: str, num_gpus: int, imports: Sequence[str]) -> None:
+    """Train what a config says, from where it was left; a finished training is kept."""
+    folder = merged_config(config_file, []).OUTPUT_DIR
+    complete = (output.RESULTS_FILE, STUDENT_FILE, output.RECEIPT_FILE)
+    is_whole = all(os.path.isfile(os.path.join(folder, name)) for name in complete)
+    if output.read_record(folder).get("finished") and is_whole:
+        print(f"{shown(folder)}: done before", flush=True)
+        return
+    words = ["--config-file", config_file, "--resume", "--num-gpus", str(num_gpus)]
+    args = train.build_parser().parse_args([*words, *(f"--import={name}" for name in imports)])
+    if num_gpus > 1:
+        release()  # the datasets that the check read: the processes read their own
+    start(train.process, args)
+
+
+def length(cfg: CfgNode) -> str:
+    solver = cfg.SOLVER
+    return f"{solver.MAX_ITER} iterations of {plural(solver.IMS_PER_BATCH, 'image')}"
+
+
+def class_table(found: dict[str, dict], classes: Sequence[str]) -> str:
+    """Box AP of each class, of student and teacher, as Markdown; "" where there is none."""
+    per_class = {
+        name: {c: results["bbox"].get(f"AP-{c}") for c in classes}
+        for name, results in found.items()
+        if "bbox" in results
+    }
+    if not any(value is not None for values in per_class.values() for value in values.values()):
+        return ""
+    head = f"| class | {' | '.join(per_class)} |\n|:--|{'--:|' * len(per_class)}"
+    rows = [
+        f"| {c} | {' | '.join(_ap(values[c]) for values in per_class.values())} |" for c in classes
+    ]
+    return "\n".join([head, *rows])
+
+
+def _ap(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.1f}"
+
+
+def build_parser() -> CommandParser:
+    """The command's arguments."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--student", required=True, metavar="CONFIG")
+    parser.add_argument("--teacher", required=True, metavar="CONFIG")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="train.json images val.json images, or two names (default: the student's DATASETS)",
+    )
+    parser.add_argument(
+        "--heads", default="", metavar="A,B", help="default: the student's DISTILL.HEADS, else SSIM"
+    )
+    parser.add_argument("--out", default="output/distill", help="default: %(default)s")
+    parser.add_argument("--iterations", type=positive, help="of either training; schedules scale")
+    parser.add_argument("--batch", type=positive, help="images in a step; learning rates scale")
+    parser.add_argument("--num-gpus", type=positive, default=1, help="default: %(default)s")
+    add_import_argument(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    logs.start()
+    result = distill(
+        args.student,
+        args.teacher,
+        args.data,
+        heads=[name.strip() for name in args.heads.split(",") if name.strip()],
+        out=args.out,
+        iterations=args.iterations,
+        batch=args.batch,
+        num_gpus=args.num_gpus,
+        opts=args.opts,
+        imports=args.imports,
+    )
+    found = {"student": result.results, "teacher": result.teacher_results}
+    report = shown(os.path.join(os.path.abspath(args.out), "report.md"))
+    print(f"\n{metrics_table(found)}\n\nstudent: {shown(result.weights)}   report: {report}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Distil as the arguments say; what goes wrong ends the program in one line."""
+    args = build_parser().parse_command(argv)
+    with ending_in_one_line():
+        _run(args)

@@ -1,0 +1,347 @@
+"""Export a student to TorchScript and ONNX, compare with the model, measure the latency.
+
+    d2kd export output/my_student
+    d2kd export output/my_student --size 480 640 --formats onnx
+    d2kd export --config-file my_config.yaml MODEL.WEIGHTS my_student.pth
+
+The first form takes the output folder of a training. The files have a fixed input size and take one
+image; images of another size are scaled to fit and padded. Their detections on real images are
+compared with the model's one by one, and a file that finds others ends the command with an error.
+Then teacher, student and files are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.evaluation import inference_on_dataset
+from detectron2.export import TracingAdapter
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from ..arguments import CommandParser, positive
+from ..compare.pictures import pick_records
+from ..config import student_config
+from ..data.custom import check_datasets, trained_classes
+from ..detectors.teacher import Teacher
+from ..engine.checkpoint import STUDENT_FILE, AtomicCheckpointer
+from ..engine.identity import versions
+from ..engine.output import CONFIG_FILE, check_output_dir
+from ..engine.setup import add_import_argument, import_user_module, merged_config
+from ..engine.summary import metrics_table
+from ..engine.trainer import DistillTrainer, without_start
+from ..errors import ConfigError
+from ..files import shown, write_json
+from .detector import ExportedDetector
+from .graph import (
+    Interface,
+    check_onnx,
+    detect,
+    output_names,
+    traceable,
+    write_onnx,
+    write_torchscript,
+)
+from .latency import Latency, as_dicts, file_megabytes, latency_table, measure
+from .parity import Parity, compare, parity_table
+
+FORMATS = ("torchscript", "onnx")
+REPORT = "export.json"
+IMAGES = 8
+# Sides of the canvas are multiples of it: a pyramid's largest stride but one of P6 and P7.
+STEP = 32
+
+
+class Export:
+    """A student, the images to compare on, and the files that it becomes.
+
+    Args:
+        cfg: of the student, or of the training that it comes from.
+        weights: its checkpoint.
+        images: files; () takes images of ``DATASETS.TEST``.
+        size: (H, W) of the canvas; None: the smallest that holds all the images at the size of
+            ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
+        output: folder of the files.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        weights: str,
+        *,
+        images: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+        output: str = "",
+    ):
+        self.cfg, self.output = cfg, output or os.path.join(cfg.OUTPUT_DIR, "export")
+        on_gpu = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
+        self.devices = ["cpu", "cuda"] if on_gpu else ["cpu"]
+        cfg.MODEL.DEVICE = "cpu"
+        check_output_dir(self.output)
+        files, classes = images_and_classes(cfg, images)
+        pictures = [read_image(name, cfg.INPUT.FORMAT) for name in files]
+        self.student = load_student(cfg, weights)
+        blank = torch.zeros(3, *(size or canvas_size(cfg, pictures)))
+        padding = self.student.pixel_mean.flatten().tolist()
+        self.interface = Interface(
+            cfg.INPUT.FORMAT,
+            tuple(blank.shape[1:]),
+            tuple(padding),
+            classes,
+            output_names(traceable(self.student, blank)),
+        )
+        self.canvases = [self.interface.canvas(picture.copy())[0] for picture in pictures]
+        self.files: dict[str, tuple[str, str]] = {}  # name -> path, device
+
+    def write(self, formats: Sequence[str]) -> None:
+        """Write the files; TorchScript for each device, as it runs only where it was made for."""
+        os.makedirs(self.output, exist_ok=True)
+        for name, device in self._wanted(formats):
+            path = os.path.join(self.output, name)
+            write = write_onnx if name.endswith(".onnx") else write_torchscript
+            write(self._adapter(device), self.canvases[0].to(device), self.interface, path)
+            self.files[name] = path, device
+            print(f"wrote {shown(path)}", flush=True)
+
+    def _wanted(self, formats: Sequence[str]) -> list[tuple[str, str]]:
+        """Name and device of each file."""
+        names = {"cpu": "student.ts", "cuda": "student_cuda.ts"}
+        found = [(names[d], d) for d in self.devices if "torchscript" in formats]
+        return found + [("student.onnx", "cpu")] * ("onnx" in formats)
+
+    def _adapter(self, device: str) -> TracingAdapter:
+        canvas = self.canvases[0].to(device)
+        return traceable(self.student.to(device), canvas)
+
+    @torch.no_grad()
+    def compare(self) -> dict[str, Parity]:
+        """File -> how its detections differ from the model's, on all images."""
+        found = {}
+        for name, (path, device) in self.files.items():
+            student, run = self.student.to(device), ExportedDetector(path, device).run
+            pairs = (
+                (detect(student, [{"image": canvas}]), run(canvas))
+                for canvas in (c.to(device) for c in self.canvases)
+            )
+            found[name] = compare(pairs, self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        return found
+
+    @torch.no_grad()
+    def measure(self, teacher: nn.Module | None, repeats: int) -> list[Latency]:
+        """The latency of teacher, student and files, on each device."""
+        rows = []
+        for device in self.devices:
+            canvas = self.canvases[0].to(device)
+            models: dict[str, tuple[Callable[[], object], float]] = {}
+            for name, model in (("teacher", teacher), ("student", self.student)):
+                if model is not None:
+                    models[name] = eager(model.to(device), canvas), megabytes(model)
+            for name, path in self._files_for(device):
+                run = functools.partial(ExportedDetector(path, device).run, canvas)
+                models[name] = run, file_megabytes(path)
+            rows += measure(models, device, repeats)
+        return rows
+
+    def evaluate(self) -> dict[str, dict]:
+        """File -> dataset of ``DATASETS.TEST`` -> its results, from the image files on."""
+        cfg, found = self.cfg.clone(), {}
+        check_datasets(cfg, train=False)
+        cfg.OUTPUT_DIR = self.output
+        for name, (path, device) in self.files.items():
+            run = _OnFiles(ExportedDetector(path, device))
+            results = {}
+            for dataset in cfg.DATASETS.TEST:
+                loader = DistillTrainer.build_test_loader(cfg, dataset)
+                evaluator = DistillTrainer.build_evaluator(cfg, dataset)
+                results[dataset] = inference_on_dataset(run, loader, evaluator)
+            found[name] = results
+        return found
+
+    def _files_for(self, device: str) -> list[tuple[str, str]]:
+        """Name and path of the files that run on ``device``."""
+        found = [(n, path) for n, (path, d) in self.files.items() if d == device]
+        if device == "cuda" and "student.onnx" in self.files and onnx_has_cuda():
+            found.append(("student.onnx", self.files["student.onnx"][0]))
+        return found
+
+
+class _OnFiles:
+    """A detector on the image files that Detectron2's evaluation names."""
+
+    def __init__(self, detector: ExportedDetector):
+        self.detector = detector
+
+    def __call__(self, inputs: list[dict]) -> list[dict]:
+        return [self.detector(read_image(item["file_name"], "BGR")) for item in inputs]
+
+
+def onnx_has_cuda() -> bool:
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def eager(model: nn.Module, canvas: Tensor) -> Callable[[], object]:
+    """A call of ``model`` with the one image, without what comes behind the graph."""
+    return lambda: detect(model, [{"image": canvas}])
+
+
+def megabytes(model: nn.Module) -> float:
+    """Of the model's parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+def load_student(cfg: CfgNode, weights: str) -> nn.Module:
+    """The student of ``cfg`` with ``weights``, on the CPU, in evaluation.
+
+    Raises:
+        ConfigError: the weights are not there, or not for all of the model.
+    """
+    if "://" not in weights and not os.path.isfile(weights):
+        raise ConfigError(f"no file '{weights}': name the student's weights as MODEL.WEIGHTS")
+    model = build_model(without_start(student_config(cfg))).eval()
+    AtomicCheckpointer(model).load_weights(weights, complete=True)
+    if not hasattr(model, "pixel_mean"):
+        raise ConfigError(f"a {type(model).__name__} has no pixel_mean to pad images with")
+    return model
+
+
+def images_and_classes(cfg: CfgNode, images: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Files to compare on, and the names of the classes.
+
+    Raises:
+        ConfigError: there is no such file, or no dataset to take images from.
+    """
+    for name in images:
+        if not os.path.isfile(name):
+            raise ConfigError(f"--images: no file '{name}'")
+    if images:
+        return list(images), trained_classes(cfg) or ()
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty: name images to compare on, by --images")
+    check_datasets(cfg, train=False)
+    name = cfg.DATASETS.TEST[0]
+    files = [record["file_name"] for record in pick_records(name, IMAGES)]
+    return files, tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+
+
+def canvas_size(cfg: CfgNode, pictures: Sequence) -> tuple[int, int]:
+    """(H, W) of the smallest canvas for all pictures, as large as they are in evaluation."""
+    short, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    sizes = [p.shape[:2] for p in pictures]
+    if short:
+        sizes = [ResizeShortestEdge.get_output_shape(*s, short, longest) for s in sizes]
+    height, width = (-(-max(sides) // STEP) * STEP for sides in zip(*sizes, strict=True))
+    return height, width
+
+
+def load_teacher(cfg: CfgNode) -> nn.Module | None:
+    """The teacher of a training; None where there is none, or it cannot be loaded, which is said:
+    a machine that a student is exported on need not have it."""
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.TEACHER.CONFIG_FILE:
+        return None
+    try:
+        return Teacher.from_config(cfg).model
+    except ConfigError as error:
+        print(f"the teacher is not timed: {error}")
+        return None
+
+
+def build_parser() -> CommandParser:
+    """The command's arguments."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", help="output folder of a training")
+    parser.add_argument("--config-file", metavar="FILE", help="without a folder: the config")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument(
+        "--size",
+        type=positive,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the input (default: the smallest that holds the images, as in evaluation)",
+    )
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="FILE", help="default: 8 of DATASETS.TEST"
+    )
+    parser.add_argument("--output", default="", help="default: 'export' in the output folder")
+    parser.add_argument(
+        "--repeats", type=positive, default=30, help="calls that are timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate", action="store_true", help="also the AP of each file on DATASETS.TEST"
+    )
+    parser.add_argument("--no-teacher", action="store_true", help="do not time the teacher")
+    add_import_argument(parser)
+    return parser
+
+
+def read_config(args: argparse.Namespace) -> tuple[CfgNode, str]:
+    """The config that the arguments name, and the student's weights.
+
+    Raises:
+        ConfigError: neither or both of folder and config are given, or there is no training.
+    """
+    if bool(args.folder) == bool(args.config_file):
+        raise ConfigError("name the output folder of a training, or a --config-file")
+    if not args.folder:
+        cfg = merged_config(args.config_file, args.opts)
+        return cfg, cfg.MODEL.WEIGHTS
+    path = os.path.join(args.folder, CONFIG_FILE)
+    if not os.path.isfile(path):
+        raise ConfigError(f"'{args.folder}' is no output folder of a training: no {CONFIG_FILE}")
+    cfg = merged_config(path, ["OUTPUT_DIR", args.folder, *args.opts])
+    own = "MODEL.WEIGHTS" in args.opts
+    return cfg, cfg.MODEL.WEIGHTS if own else os.path.join(args.folder, STUDENT_FILE)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export, compare and measure as the arguments say.
+
+    Raises:
+        ConfigError: in one line: a mistake, before anything is written; or a file that does not
+            find what the model finds, which export.json shows.
+    """
+    args = build_parser().parse_command(argv)
+    if "onnx" in args.formats:
+        check_onnx()
+    for name in args.imports:
+        import_user_module(name)
+    cfg, weights = read_config(args)
+    size = tuple(args.size) if args.size else None
+    export = Export(cfg, weights, images=args.images, size=size, output=args.output)
+    export.write(args.formats)
+    parity = export.compare()
+    print(f"\n{parity_table(parity)}\n")
+    rows = export.measure(None if args.no_teacher else load_teacher(cfg), args.repeats)
+    height, width = export.interface.size
+    print(
+        f"{latency_table(rows)}\n\nOne image of {height} x {width}, pixels to detections, "
+        f"{torch.get_num_threads()} CPU thread(s), {args.repeats} calls in turn."
+    )
+    report = {
+        "weights": weights,
+        "interface": asdict(export.interface),
+        "parity": {name: {**asdict(p), "holds": p.holds} for name, p in parity.items()},
+        "latency": as_dicts(rows),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if args.evaluate:
+        report["results"] = export.evaluate()
+        print(f"\n{metrics_table(report['results'])}")
+    write_json(report, os.path.join(export.output, REPORT))
+    if wrong := [name for name, p in parity.items() if not p.holds]:
+        raise ConfigError(
+            f"{', '.join(wrong)} does not find what the model finds; see the table, and "
+            f"'{shown(os.path.join(export.output, REPORT))}'"
+        )

@@ -1,0 +1,1 @@
+"""Tests of d2kd.export."""
