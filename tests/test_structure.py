@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "registry", "files", "keys", "arguments"),
     (
         *("numerics", "schedules", "config", "config_paths", "config_files", "config_rules"),
-        "checkpoint_files",
+        *("balance", "checkpoint_files"),
     ),
     ("geometry", "losses"),
     ("detectors", "models", "data"),
