@@ -29,6 +29,9 @@ VERBS = {
     "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
     "compare": Verb("d2kd.compare.command", "train a student alone and distilled, compare AP"),
     "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
+    "check-teacher": Verb(
+        "d2kd.commands.check_teacher", "check a teacher: AP by class, wrong classes and boxes"
+    ),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
     "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
