@@ -30,6 +30,9 @@ VERBS = {
     "distill": Verb("d2kd.commands.distill", "teacher, student, data: all in one command"),
     "compare": Verb("d2kd.compare.command", "train a baseline and distilled students, compare AP"),
     "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
+    "check-teacher": Verb(
+        "d2kd.commands.check_teacher", "check a teacher: AP by class, wrong classes and boxes"
+    ),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
     "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),

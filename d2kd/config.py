@@ -14,6 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from .balance import Balance, BalanceOptions
 from .config_files import resolve_teacher
 from .errors import ConfigError
 from .keys import (
@@ -43,6 +44,12 @@ class HeadOptions(Options):
     """Keys that every head has; a head's own options derive from this class."""
 
     weight: float = key(1.0, NOT_NEGATIVE, "Factor of all of the head's terms.")
+    share: float = key(
+        0.0,
+        Rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1"),
+        "Part of the gradient that the head makes where DISTILL.BALANCE is on; 0: an equal part of "
+        "DISTILL.BALANCE.SHARE.",
+    )
     schedule: ScheduleOptions = group(ScheduleOptions())
 
 
@@ -154,6 +161,7 @@ class DistillOptions(Options):
         '"backbone.bottom_up". [] copies nothing.',
     )
     teacher: TeacherOptions = group(TeacherOptions())
+    balance: BalanceOptions = group(BalanceOptions())
 
 
 def add_distillation_config(cfg: CfgNode) -> None:
@@ -224,6 +232,7 @@ def validate_distillation_config(cfg: CfgNode) -> None:
             raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
         _check_head_node(cfg, name)
         head_schedule(cfg, name)
+    head_balance(cfg)
     teacher = options.teacher
     if options.heads or options.inherit:
         if not teacher.config_file:
@@ -271,6 +280,29 @@ def head_schedule(cfg: CfgNode, name: str) -> Schedule:
             f"{schedule.stop}"
         )
     return schedule
+
+
+def head_balance(cfg: CfgNode) -> Balance | None:
+    """What balances the heads of ``cfg``; None where ``DISTILL.BALANCE`` is off.
+
+    Raises:
+        ConfigError: a value is not valid, or the shares leave nothing for the detector's losses.
+    """
+    options = BalanceOptions.read(cfg.DISTILL.BALANCE, "DISTILL.BALANCE")
+    heads = {
+        name: HeadOptions.read(cfg.DISTILL[node_name(name)], f"DISTILL.{node_name(name)}")
+        for name in cfg.DISTILL.HEADS
+    }
+    if not options.enabled or not heads:
+        return None
+    shares = {name: head.share or options.share / len(heads) for name, head in heads.items()}
+    if sum(shares.values()) >= 1:
+        keys = ", ".join(f"DISTILL.{node_name(name)}.SHARE" for name in heads)
+        raise ConfigError(
+            f"{keys}: the heads' shares are {sum(shares.values()):.3g} in all; they must be below "
+            "1, which is what heads and the detector's own losses make together"
+        )
+    return Balance(options, shares, {name: head.weight for name, head in heads.items()})
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

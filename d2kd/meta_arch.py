@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -26,7 +26,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .config import head_schedule, student_config, validate_distillation_config
+from .balance import Balance
+from .config import head_balance, head_schedule, student_config, validate_distillation_config
 from .data.custom import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
@@ -82,6 +83,12 @@ class TrainingMoments(Protocol):
     def after_backward(self) -> None:
         """Gradients are complete, over all ranks; the update comes next."""
 
+    def state_dict_of_training(self) -> dict[str, Any]:
+        """What the model needs to go on with this training, and is no weight; plain values."""
+
+    def load_state_dict_of_training(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict_of_training` gave."""
+
 
 class PlainMoments:
     """:class:`TrainingMoments` of a model without distillation, to which they say nothing."""
@@ -107,6 +114,12 @@ class PlainMoments:
     def after_backward(self) -> None:
         pass
 
+    def state_dict_of_training(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict_of_training(self, state: dict[str, Any]) -> None:
+        pass
+
 
 def moments_of(model: nn.Module) -> TrainingMoments:
     """``model``, inside DistributedDataParallel or not, as a trainer talks to it."""
@@ -127,6 +140,7 @@ class Distiller(nn.Module):
         max_iter: length of training, told to the heads.
         inherit: parts of the student that :meth:`start_from_weights` copies from the teacher.
         specs: of student and teacher, where the caller has read them; default: read here.
+        balance: chooses the heads' weights by their gradients; None: they are the schedules'.
 
     Raises:
         ConfigError: heads without teacher or schedule, or a part that cannot be inherited.
@@ -143,6 +157,7 @@ class Distiller(nn.Module):
         max_iter: int = 1,
         inherit: Sequence[str] = (),
         specs: tuple[DetectorSpec, DetectorSpec] | None = None,
+        balance: Balance | None = None,
     ):
         super().__init__()
         _check_complete(teacher, heads or {}, schedules or {}, inherit)
@@ -150,6 +165,7 @@ class Distiller(nn.Module):
         self.distill_heads = nn.ModuleDict(heads or {})
         self.schedules = schedules or {}
         self.max_iter = max_iter
+        self.balance = balance
         self._resting: set[str] = set()
         self._has_trainer = False
         # In a tuple the teacher is no submodule, whatever it is.
@@ -177,6 +193,7 @@ class Distiller(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 built["heads"] = {name: build_head(name, cfg, *specs) for name in names}
             built["schedules"] = {name: head_schedule(cfg, name) for name in names}
+            built["balance"] = head_balance(cfg)
         return built
 
     @property
@@ -236,6 +253,13 @@ class Distiller(nn.Module):
             if name in self._resting:
                 head.zero_grad(set_to_none=True)
 
+    def state_dict_of_training(self) -> dict[str, Any]:
+        return {} if self.balance is None else {"balance": self.balance.state_dict()}
+
+    def load_state_dict_of_training(self, state: dict[str, Any]) -> None:
+        if self.balance is not None and "balance" in state:
+            self.balance.load_state_dict(state["balance"])
+
     def _apply(self, fn, recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)
         if self.teacher is not None:
@@ -286,11 +310,20 @@ class Distiller(nn.Module):
             )
             student = self.taps.bundle(batch)
             teacher = self.teacher.bundle(batched_inputs, self.teacher_spec, student, self.taps)
-            for name, head in self.distill_heads.items():
-                factor = factors[name]
-                if factor:
-                    for term, loss in head(student, teacher, batch).items():
-                        terms[_loss_name(name, term)] = loss if factor == 1 else loss * factor
+            found = {
+                name: head(student, teacher, batch)
+                for name, head in self.distill_heads.items()
+                if factors[name]
+            }
+            if self.balance is not None:
+                if self.balance.is_due(iteration, found):
+                    pyramid, trunk = student.pyramid, self.student.backbone
+                    self.balance.measure(iteration, factors, losses, found, pyramid, trunk)
+                factors = self.balance.factors(factors)
+            for name, own in found.items():
+                for term, loss in own.items():
+                    factor = factors[name]
+                    terms[_loss_name(name, term)] = loss if factor == 1 else loss * factor
             student.release()
             teacher.release()
         self.taps.clear()

@@ -108,16 +108,17 @@ def noted(tmp_path_factory, digits_root, recorded_options) -> set[str]:
     student.SOLVER.EMA.ENABLED = True
     student.OUTPUT_DIR = str(folder / "out")
     heads = [head for head in HEADS if head not in DENSE_HEADS]
-    cfg = distiller_config(student, heads, teachers["mask"])
+    balanced = ("DISTILL.BALANCE.ENABLED", True)
+    cfg = distiller_config(student, heads, teachers["mask"], balanced)
 
     Recorder.noted.clear()
     cfg = Recorder.of(cfg)
     check_datasets(cfg, train=True)
     DistillTrainer(cfg).train()
     dense = detector_config("fcos", num_classes=10)
-    projection = ("DISTILL.GLOBAL_KNOWLEDGE.GLOBAL.RESPONSES", "projection")
+    opts = (*balanced, "DISTILL.GLOBAL_KNOWLEDGE.GLOBAL.RESPONSES", "projection")
     heads = ["DSIG", "Logits", "GlobalKnowledge", *DENSE_HEADS]
-    model = build_model(Recorder.of(distiller_config(dense, heads, teachers["fcos"], projection)))
+    model = build_model(Recorder.of(distiller_config(dense, heads, teachers["fcos"], opts)))
     run_step(model.train(), make_batch())
     if HAS_TIMM:
         light = detector_config()

@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "registry", "files", "keys", "arguments"),
     (
         *("numerics", "schedules", "config", "config_paths", "config_files", "config_rules"),
-        *("checkpoint_files", "lazy_config"),
+        *("balance", "checkpoint_files", "lazy_config"),
     ),
     ("geometry", "losses"),
     ("detectors", "models", "data"),

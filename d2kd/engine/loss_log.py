@@ -8,6 +8,7 @@ under the iteration that it is of.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -18,9 +19,12 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
+from ..balance import Outweighed
 from .faults import LossError
 
 DISTILLED = "loss_kd_"
+
+logger = logging.getLogger(__name__)
 
 
 class _Step(NamedTuple):
@@ -41,6 +45,7 @@ class LossLog:
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
+        self._outweighed = Outweighed()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -73,7 +78,24 @@ class LossLog:
                 _check(step)
             if comm.is_main_process():
                 _log(steps)
+                self._warn(steps[0].iteration)
         return seconds
+
+    def _warn(self, iteration: int) -> None:
+        """Say that distillation outweighs the detector's losses, unless gradients tell better."""
+        histories = get_event_storage().histories()
+        if "total_kd_loss" not in histories or "balance/share" in histories:
+            return
+        own, distilled = (histories[f"total_{x}_loss"].latest() for x in ("detection", "kd"))
+        if self._outweighed.lasts(distilled > own, iteration):
+            logger.warning(
+                "The losses of distillation have been above the detector's own for %d iterations "
+                "(now %.3g and %.3g): the student may mostly imitate. DISTILL.BALANCE.ENABLED True "
+                "measures their gradients and chooses the heads' weights by them",
+                self._outweighed.long,
+                distilled,
+                own,
+            )
 
     def check(self) -> None:
         """Check this rank's losses that were not read yet; they stay to be logged.

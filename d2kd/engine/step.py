@@ -109,6 +109,7 @@ class StepTrainer(TrainerBase):
             "optimizer": self.optimizer.state_dict(),
             "parameters": self._parameters(),
             "cost": self.cost.state_dict(),
+            "model": self.moments.state_dict_of_training(),
         }
         # Dense detectors keep the running mean of their loss normaliser outside the state dict.
         if hasattr(self.moments.student, "loss_normalizer"):
@@ -146,6 +147,7 @@ class StepTrainer(TrainerBase):
         use_fused_update(self.optimizer)
         if "cost" in state_dict:
             self.cost.load_state_dict(state_dict["cost"])
+        self.moments.load_state_dict_of_training(state_dict.get("model", {}))
         if "loss_normalizer" in state_dict:
             self.moments.student.loss_normalizer = state_dict["loss_normalizer"]
         if self.scaler is not None and "scaler" in state_dict:

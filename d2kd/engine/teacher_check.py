@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 TEACHER_RESULTS = "teacher_results.json"
 
 
-class _OnStudentInput:
+class OnStudentInput:
     """The teacher on images that were loaded for the student.
 
     Not a module: Detectron2's evaluation would put it back into "its" training mode afterwards, and
@@ -67,7 +67,7 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
         logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
         loader = trainer_class.build_test_loader(cfg, name)  # first: it may make the dataset
         evaluator = trainer_class.build_evaluator(cfg, name)
-        results[name] = inference_on_dataset(_OnStudentInput(teacher), loader, evaluator) or {}
+        results[name] = inference_on_dataset(OnStudentInput(teacher), loader, evaluator) or {}
     return next(iter(results.values())) if len(results) == 1 else results
 
 

@@ -20,11 +20,11 @@ ALSO = {"mask": ("MaskMimic",), "retinanet": ("CrossKD",)}
 
 
 def train_rank(rank: int, arch: str, teacher_file: str, port: int, results: str) -> None:
-    """Two steps with every built-in head; saves the final weights of this rank."""
+    """Two steps with every built-in head, balanced; saves this rank's final weights and balance."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     # The toy head starts at iteration 1: in iteration 0 its parameters have nothing to do.
-    opts = ("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 1)
+    opts = ("DISTILL.TOY_MIMIC.SCHEDULE.START_ITER", 1, "DISTILL.BALANCE.ENABLED", True)
     heads = [*BUILT_IN, *ALSO[arch], "ToyMimic"]
     cfg = distiller_config(detector_config(arch), heads, teacher_file, opts)
     model = DistributedDataParallel(build(cfg), broadcast_buffers=False)
@@ -38,6 +38,7 @@ def train_rank(rank: int, arch: str, teacher_file: str, port: int, results: str)
             optimizer.step()
             storage.step()
     parameters = {name: p.detach() for name, p in model.module.named_parameters()}
+    parameters["balance"] = model.module.balance.state_dict()
     torch.save(parameters, f"{results}/{rank}.pth")
     dist.destroy_process_group()
 
@@ -52,6 +53,9 @@ def test_ranks_stay_equal(arch, teacher_files, tmp_path, free_port):
         start_method="spawn",
     )
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    balance = first.pop("balance")
+    assert balance == second.pop("balance") and len(balance["means"]) == len(BUILT_IN) + 2
+    assert all(count for _, count in balance["means"].values())
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.isfinite(value).all(), name

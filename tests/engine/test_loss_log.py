@@ -11,6 +11,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
 
+from d2kd import balance
 from d2kd.engine import launch as launcher
 from d2kd.engine.faults import LossError
 from d2kd.engine.loss_log import LossLog
@@ -85,6 +86,25 @@ def test_the_first_loss_that_is_not_finite(value):
     for read in (log.check, log.flush):
         with EventStorage(4), pytest.raises(LossError, match="^loss_kd_ssim is .* at iteration 2,"):
             read()
+
+
+def test_warning_of_distillation_that_outweighs(caplog, monkeypatch):
+    """Once it has for long, and not where the gradients are measured."""
+    monkeypatch.setattr(balance, "LONG", 4)
+    for is_measured in (False, True):
+        caplog.clear()
+        log = LossLog()
+        with EventStorage(0) as storage:
+            if is_measured:
+                storage.put_scalar("balance/share", 0.2)
+            for iteration in range(8):
+                loss = 0.5 if iteration == 1 else 2.0
+                losses = {"loss_cls": torch.tensor(1.0), "loss_kd_ssim": torch.tensor(loss)}
+                log.add(iteration, losses, 0.0)
+            log.flush()
+        warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warned) == (not is_measured)
+        assert is_measured or "for 4 iterations (now 2 and 1)" in warned[0]
 
 
 def test_losses_do_not_keep_the_graph():
