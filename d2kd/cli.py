@@ -33,7 +33,7 @@ VERBS = {
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
     "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
     "convert": Verb("d2kd.commands.convert", "turn torchvision's ResNet weights into Detectron2's"),
-    "demo": Verb("d2kd.commands.demo", "train teacher and students on digits in a few minutes"),
+    "demo": Verb("d2kd.commands.demo", "train a student without and with distillation, in minutes"),
     "pretrain": Verb("d2kd.commands.pretrain", "pre-train the backbone of a digits config"),
     "install-detectron2": Verb("d2kd.commands.install_detectron2", "install Detectron2 0.6"),
 }
