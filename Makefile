@@ -2,8 +2,8 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 
-# Both are for the command line: VENV=folder puts d2kd's own environment elsewhere,
-# PYTHON=interpreter uses an environment of yours, as it is.
+# These are for the command line: PHOTOS=clone lets the demo train on photographs, VENV=folder puts
+# d2kd's own environment elsewhere, PYTHON=interpreter uses an environment of yours, as it is.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
@@ -16,13 +16,15 @@ SETUP_KEY := $(shell { pwd; cat $(SETUP_FILES); } | cksum | cut -d' ' -f1)
 .PHONY: help ready setup test demo lint clean distclean
 
 help:
-	@echo 'make demo       train a teacher, a student alone and a distilled student on digits'
+	@echo 'make demo       train a student without and with distillation on digits, in minutes'
 	@echo 'make test       check code style and types, and run the tests'
 	@echo 'make lint       check code style and types only'
 	@echo 'make setup      set up $(VENV) only (the others do it by themselves, once)'
 	@echo 'make clean      remove caches; data, trained models and $(VENV) stay'
 	@echo 'make distclean  remove caches and .venv'
 	@echo
+	@echo 'PHOTOS=clone    make demo: on photographs of animals, from a clone of the repository'
+	@echo '                that datasets/README.md names'
 	@echo 'VENV=folder     set up and use that folder instead of .venv'
 	@echo 'PYTHON=python   use an environment of your own, as it is, and set nothing up; it needs'
 	@echo "                pip install -e '.[dev,eval,export,lite,timm]' && d2kd install-detectron2"
@@ -45,7 +47,7 @@ test: lint
 	@'$(PYTHON)' -m pytest
 
 demo: ready
-	@'$(PYTHON)' -m d2kd demo
+	@'$(PYTHON)' -m d2kd demo$(if $(PHOTOS), --photos '$(PHOTOS)')
 
 clean:
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info

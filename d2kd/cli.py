@@ -38,7 +38,7 @@ VERBS = {
     "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
     "export": Verb("d2kd.export.command", "export a student to TorchScript and ONNX, time it"),
     "convert": Verb("d2kd.commands.convert", "turn torchvision's ResNet weights into Detectron2's"),
-    "demo": Verb("d2kd.commands.demo", "train teacher and students on digits in a few minutes"),
+    "demo": Verb("d2kd.commands.demo", "train a student without and with distillation, in minutes"),
     "pretrain": Verb("d2kd.commands.pretrain", "pre-train the backbone of a digits config"),
     "install-detectron2": Verb("d2kd.commands.install_detectron2", "install Detectron2 0.6"),
 }

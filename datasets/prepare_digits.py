@@ -43,6 +43,9 @@ def parse_args() -> argparse.Namespace:
             help=f"{text} (default: %(default)s)",
         )
     parser.add_argument(
+        "--plain", action="store_true", help="large digits of strong contrast, no clutter"
+    )
+    parser.add_argument(
         "--contact-sheet", type=Path, metavar="PICTURE", help="also save a picture of some images"
     )
     return parser.parse_args()

@@ -198,7 +198,7 @@ def test_results_are_copied(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setattr(update_docs, "ROOT", tmp_path)
     out = tmp_path / "out/suite"
-    with pytest.raises(SystemExit, match="neither a results.jsonl nor a demo.json"):
+    with pytest.raises(SystemExit, match="holds no results.jsonl"):
         update_docs.copy_results(out)
     (out / "results.jsonl").write_text(json.dumps({"config": f"{tmp_path}/a.yaml"}) + "\n")
     (out / "detections.jpg").write_text("new")

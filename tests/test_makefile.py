@@ -59,6 +59,12 @@ def test_sets_up_once(clone, folder):
     assert len(list((clone / folder).glob(".set-up-*"))) == 1
 
 
+def test_photographs_of_a_clone(clone):
+    """PHOTOS=clone reaches the demo, also where its path has a space."""
+    demo = make(clone, "demo", "PHOTOS=a b/clone").splitlines()[-1]
+    assert demo == ".venv/bin/python: -m d2kd demo --photos a b/clone"
+
+
 def test_an_environment_of_the_users_is_left_alone(clone):
     """PYTHON=interpreter is used as it is."""
     subprocess.run([clone / "tools/setup_venv.sh", "my env"], cwd=clone, check=True)

@@ -10,9 +10,10 @@ A measured table stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end 
 --json), ``gradients`` and ``evaluation`` (of d2kd.benchmark's modules of these names),
 ``selection`` (of d2kd prototypes time --json), ``refresh`` (prototypes.json of a training
 with Global Knowledge), ``compare`` (results.jsonl of d2kd compare), ``gains`` (several of them),
-``demo`` (demo.json of d2kd demo) or ``published`` (a folder of configs, of which tools/published.py
-makes a table). ``--copy`` first brings results, and the pictures that a page shows, from the folder
-of a comparison or of the demo. docs/api.md and docs/config.md are made by tools/reference.py.
+``demo`` (results.jsonl of d2kd demo) or ``published`` (a folder of configs, of which
+tools/published.py makes a table). ``--copy`` first brings results, and the pictures that a page
+shows, from the folder of a comparison or of the demo. docs/api.md and docs/config.md are made
+by tools/reference.py.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ RENDER = {
     "refresh": of_json(selection.refresh_markdown),
     "compare": render_compare,
     "gains": render_gains,
-    "demo": of_json(demo.markdown),
+    "demo": lambda path: demo.markdown(compare.read_lines(path)),
     "published": published.markdown,
 }
 
@@ -114,11 +115,8 @@ def copy_results(folder: Path) -> None:
     name = folder.resolve().name
     source, target = folder / "results.jsonl", ROOT / f"docs/results/{name}.jsonl"
     pictures = {"detections.jpg": f"{name}.jpg"}
-    if (folder / "demo.json").is_file():
-        source, target = folder / "demo.json", ROOT / "docs/results/demo.json"
-        pictures = {"demo.jpg": "demo.jpg"}
     if not source.is_file():
-        sys.exit(f"error: {folder} holds neither a results.jsonl nor a demo.json")
+        sys.exit(f"error: {folder} holds no results.jsonl")
     text = source.read_text().replace(f"{ROOT}/", "")
     if outside := re.search(r'"(/[^"]+)"', text):
         sys.exit(f"error: {source} names {outside[1]}, which is not in the clone: train from there")

@@ -189,7 +189,7 @@ class Comparison:
         self.check(runs)
         self.output.mkdir(parents=True, exist_ok=True)
         for arm in self.suite.prepared:
-            self.prepare(arm)
+            self.prepare(arm, self.threads * self.jobs)
         self.check_kept_runs()
         self.save()
         run_in_order(
@@ -236,9 +236,12 @@ class Comparison:
             for path in folder.glob("model_[0-9]*.pth"):
                 path.unlink()
 
-    def prepare(self, arm: Arm) -> None:
+    def prepare(self, arm: Arm, threads: int) -> None:
         """Train the teacher, or the student that all arms start with, if its weights are not there,
         and evaluate it if that was not done before.
+
+        Args:
+            threads: CPU threads of the training.
 
         Raises:
             ConfigError: it was trained here with other settings; names the first key.
@@ -254,7 +257,7 @@ class Comparison:
             command = self.command(arm, opts)
             weights.parent.mkdir(parents=True, exist_ok=True)
             write_json({"arm": arm.label, "command": command, "settings": settings}, made_with)
-            self.stage(arm.label, command, weights.parent, self.threads * self.jobs)
+            self.stage(arm.label, command, weights.parent, threads)
         known, own = self.output / f"{arm.label}.json", weights.parent / "results.json"
         if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
             return

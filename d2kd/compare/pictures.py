@@ -18,7 +18,8 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from ..config import student_config
 from ..files import write_atomically
 
-WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (60, 60, 255)  # BGR, as OpenCV's
+FONT, TEXT = cv2.FONT_HERSHEY_SIMPLEX, 0.55
+WHITE, GREEN, RED = (255, 255, 255), (80, 220, 80), (110, 110, 255)  # BGR, as OpenCV's
 
 
 def predictor(cfg: CfgNode, weights: Path) -> DefaultPredictor:
@@ -64,7 +65,8 @@ def _mask(segmentation, height: int, width: int) -> np.ndarray:
 def draw(
     image: np.ndarray, found: Instances, names: list[str], colours: Iterable, zoom: float
 ) -> np.ndarray:
-    """``image`` resized by ``zoom``, with labelled boxes and, where there are any, masks."""
+    """``image`` resized by ``zoom``, with boxes, classes and, where there are any, scores and
+    masks."""
     image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
     size = image.shape[1::-1]
     for i, colour in enumerate(colours):
@@ -74,36 +76,53 @@ def draw(
             image[inside] = (0.6 * image[inside] + 0.4 * np.array(colour)).astype(np.uint8)
         x0, y0, x1, y1 = (int(round(v * zoom)) for v in found.pred_boxes.tensor[i].tolist())
         cv2.rectangle(image, (x0, y0), (x1, y1), colour, 2, cv2.LINE_AA)
-        write(image, names[found.pred_classes[i]], (x0 + 2, max(y0 - 3, 12)), (0, 0, 0), 3)
-        write(image, names[found.pred_classes[i]], (x0 + 2, max(y0 - 3, 12)), colour, 1)
+        label = names[found.pred_classes[i]]
+        if found.has("scores"):
+            label += f" {100 * found.scores[i]:.0f}%"
+        write_label(image, label, (x0, y0), colour)
     return image
 
 
-def write(image: np.ndarray, text: str, place: tuple[int, int], colour, thickness: int) -> None:
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    cv2.putText(image, text, place, font, 0.5, colour, thickness, cv2.LINE_AA)
+def write(image: np.ndarray, text: str, place: tuple[int, int]) -> None:
+    cv2.putText(image, text, place, FONT, TEXT, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def write_label(image: np.ndarray, text: str, corner: tuple[int, int], colour) -> None:
+    """Black text on the colour of a box, on its upper left corner and inside the image."""
+    (width, height), below = cv2.getTextSize(text, FONT, TEXT, 1)
+    x = max(min(corner[0], image.shape[1] - width - 4), 0)
+    y = max(corner[1], height + below + 2)
+    cv2.rectangle(image, (x, y - height - below - 2), (x + width + 4, y), colour, -1)
+    write(image, text, (x + 2, y - below))
 
 
 def draw_detections(
     detect, image: np.ndarray, truth: Instances, names: list[str], zoom: float
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     """The most confident detections, as many as there are objects; green where box (IoU 0.5) and
-    class are right, red elsewhere."""
+    class are right, red elsewhere.
+
+    Returns:
+        the picture, and the number of objects that were found.
+    """
     found = detect(image)["instances"][: len(truth)]
     overlap = pairwise_iou(found.pred_boxes, truth.pred_boxes)
-    same = found.pred_classes[:, None] == truth.pred_classes[None]
-    right = ((overlap >= 0.5) & same).any(dim=1).tolist()
-    return draw(image, found, names, [GREEN if hit else RED for hit in right], zoom)
+    right = (overlap >= 0.5) & (found.pred_classes[:, None] == truth.pred_classes[None])
+    colours = [GREEN if hit else RED for hit in right.any(dim=1).tolist()]
+    return draw(image, found, names, colours, zoom), int(right.any(dim=0).sum())
 
 
 def sheet(panels: dict[str, list[np.ndarray]], columns: int) -> np.ndarray:
-    """One column per title, one row per image; after ``columns`` titles a new block begins."""
+    """One column per title, one row per image; after ``columns`` titles a new block begins. All
+    titles have as many lines."""
     height = max(panel.shape[0] for group in panels.values() for panel in group)
     width = max(panel.shape[1] for group in panels.values() for panel in group)
 
     def column(title: str) -> np.ndarray:
-        header = np.full((26, width, 3), 255, np.uint8)
-        write(header, title, (8, 18), (0, 0, 0), 1)
+        lines = title.split("\n")
+        header = np.full((6 + 22 * len(lines), width, 3), 255, np.uint8)
+        for number, line in enumerate(lines, start=1):
+            write(header, line, (8, 22 * number - 3))
         cells = [np.full((height, width, 3), 255, np.uint8) for _ in panels[title]]
         for cell, panel in zip(cells, panels[title], strict=True):
             cell[: panel.shape[0], : panel.shape[1]] = panel
@@ -142,10 +161,14 @@ def save_picture(
     truths = [ground_truth(record, masks) for record in records]
     zoom = width / max(image.shape[1] for image in images)
     pairs = list(zip(images, truths, strict=True))
-    panels = {"ground truth": [draw(i, t, names, [WHITE] * len(t), zoom) for i, t in pairs]}
+    objects = sum(map(len, truths))
+    white = [draw(image, truth, names, [WHITE] * len(truth), zoom) for image, truth in pairs]
+    panels = {f"ground truth\n{objects} objects": white}
     for title, (cfg, weights) in runs.items():
         detect = predictor(cfg, weights)
-        panels[title] = [draw_detections(detect, i, t, names, zoom) for i, t in pairs]
+        drawn = [draw_detections(detect, *pair, names, zoom) for pair in pairs]
+        title += f"\n{sum(hits for _, hits in drawn)} of {objects} found"
+        panels[title] = [panel for panel, _ in drawn]
     picture = sheet(panels, columns)
     for quality in (80, 70, 60, 50, 40, 30):
         data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

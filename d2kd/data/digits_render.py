@@ -21,12 +21,24 @@ SCANS_FOR_TRAIN = 1437
 TRAIN_COLUMNS = {"china.jpg": slice(210, 640), "flower.jpg": slice(0, 333)}
 VAL_COLUMNS = {"china.jpg": slice(0, 210), "flower.jpg": slice(333, 640)}
 
-SMALLEST_SIDE = 16  # px; readable at a stride of 4
 LARGEST_SIDE = 0.5  # of the image's side
 MIN_VISIBLE = 0.6  # of a digit's pixels: no later piece and no image border may hide more
 MIN_PIXELS = 10  # of a digit's mask
 COVERED = 0.5  # opacity from which a pixel belongs to a piece
 GRID = 80  # side of the enlarged scan, px
+
+
+@dataclass(frozen=True)
+class Look:
+    """How hard it is to find the digits."""
+
+    smallest_side: float = 16  # px; readable at a stride of 4
+    least_contrast: float = 60  # mean difference from the surroundings, of 255
+    most_digits: int = 8  # in an image; at least 2
+    most_clutter: int = 2
+
+
+PLAIN = Look(smallest_side=28, least_contrast=100, most_digits=5, most_clutter=0)
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,10 @@ class Material:
     scans: list[np.ndarray]  # (8, 8) float32 in [0, 1]
     classes: list[int]
     photographs: list[np.ndarray]  # (H, W, 3) uint8
+    look: Look
 
     @staticmethod
-    def load(split: str) -> Material:
+    def load(split: str, look: Look) -> Material:
         """Scans and photograph regions of `split`, "train" or "val"; the two share nothing."""
         digits = load_digits()
         train = split == "train"
@@ -46,7 +59,7 @@ class Material:
         columns = TRAIN_COLUMNS if train else VAL_COLUMNS
         photographs = [load_sample_image(name)[:, columns[name]] for name in sorted(columns)]
         scans = (digits.images[part] / 16.0).astype(np.float32)
-        return Material(list(scans), digits.target[part].tolist(), photographs)
+        return Material(list(scans), digits.target[part].tolist(), photographs, look)
 
 
 def render_image(
@@ -61,10 +74,11 @@ def render_image(
         image (H, W, 3) uint8 RGB, and `(class, visible mask (H, W) bool)` per digit.
     """
     scene = _Scene(_background(rng, material, size))
-    kinds = [True] * int(rng.integers(2, 9) if with_digits else 0)
-    kinds += [False] * int(rng.integers(0, 3))
+    look = material.look
+    kinds = [True] * int(rng.integers(2, look.most_digits + 1) if with_digits else 0)
+    kinds += [False] * int(rng.integers(0, look.most_clutter + 1))
     for is_digit in rng.permutation(kinds):
-        side = _side(rng, size)
+        side = _side(rng, look, size)
         if is_digit:
             index = int(rng.integers(len(material.scans)))
             alpha = _draw(rng, material.scans[index], side, max_tilt=14)
@@ -95,9 +109,9 @@ class _Scene:
         return [(label, self.owner == i) for i, label in enumerate(self.classes)]
 
 
-def _side(rng: Rng, size: int) -> float:
+def _side(rng: Rng, look: Look, size: int) -> float:
     """Log-uniform, so that each octave of sizes is equally frequent."""
-    return float(np.exp(rng.uniform(np.log(SMALLEST_SIDE), np.log(LARGEST_SIDE * size))))
+    return float(np.exp(rng.uniform(np.log(look.smallest_side), np.log(LARGEST_SIDE * size))))
 
 
 def _draw(rng: Rng, scan: np.ndarray, side: float, max_tilt: float) -> np.ndarray:
@@ -210,7 +224,7 @@ def _corner(rng: Rng, scene: _Scene, shape: tuple[int, int]) -> tuple[int, int]:
 def _paint(rng: Rng, canvas: np.ndarray, alpha: np.ndarray, material: Material) -> None:
     """Blends a piece of opacity `alpha` (h, w) into `canvas` (h, w, 3), in place."""
     surroundings = np.average(canvas.reshape(-1, 3), axis=0, weights=alpha.ravel() + 1e-6)
-    ink = _contrasting_colour(rng, surroundings)
+    ink = _contrasting_colour(rng, material.look, surroundings)
     ramp = _ramp(rng, alpha.shape)
     fill = ink + ramp[..., None] * rng.normal(0, 14, 3).astype(np.float32)
     if rng.random() < 0.3:
@@ -225,9 +239,9 @@ def _paint(rng: Rng, canvas: np.ndarray, alpha: np.ndarray, material: Material) 
     canvas += opacity * (np.clip(fill, 0, 255) - canvas)
 
 
-def _contrasting_colour(rng: Rng, colour: np.ndarray) -> np.ndarray:
-    """A colour (3,) at a log-uniform distance, from barely visible to full contrast."""
-    distance = np.exp(rng.uniform(np.log(60), np.log(190)))
+def _contrasting_colour(rng: Rng, look: Look, colour: np.ndarray) -> np.ndarray:
+    """A colour (3,) at a log-uniform distance, from the least to full contrast."""
+    distance = np.exp(rng.uniform(np.log(look.least_contrast), np.log(190)))
     direction = rng.normal(0, 1, 3) + rng.choice([-1.5, 1.5])  # mostly lighter or darker
     step = distance * direction / np.linalg.norm(direction) * np.sqrt(3)
     options = [np.clip(colour + step, 0, 255), np.clip(colour - step, 0, 255)]

@@ -229,7 +229,7 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
     ):
         comparison(tmp_path, longer).run([])
     (made / "teacher" / "settings.json").unlink()
-    comparison(tmp_path, longer).prepare(comparison(tmp_path, longer).suite.prepared[0])
+    comparison(tmp_path, longer).prepare(comparison(tmp_path, longer).suite.prepared[0], 1)
 
 
 def test_stretched_schedules():
@@ -387,7 +387,7 @@ def test_a_training_of_another_origin_is_refused(tmp_path, left):
     text = ARMS + f"teacher: {{config: {STUDENT}, opts: {{OUTPUT_DIR: {folder}}}}}\n"
     work = comparison(tmp_path, text)
     with pytest.raises(ConfigError, match=f"has a {left} but no student_final.pth"):
-        work.prepare(work.suite.prepared[0])
+        work.prepare(work.suite.prepared[0], 1)
     assert [path.name for path in folder.iterdir()] == [left]
 
 

@@ -167,6 +167,22 @@ def test_objects_are_varied_and_many_are_small(tmp_path):
     assert counts.max() <= 10
 
 
+def test_plain_digits_are_large_and_few(tmp_path):
+    """A plain set has larger digits, fewer in an image, and says so in its meta.json; a set from
+    before there were plain ones is none."""
+    spec = replace(SPEC, train=20, plain=True)
+    digits.make_digits(tmp_path / "d", spec)
+    assert digits.read_meta(tmp_path / "d") == (digits.VERSION, spec)
+    annotations = content_of(tmp_path / "d", "train")["annotations"]
+    sides = np.array([annotation["bbox"] for annotation in annotations])[:, 2:].max(axis=1)
+    assert 16 <= sides.min() and 35 < np.median(sides)
+    counts = np.bincount([annotation["image_id"] for annotation in annotations])[1:]
+    assert 1 <= counts.min() and counts.max() <= 5
+    path = tmp_path / "d" / "meta.json"
+    path.write_text(path.read_text().replace(', "plain": true', ""))
+    assert digits.read_meta(tmp_path / "d")[1] == replace(spec, plain=False)
+
+
 def test_the_smallest_and_biggest_images_can_be_made(tmp_path):
     """Sizes other than the default work; sizes that make no sense are refused in one line."""
     for size in (48, 320):
