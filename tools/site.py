@@ -26,6 +26,7 @@ NAV = {
     "Use": {
         "Your data": "datasets/README.md",
         "Light students": "docs/students.md",
+        "Teachers of every kind": "docs/teachers.md",
         "Training": "docs/training.md",
     },
     "Methods": {},  # every page of docs/methods
@@ -39,6 +40,7 @@ NAV = {
         "Config keys": "docs/config.md",
         "Python interface": "docs/api.md",
         "Extending": "docs/extending.md",
+        "Your own train_net.py": "docs/own_trainer.md",
         "What is trusted": "SECURITY.md",
         "Contributing": "CONTRIBUTING.md",
         "Changes": "CHANGELOG.md",
