@@ -27,6 +27,7 @@ NAV = {
         "Your data": "datasets/README.md",
         "Light students": "docs/students.md",
         "Training": "docs/training.md",
+        "Your own train_net.py": "docs/own_trainer.md",
     },
     "Methods": {},  # every page of docs/methods
     "Evidence": {
