@@ -157,7 +157,7 @@ def config_keys(path: str) -> Callable[[type[Self]], type[Self]]:
 
 
 def adds_config(function: Adder) -> Adder:
-    """Let ``function(cfg)`` add keys to every config, the student's and the teacher's alike.
+    """Let ``function(cfg)`` add keys to every config, the student's and the teacher's.
 
     For keys that have no :class:`Options`, such as those of a Detectron2 project:
     ``d2kd.adds_config(add_pointrend_config)``, before :func:`d2kd.add_distillation_config`. A

@@ -28,6 +28,7 @@ NAV = {
         "Light students": "docs/students.md",
         "Teachers of every kind": "docs/teachers.md",
         "Training": "docs/training.md",
+        "Your own train_net.py": "docs/own_trainer.md",
     },
     "Methods": {},  # every page of docs/methods
     "Evidence": {

@@ -11,18 +11,20 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor
 
 from ..balance import Outweighed
 from .faults import LossError
 
 DISTILLED = "loss_kd_"
+_WINDOW = 20  # steps that Detectron2's writers smooth over
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,14 @@ class _Read(NamedTuple):
 
 
 class LossLog:
-    """Losses of steps that were not read yet, and how they are read."""
+    """Losses of steps that were not read yet, and how they are read.
 
-    def __init__(self) -> None:
+    Args:
+        factors: iteration -> head -> factor of its terms, which are called ``loss_kd_<head>...``.
+    """
+
+    def __init__(self, factors: Callable[[int], dict[str, float]] = lambda iteration: {}):
+        self._factors = factors
         self._steps: list[_Step] = []
         self._outweighed = Outweighed()
 
@@ -77,7 +84,7 @@ class LossLog:
             for step in steps:
                 _check(step)
             if comm.is_main_process():
-                _log(steps)
+                _log(steps, self._factors(steps[0].iteration))
                 self._warn(steps[0].iteration)
         return seconds
 
@@ -126,22 +133,75 @@ def _check(step: _Read) -> None:
             raise LossError.of(name, value, step.iteration)
 
 
-def _log(ranks: tuple[_Read, ...]) -> None:
-    """Log one step, seen by all ranks, in the storage of the training."""
+def _log(ranks: tuple[_Read, ...], factors: dict[str, float]) -> None:
+    """Log one step, seen by all ranks, in the storage of the training.
+
+    Args:
+        factors: of the heads, by the name that their terms begin with.
+    """
     storage = get_event_storage()
     names = ranks[0].losses
     mean = {name: sum(rank.losses[name] for rank in ranks) / len(ranks) for name in names}
-    # The console repeats the last values of a term for ever: one of a head that stopped is zero.
-    mean |= {n: 0.0 for n in storage.histories() if n.startswith(DISTILLED) and n not in mean}
-    distilled = [value for name, value in mean.items() if name.startswith(DISTILLED)]
-    total = sum(mean.values())
+    # Detectron2 repeats the last values of a term for ever: one that is not computed is zero.
+    known = [name for name, history in storage.histories().items() if isinstance(history, _Means)]
+    mean |= {name: 0.0 for name in known if name not in mean and not name.startswith("total_")}
+    totals = _totals(mean, factors)
     with _at(storage, ranks[0].iteration):
         storage.put_scalar("data_time", max(rank.data_time for rank in ranks))
-        storage.put_scalar("total_loss", total)
-        if distilled:  # side by side on the console, which prints losses as they came first
-            storage.put_scalar("total_detection_loss", total - sum(distilled))
-            storage.put_scalar("total_kd_loss", sum(distilled))
-        storage.put_scalars(**mean)
+        for name, value in {**totals, **mean}.items():  # the console prints them as they came first
+            _history(storage, name, _Means)
+            storage.put_scalar(name, value)
+        for head, factor in factors.items():
+            _history(storage, f"kd_loss_factor/{head}", _Latest)
+            storage.put_scalar(f"kd_loss_factor/{head}", factor)
+
+
+def _totals(losses: dict[str, float], factors: dict[str, float]) -> dict[str, float]:
+    """The sum of the losses, and of those of the detector, of distillation, and of each head."""
+    total = sum(losses.values())
+    distilled = {name: value for name, value in losses.items() if name.startswith(DISTILLED)}
+    if not (distilled or factors):
+        return {"total_loss": total}
+    heads = {f"total_kd_loss/{head}": 0.0 for head in factors}
+    for name, value in distilled.items():
+        rest = name.removeprefix(DISTILLED)
+        own = [head for head in factors if rest == head or rest.startswith(f"{head}_")]
+        if own:  # of "mask" and "mask_mimic" the longer
+            heads[f"total_kd_loss/{max(own, key=len)}"] += value
+    kd = sum(distilled.values())
+    return {
+        "total_loss": total,
+        "total_detection_loss": total - kd,
+        "total_kd_loss": kd,
+        **heads,
+    }
+
+
+class _Means(HistoryBuffer):
+    """Values whose smoothed value is their mean: means of terms add up to that of their sum, which
+    medians do not."""
+
+    def median(self, window_size: int) -> float:
+        return self.avg(window_size)
+
+
+class _Latest(HistoryBuffer):
+    """Values that are not smoothed."""
+
+    def median(self, window_size: int) -> float:
+        return self.latest()
+
+
+def _history(storage: EventStorage, name: str, kind: type[HistoryBuffer]) -> None:
+    """Let the storage keep ``name`` in a buffer of that ``kind``; it was zero in the steps before,
+    so that its window is that of the total."""
+    histories = storage.histories()
+    if not isinstance(histories.get(name), kind):
+        history = histories[name] = kind()
+        total = histories.get("total_loss")
+        for _, iteration in total.values()[-_WINDOW:] if kind is _Means and total else ():
+            if iteration < storage.iter:
+                history.update(0.0, iteration)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class StepTrainer(TrainerBase):
         self.seed = seed
         self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
         self.cost = TrainingCost()
-        self.losses = LossLog()
+        self.losses = LossLog(self.moments.factors)
         self._data: list[dict] = []
 
     def run_step(self) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    JSONWriter,
+    TensorboardXWriter,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2kd import balance
 from d2kd.engine import launch as launcher
@@ -43,17 +51,78 @@ def run(steps: int, period: int, file) -> dict[str, list]:
 
 
 def test_numbers_are_those_of_reading_each_step(tmp_path):
-    """Values, their iterations, their order and the medians of metrics.json do not change."""
+    """Values, their iterations, their order and the means of metrics.json do not change."""
     each, late = (run(8, period, tmp_path / f"{period}.json") for period in (1, 4))
     assert each == late and list(each) == list(late)
     assert each["loss_cls"] == [(1.0 + i, i) for i in range(8)]
-    assert [i for _, i in each["loss_kd_ssim"]] == [2, 3, 4, 5, 6, 7]
-    assert [value for value, _ in each["loss_kd_ssim"][3:]] == [0, 0, 0]
+    assert [i for _, i in each["loss_kd_ssim"]] == list(range(8))
+    resting = [value for value, i in each["loss_kd_ssim"] if not 2 <= i < 5]
+    assert resting == [0] * 5
     lines = [
         [json.loads(x) for x in (tmp_path / f"{p}.json").read_text().splitlines()] for p in (1, 4)
     ]
     assert lines[0] == lines[1] and len(lines[0]) == 2
-    assert lines[0][1]["loss_cls"] == statistics.median(range(1, 9))
+    assert lines[0][1]["loss_cls"] == statistics.mean(range(1, 9))
+
+
+def factors_of(iteration: int) -> dict[str, float]:
+    return {"mask": 2.0 if iteration >= 3 else 0.0, "mask_mimic": 0.5 + iteration}
+
+
+def uneven(iteration: int) -> dict[str, torch.Tensor]:
+    """Losses whose medians do not add up; the head "mask" begins at iteration 3."""
+    sizes = {"loss_cls": 3 ** (iteration % 3), "loss_kd_mask_mimic": 2 ** (iteration % 5)}
+    if iteration >= 3:
+        sizes |= {"loss_kd_mask_a": 5 ** (iteration % 2), "loss_kd_mask_b": 0.25}
+    return {name: torch.tensor(float(value)) for name, value in sizes.items()}
+
+
+def assert_adds_up(values: dict[str, float], tolerance: float) -> None:
+    of_detector = [v for n, v in values.items() if n.startswith("loss_") and "_kd_" not in n]
+    for total, terms in {
+        "total_kd_loss/mask": [values["loss_kd_mask_a"], values["loss_kd_mask_b"]],
+        "total_kd_loss/mask_mimic": [values["loss_kd_mask_mimic"]],
+        "total_kd_loss": [values["total_kd_loss/mask"], values["total_kd_loss/mask_mimic"]],
+        "total_detection_loss": of_detector,
+        "total_loss": [values["total_detection_loss"], values["total_kd_loss"]],
+    }.items():
+        assert values[total] == pytest.approx(sum(terms), rel=tolerance), total
+
+
+def test_sums_add_up_in_every_file(tmp_path, caplog):
+    """metrics.json, TensorBoard and the console have factor and total of each head, and the terms
+    add up to each total, also in the window in which a head begins."""
+    printer = CommonMetricPrinter(100)
+    printer.logger = logging.getLogger("of_the_test")
+    caplog.set_level(logging.INFO)
+    log, writers = LossLog(factors_of), [JSONWriter(str(tmp_path / "metrics.json")), printer]
+    writers.append(TensorboardXWriter(str(tmp_path)))
+    with EventStorage(0) as storage:
+        for iteration in range(33):
+            storage.iter = iteration
+            log.add(iteration, uneven(iteration), 0.0)
+            if iteration in (6, 12, 32):
+                log.flush()
+                for writer in writers:
+                    writer.write()
+    for writer in writers:
+        writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    printed = [dict(re.findall(r"(\S*loss\S*): (\S+)", r.getMessage())) for r in caplog.records]
+    printed = [{n: float(v) for n, v in line.items()} for line in printed if line]
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    names = [name for name in board.Tags()["scalars"] if "loss" in name]
+    events = [{n: board.Scalars(n)[i].value for n in names} for i in range(3)]
+    assert len(lines) == len(printed) == len(events) == 3
+    for source, tolerance in ((lines, 1e-9), (events, 1e-5), (printed, 1e-2)):
+        for values, iteration in zip(source, (6, 12, 32), strict=True):
+            assert_adds_up(values, tolerance)
+            for head, factor in factors_of(iteration).items():
+                assert values[f"kd_loss_factor/{head}"] == pytest.approx(factor)
+    # Over the last twenty steps, in which the head of the second window did not always run.
+    assert lines[1]["loss_kd_mask_b"] == pytest.approx(0.25 * 10 / 13)
+    assert lines[2]["loss_cls"] == statistics.mean(3 ** (i % 3) for i in range(13, 33))
 
 
 def test_a_step_reads_nothing(monkeypatch):

@@ -33,12 +33,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "own_trainer.md"
 def _forget_keys():
     """Keys that a test adds to all configs are gone after it, and so is what default_setup logs."""
     known = list(CONFIG_FUNCTIONS)
-    names = ("detectron2", "fvcore", "d2kd")
-    handlers = {name: list(logging.getLogger(name).handlers) for name in names}
     yield
     CONFIG_FUNCTIONS[:] = known
-    for name, kept in handlers.items():
-        logging.getLogger(name).handlers[:] = kept
+    for name in ("detectron2", "fvcore", "d2kd"):
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 def set_up(student, tmp_path, iterations=2):
@@ -217,8 +217,6 @@ def test_a_distiller_without_its_hooks_says_so(teacher_files, caplog):
     """Once, at the first step, with what is dropped; not where a trainer told it of the start."""
     opts = ("DISTILL.INHERIT", ["fpn"], "MODEL.FPN.OUT_CHANNELS", 24)
     cfg = distiller_config(detector_config(), ["DRKD"], teacher_files["faster"], opts)
-    logging.getLogger("d2kd").handlers[:] = []
-    logging.getLogger("d2kd").propagate = True
     for told in (False, True):
         caplog.clear()
         distiller = d2kd.Distiller(cfg).train()
