@@ -131,6 +131,12 @@ class TeacherOptions(Options):
         '"": the student\'s (autocast when SOLVER.AMP is on). "fp32", "bf16", "fp16": the '
         "teacher's own.",
     )
+    class_map: tuple[Any, ...] = key(
+        (),
+        comment='Pairs ["student\'s class", "teacher\'s"], each a name or a number from 0, if the '
+        'two call a class differently. Classes of equal names are paired without it; "" as the '
+        "teacher's parts them. Terms that compare classes act on those that both have.",
+    )
     check: bool = key(
         True,
         comment="Evaluate the teacher on DATASETS.TEST before training, so that a broken one is "

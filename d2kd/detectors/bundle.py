@@ -294,6 +294,12 @@ class DenseView(View):
     matched_boxes: Tensor
     decode: Callable[[Tensor, Tensor], Tensor]
 
+    @lazy
+    def own_logit_maps(self) -> dict[int, Tensor]:
+        """(B, A K, H, W) in the detector's own classes, K of them; a teacher's ``logit_maps`` are
+        in the student's, where a class map is in use."""
+        return self.logit_maps
+
 
 class FeatureBundle(View):
     """One detector's step.

@@ -192,6 +192,22 @@ class _TeacherDense(DenseView):
 
     @lazy
     def logit_maps(self) -> dict[int, Tensor]:
+        shared = self._step.spec.class_map
+        if shared is None:
+            return self.own_logit_maps
+        mine, theirs = self._step.student.dense.logit_maps, self.own_logit_maps
+
+        def by_class(maps: Mapping[int, Tensor], stride: int) -> Tensor:  # (B, A, K, H, W)
+            return maps[stride].unflatten(1, (self._step.spec.anchors_per_location, -1))
+
+        return {
+            s: shared.fill(by_class(theirs, s), by_class(mine, s), dim=2).flatten(1, 2)
+            for s in mine
+            if s in theirs
+        }
+
+    @lazy
+    def own_logit_maps(self) -> dict[int, Tensor]:
         if "dense.class_tower" in self._step.spec.fields:
             return {s: self._model.head.cls_score(m) for s, m in self.class_tower.items()}
         return by_stride(self._strides, self._predicted[0])
@@ -204,7 +220,9 @@ class _TeacherDense(DenseView):
 
     @lazy
     def logits(self) -> dict[int, Tensor]:
-        return flatten_maps(self.logit_maps, self._model.num_classes)
+        shared = self._step.spec.class_map
+        width = len(shared.numbers) if shared else self._model.num_classes
+        return flatten_maps(self.logit_maps, width)
 
     @lazy
     def deltas(self) -> dict[int, Tensor]:

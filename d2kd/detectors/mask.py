@@ -80,6 +80,7 @@ class _TeacherMasks(MaskView):
     def __init__(self, step: TeacherStep):
         self._step, self._student = step, step.student.mask
         pooled = self._student.pooled
+        self._has_outputs = "mask.logits" in step.student.spec.fields
         super().__init__("teacher", pooled=pooled, boxes=pooled.boxes)
 
     @lazy
@@ -98,4 +99,7 @@ class _TeacherMasks(MaskView):
     def logits(self) -> Tensor:
         pooled = pool_for_own_head(self._step, "mask", self)
         logits: Tensor = self._step.model.roi_heads.mask_head.layers(pooled)
-        return logits
+        shared = self._step.spec.class_map
+        if shared is None or logits.shape[1] != shared.width or not self._has_outputs:
+            return logits
+        return shared.masks(logits, self._student.logits)

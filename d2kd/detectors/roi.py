@@ -113,7 +113,9 @@ class _TeacherRoIs(RoIView):
         if "roi.logits" in step.spec.fields:
             stages = box_stages(step.model.roi_heads)
             _, self._head, self._predictor = stages[min(stage, len(stages) - 1)]
-            fields["delta_weights"] = tuple(self._predictor.box2box_transform.weights)
+            self._weights = tuple(self._predictor.box2box_transform.weights)
+            in_students = step.spec.class_map is not None
+            fields["delta_weights"] = self._student.delta_weights if in_students else self._weights
         super().__init__("teacher", **fields)
 
     @lazy
@@ -141,8 +143,14 @@ class _TeacherRoIs(RoIView):
 
     @lazy
     def logits(self) -> Tensor:
-        return self._outputs[0]
+        spec, logits = self._step.spec, self._outputs[0]
+        if spec.class_map is None:
+            return logits
+        return spec.class_map.roi_logits(logits, self._student.logits, spec.sigmoid_classes)
 
     @lazy
     def deltas(self) -> Tensor:
-        return self._outputs[1]
+        shared, deltas = self._step.spec.class_map, self._outputs[1]
+        if shared is None:
+            return deltas
+        return shared.roi_deltas(deltas, self._student.deltas, self.delta_weights, self._weights)

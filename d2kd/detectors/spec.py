@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..registry import DETECTOR_PART_REGISTRY
+from .class_map import ClassMap
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DetectorSpec:
         box_coding: name of the transform its box deltas are coded with.
         class_agnostic_mask: one mask for all classes.
         sigmoid_classes: its box head has a sigmoid per class (as for LVIS), not a softmax.
+        class_map: of a teacher of other classes: those that it shares with the student. Its views
+            give outputs in the student's classes then.
         extra: name of a part of a user's -> what the part says of itself.
     """
 
@@ -62,6 +65,7 @@ class DetectorSpec:
     box_coding: str | None = None
     class_agnostic_mask: bool = False
     sigmoid_classes: bool = False
+    class_map: ClassMap | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..config import PRECISIONS
 from ..errors import ConfigError
 from .bundle import Context, FeatureBundle, Lazy
+from .class_map import UNKNOWN, match_classes
 from .folding import fold_norms, in_precision
 from .foreign import MapsDetector, as_detector
 from .inputs import batch_size, normalisation, normalise, pad_images, to_device
@@ -28,6 +30,8 @@ from .source import build_source
 from .spec import DetectorSpec, describe_detector, feature_strides
 from .taps import Taps
 from .weights import load_teacher_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -42,6 +46,7 @@ class Teacher:
         student_format: channel order of the images it is given.
         precision: "" to follow the student's autocast, or "fp32", "bf16", "fp16".
         class_names: of the classes that it predicts, in order, where they are known.
+        class_pairs: (student's class, teacher's) of classes that are one under two names.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Teacher:
         student_format: str = "BGR",
         precision: str = "",
         class_names: tuple[str, ...] | None = None,
+        class_pairs: Sequence[Any] = (),
     ):
         if precision not in PRECISIONS:
             raise ConfigError(
@@ -64,6 +70,7 @@ class Teacher:
         self.flip_channels = input_format != student_format
         self.precision = precision
         self.class_names = class_names
+        self.class_pairs = class_pairs
         self.normalisation = normalisation(model)
         self.is_prepared = False
         self._in_precision: dict[torch.dtype, nn.Module] = {}
@@ -86,6 +93,7 @@ class Teacher:
             student_format=cfg.INPUT.FORMAT,
             precision=cfg.DISTILL.TEACHER.PRECISION,
             class_names=source.class_names,
+            class_pairs=cfg.DISTILL.TEACHER.CLASS_MAP,
         )
 
     def train(self, mode: bool = True) -> Teacher:
@@ -114,7 +122,21 @@ class Teacher:
         names = self.class_names
         if names is not None and spec.num_classes not in (None, len(names)):
             names = None  # those of what its config names, but it was built for others
-        return dataclasses.replace(spec, class_names=names)
+        matched = match_classes(
+            student.class_names or student.num_classes, names or spec.num_classes, self.class_pairs
+        )
+        same_places = student.two_stage or (
+            student.anchors_per_location == spec.anchors_per_location
+        )
+        if student.kind != spec.kind or not same_places:  # outputs that are not compared
+            matched = None
+        if matched is not None:
+            known = sum(number != UNKNOWN for number in matched.numbers)
+            words = (
+                "The teacher knows %d of the student's %d classes: terms of classes act on those"
+            )
+            logger.info(words, known, len(matched.numbers))
+        return dataclasses.replace(spec, class_names=names, class_map=matched)
 
     def context(self) -> contextlib.AbstractContextManager[None]:
         """No gradient, and the teacher's own precision, else that of the caller's autocast."""

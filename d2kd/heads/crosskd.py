@@ -127,7 +127,7 @@ class CrossKD(DistillHead):
         mine, theirs, terms = student.dense, teacher.dense, {}
         if "cls" in self.weights:
             own, width = self.num_classes
-            pair = self._cross("cls", student, teacher), theirs.logit_maps
+            pair = self._cross("cls", student, teacher), theirs.own_logit_maps
             s, t = (join_levels(maps, self.strides, width) for maps in pair)
             count = ((mine.labels >= 0) & (mine.labels < own)).sum()
             everywhere = torch.ones(1, 1, 1, dtype=torch.bool, device=count.device)

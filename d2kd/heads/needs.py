@@ -29,7 +29,10 @@ _ANY_PAIR = "heads on the pyramid (SSIM, FeatureMimic, DRKD) take any pair"
 # What a Need may name as ``same``.
 SHARED = {
     "kind": Shared("two detectors of one kind", advice=_ANY_PAIR),
-    "num_classes": Shared("the same number of classes"),
+    "num_classes": Shared(
+        "the same number of classes",
+        advice="DISTILL.TEACHER.CLASS_MAP pairs classes that both have",
+    ),
     "box_coding": Shared("boxes in the same code"),
     "anchors_per_location": Shared("the same number of anchors per location", advice=_ANY_PAIR),
     "head_strides": Shared("outputs at the same strides"),
@@ -104,6 +107,8 @@ def _served(spec: DetectorSpec, part: str) -> list[str]:
 
 def _different(need: Need, student: DetectorSpec, teacher: DetectorSpec) -> str:
     for name in need.same:
+        if name == "num_classes" and teacher.class_map is not None:
+            continue
         shared, mine, theirs = SHARED[name], getattr(student, name), getattr(teacher, name)
         if name == "anchors":
             gap = _other_anchors(student, teacher)

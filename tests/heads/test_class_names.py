@@ -62,7 +62,7 @@ def pair(parts: Parts, heads: list[str], names: list[str]):
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
     """Its names are those of its own config, even where a dataset has the name of the student's."""
     parts = Parts(tmp_path)
-    with pytest.raises(ConfigError, match="class 0 of the student is 'nut', of the teacher 'bolt'"):
-        build_model(pair(parts, ["GlobalKnowledge"], ["bolt", "nut", "ring"]))
+    with pytest.raises(ConfigError, match="class 0 of the student is 'nut', of the teacher 'gear'"):
+        build_model(pair(parts, ["GlobalKnowledge"], ["gear", "hub", "cog"]))
     build_model(pair(parts, ["GlobalKnowledge"], ["nut", "bolt", "ring"]))
-    build_model(pair(parts, ["SSIM"], ["bolt", "nut", "ring"]))
+    build_model(pair(parts, ["SSIM"], ["gear", "hub", "cog"]))
