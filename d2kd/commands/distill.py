@@ -22,10 +22,11 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ class Plan:
             cfg.SEED = SEED if cfg.SEED < 0 else cfg.SEED
         self.teacher.DISTILL.HEADS = []
         self.teacher.MODEL.WEIGHTS = "" if weights == RANDOM_WEIGHTS else weights
+        self.is_unsure = known is None
         self.why = why_train(self.teacher, weights, known, self.classes)
         self.trains_teacher = bool(self.why)
         own = os.path.join(self.teacher.OUTPUT_DIR, STUDENT_FILE)
@@ -229,9 +231,10 @@ class Plan:
             write_text(as_yaml(teacher), file)
             student.DISTILL.TEACHER.CONFIG_FILE = file
             if self.trains_teacher:
-                student.DISTILL.TEACHER.WEIGHTS = RANDOM_WEIGHTS
+                student.DISTILL.TEACHER.WEIGHTS = RANDOM_WEIGHTS  # the right ones come later
                 check_training(teacher, num_gpus)
-            check_training(student, num_gpus)
+            with silent("d2kd.detectors.weights"):
+                check_training(student, num_gpus)
         for cfg in (self.student, self.teacher):
             output.check_free(cfg.OUTPUT_DIR)
 
@@ -270,7 +273,9 @@ class Plan:
             f"data: {plural(len(self.classes), 'class')} ({list_of(self.classes)}), trained on "
             f"{', '.join(names.TRAIN)}, evaluated on {', '.join(names.TEST)}"
         ]
-        how = f"trained first: {self.why}; {length(self.teacher)}" if self.why else "as it is"
+        how = "has weights for these classes" + " (it does not tell their names)" * self.is_unsure
+        if self.why:
+            how = f"trained first: {self.why}; {length(self.teacher)}"
         lines.append(f"teacher: {self.teacher.MODEL.META_ARCHITECTURE}, {how}")
         arch, heads = self.student.DISTILL.STUDENT_META_ARCH, ", ".join(self.student.DISTILL.HEADS)
         lines.append(f"student: {arch}, distilled by {heads}; {length(self.student)}")
@@ -444,6 +449,18 @@ def check_training(cfg: CfgNode, num_gpus: int) -> None:
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
         AtomicCheckpointer(model).load_weights(cfg.MODEL.WEIGHTS)
+
+
+@contextlib.contextmanager
+def silent(name: str) -> Iterator[None]:
+    """Without warnings of the logger ``name``."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def as_yaml(cfg: CfgNode) -> str:

@@ -251,9 +251,13 @@ def stretched(cfg: CfgNode, max_iter: int) -> dict:
         if isinstance(value, int) and value > 0:
             opts[key] = round(factor * value)
         elif isinstance(value, (tuple, list)) and value:
-            opts[key] = type(value)(round(factor * step) for step in value)
+            opts[key] = type(value)(dict.fromkeys(round(factor * step) for step in value))
 
     stretch("SOLVER.STEPS", cfg.SOLVER.STEPS)
+    # Those of a short training may come at its end, which Detectron2 refuses.
+    steps = opts.get("SOLVER.STEPS", ())
+    if any(step >= max_iter for step in steps):
+        opts["SOLVER.STEPS"] = type(steps)(step for step in steps if step < max_iter)
     stretch("SOLVER.WARMUP_ITERS", cfg.SOLVER.WARMUP_ITERS)
     for name, node in head_nodes(cfg).items():
         for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):

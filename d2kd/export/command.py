@@ -322,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     export.write(args.formats)
     parity = export.compare()
     print(f"\n{parity_table(parity)}\n")
+    if not any(p.detections for p in parity.values()):
+        print("The model finds nothing in these images, which compares nothing: see --images.\n")
     rows = export.measure(None if args.no_teacher else load_teacher(cfg), args.repeats)
     height, width = export.interface.size
     print(

@@ -243,6 +243,9 @@ def test_stretched_schedules():
         "SOLVER.WARMUP_ITERS": 15,
         "DISTILL.MAR.SCHEDULE.WARMUP_ITERS": 300,
     }
+    # Steps that coincide are one, and one at the end is none.
+    cfg = merged_config("digits/retinanet_R18.yaml", opts[:4])
+    assert [suites.stretched(cfg, n)["SOLVER.STEPS"] for n in (3, 2, 1)] == [(2,), (1,), ()]
 
 
 def test_settings():

@@ -60,6 +60,7 @@ def decided(cfg: CfgNode) -> nn.Module:
                 layer.bias.zero_()
             elif name.endswith("bbox_pred"):
                 layer.weight *= 5
+                layer.bias += 2.0 * (cfg.MODEL.META_ARCHITECTURE == "FCOS")  # boxes of some size
     return model
 
 
@@ -68,8 +69,10 @@ def save(model: nn.Module, path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("backbone", ["R18", "lite0"])
-@pytest.mark.parametrize("arch", ["faster", "mask", "retinanet"])
+PAIRS = [(a, b) for a in ("faster", "mask", "retinanet") for b in ("R18", "lite0")]
+
+
+@pytest.mark.parametrize(("arch", "backbone"), [*PAIRS, ("fcos", "R18"), ("cascade_mask", "R18")])
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_file_finds_what_the_model_finds(form, arch, backbone, tmp_path, digits_root, capsys):
     """On eight images: boxes to 0.1 pixels, scores and masks to 0.001, no detection too many."""
