@@ -16,6 +16,7 @@ import torch
 from detectron2.config import get_cfg
 
 import d2kd
+from d2kd import cli
 from d2kd.arguments import split_overrides
 from d2kd.cli import VERBS
 from d2kd.config import add_distillation_config
@@ -108,6 +109,39 @@ def test_the_module_of_the_docs_teaches(mask_student, monkeypatch):
     _, opts = split_overrides(shlex.split(command.replace("\\\n", " "))[2:])
     train_net.main(["--config-file", str(mask_student), *opts])
     assert "loss_kd_ssim" in (mask_student.parent / "out" / "metrics.json").read_text()
+
+
+# Appended to a documented command, so that it is done in seconds.
+SMALL = [
+    *("MODEL.WEIGHTS", "", "DISTILL.TEACHER.WEIGHTS", "random", "DISTILL.TEACHER.CHECK", "False"),
+    *("DATASETS.TRAIN", "('digits_tiny_train',)", "DATASETS.TEST", "('digits_tiny_val',)"),
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
+]
+
+
+def documented(page: str, word: str) -> list[str]:
+    """The words of the first command of a page that has ``word``, without the program's name."""
+    commands = (
+        c for block in code_blocks(ROOT / "docs" / page, "bash") for c in block.splitlines()
+    )
+    return shlex.split(next(command for command in commands if word in command))[1:]
+
+
+def test_the_balanced_training_of_the_docs(tmp_path, digits_root):
+    """It runs as printed, and its log has weights and shares."""
+    argv = documented("training.md", "DISTILL.BALANCE.ENABLED")[1:]
+    train_net.main([*argv, *SMALL, "OUTPUT_DIR", str(tmp_path / "out")])
+    assert "balance/ssim/share" in (tmp_path / "out" / "metrics.json").read_text()
+    assert "Balance at iteration 0:\n  SSIM: weight" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_the_check_of_a_teacher_of_the_docs(tmp_path, digits_root, monkeypatch, capsys):
+    """It runs as printed, and what the page names is there."""
+    monkeypatch.chdir(tmp_path)
+    cli.main([*documented("check_teacher.md", "check-teacher"), *SMALL])
+    assert "on 16 of 16 images of 'digits_tiny_train' (train)" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "teacher_check").iterdir()}
+    assert names == {"page.md", "results.json", "disagreements.jpg"}
 
 
 def shell_commands() -> list[str]:

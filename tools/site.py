@@ -27,6 +27,7 @@ NAV = {
         "Your data": "datasets/README.md",
         "Light students": "docs/students.md",
         "Teachers of every kind": "docs/teachers.md",
+        "Is this teacher good enough?": "docs/check_teacher.md",
         "Training": "docs/training.md",
         "Your own train_net.py": "docs/own_trainer.md",
     },
