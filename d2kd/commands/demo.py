@@ -110,16 +110,20 @@ def _ap(lines: list[dict]) -> list[str]:
 
 
 def gain_sentence(lines: list[dict]) -> str:
-    """The gain, with its range and that of the baseline where there are several seeds."""
+    """The gain, and where there are several seeds the ranges of gain and AP."""
     arms = by_arm(lines)
     base = arms[lines[0]["baseline"]]
     gains, longer = (paired_gains(arms[label], base) for label in (DISTILLED, TWICE))
     text = f"{gains.mean():+.1f} AP by {DISTILLED} in the same iterations"
     if len(gains) > 1:
-        alone = [run["results"]["bbox"]["AP"] for run in base.values()]
         text += f" ({len(gains)} seeds: {gains.min():+.1f} to {gains.max():+.1f}; without it "
-        text += f"{min(alone):.1f} to {max(alone):.1f} AP)"
+        text += f"{_range(base)} AP, with it {_range(arms[DISTILLED])})"
     return f"{text}; {longer.mean():+.1f} AP by twice the iterations without it."
+
+
+def _range(runs: dict[int, dict]) -> str:
+    values = [run["results"]["bbox"]["AP"] for run in runs.values()]
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def closing_lines(lines: list[dict], committed: list[dict]) -> list[str]:
@@ -188,5 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "learns faster. What it gains in long trainings: docs/results.md.\n"
         f"Picture: {picture}   figures: {output / 'results.jsonl'}\n"
     )
-    committed = read_lines(COMMITTED) if data == "digits" and len(args.seeds) == 1 else []
+    comparable = data == "digits" and len(args.seeds) == 1 and not opts
+    committed = read_lines(COMMITTED) if comparable else []
     print("\n".join(closing_lines(lines, committed)))
