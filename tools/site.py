@@ -24,11 +24,14 @@ LINK = re.compile(r"\]\(([^)#\s]+)")
 NAV = {
     "d2kd": "README.md",
     "Use": {
+        "Quickstart": "docs/quickstart.md",
         "Your data": "datasets/README.md",
         "Light students": "docs/students.md",
         "Teachers of every kind": "docs/teachers.md",
         "Is this teacher good enough?": "docs/check_teacher.md",
+        "The check of a teacher": "docs/check_teacher.md",
         "Training": "docs/training.md",
+        "Deployment": "docs/deploy.md",
         "Your own train_net.py": "docs/own_trainer.md",
     },
     "Methods": {},  # every page of docs/methods

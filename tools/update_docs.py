@@ -107,23 +107,22 @@ def pages() -> dict[Path, str]:
 
 
 def copy_results(folder: Path) -> None:
-    """Bring the results in an output folder into docs/, with the pictures that docs/ has of them.
+    """Bring the results in an output folder into docs/, with the picture that docs/ has of them.
 
     Raises:
         SystemExit: there are none, or they name files outside of the clone.
     """
     name = folder.resolve().name
     source, target = folder / "results.jsonl", ROOT / f"docs/results/{name}.jsonl"
-    pictures = {"detections.jpg": f"{name}.jpg"}
     if not source.is_file():
         sys.exit(f"error: {folder} holds no results.jsonl")
     text = source.read_text().replace(f"{ROOT}/", "")
     if outside := re.search(r'"(/[^"]+)"', text):
         sys.exit(f"error: {source} names {outside[1]}, which is not in the clone: train from there")
     write_text(text, target)
-    for old, new in pictures.items():
-        if (folder / old).is_file() and (ROOT / "docs/images" / new).is_file():
-            shutil.copyfile(folder / old, ROOT / "docs/images" / new)
+    picture, shown = folder / "detections.jpg", ROOT / f"docs/images/{name}.jpg"
+    if picture.is_file() and shown.is_file():
+        shutil.copyfile(picture, shown)
 
 
 def draw_gains() -> None:

@@ -79,11 +79,9 @@ def test_what_it_trains_and_says(stages, capsys, tmp_path):
     assert row in out
     assert "This is a short budget" in "\n".join(out)
     gained, cost, after = out[-3:]
-    assert gained.startswith(
-        "gained: DSIG gains +12.5 AP in the same iterations; twice the iterations without it gain "
-        "+14.0 AP."
-    )
-    assert cost.startswith("cost:   1.30 times the baseline's time a step, and a teacher")
+    gain = "+12.5 AP by DSIG in the same iterations; +14.0 AP by twice the iterations without it."
+    assert gained.startswith(f"gained: {gain}")
+    assert cost.startswith("cost:   1.30 times the baseline's time per step, and a teacher")
     assert after.startswith("next:") and "d2kd train --config-file" in after
     pictures = (tmp_path / "out/detections.jpg").read_text()
     assert pictures == "student, student + DSIG, teacher"
@@ -92,7 +90,7 @@ def test_what_it_trains_and_says(stages, capsys, tmp_path):
 def test_several_seeds(stages, capsys):
     """With several seeds the range of the gains and of the baseline is told."""
     demo.main(["--output", "out", "--seeds", "1", "3", *DATA])
-    text = "(+12.5 to +12.5 over 2 seeds; the baseline lies between 17.0 and 19.0)"
+    text = "(2 seeds: +12.5 to +12.5; without it 17.0 to 19.0 AP, with it 29.5 to 31.5)"
     assert text in capsys.readouterr().out.splitlines()[-3]
 
 
@@ -112,11 +110,14 @@ def test_photographs(stages, tmp_path):
 
 @pytest.mark.skipif(not demo.COMMITTED.is_file(), reason="needs the clone's docs/results")
 def test_the_committed_demo_keeps_its_promise():
-    """At least 15 AP without distillation, and each seed gains more than the seeds differ by."""
+    """At least 15 AP without distillation, a gain larger than the spread of the seeds, and the
+    worst distilled student better than the best one without."""
     lines = read_lines(demo.COMMITTED)
     arms = by_arm(lines)
-    alone = [run["results"]["bbox"]["AP"] for run in arms["baseline"].values()]
-    gains = paired_gains(arms[demo.DISTILLED], arms["baseline"])
-    assert len(gains) >= 3 and min(alone) >= 15
-    assert gains.min() > max(alone) - min(alone)
-    assert prepared(lines)[0]["results"]["bbox"]["AP"] > max(alone) + gains.max()
+    alone, distilled = (
+        [run["results"]["bbox"]["AP"] for run in arms[label].values()]
+        for label in ("baseline", demo.DISTILLED)
+    )
+    assert min(alone) >= 15 and min(distilled) > max(alone)
+    assert paired_gains(arms[demo.DISTILLED], arms["baseline"]).mean() > max(alone) - min(alone)
+    assert prepared(lines)[0]["results"]["bbox"]["AP"] > max(distilled)
