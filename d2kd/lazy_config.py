@@ -1,7 +1,7 @@
 """Reading LazyConfig files: Detectron2's configs that are Python, run as a program is.
 
 ``a.b=c`` changes them, as in Detectron2's ``lazyconfig_train_net.py``; a name that is not there is
-an error here, and not a new key that nobody reads.
+an error here, and not a new key that is never read.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def build_parser() -> CommandParser:
     add("--archs", nargs="+", default=["faster", "retinanet"], choices=BASES)
     add("--heads", nargs="+", help="a row each: HEAD[,HEAD ...]; default: every head")
     add("--size", type=positive, default=320, help="side of the images in pixels")
-    add("--batch", type=positive, default=2, help="images a step")
+    add("--batch", type=positive, default=2, help="images per step")
     add("--precision", default="", choices=PRECISIONS, help="autocast of the step")
     add("--repeats", type=positive, default=9)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -124,7 +124,7 @@ class _RoIHeads(nn.Module):
 
 
 def _pooler(own: Any, strides: Mapping[str, int]) -> tuple[list[str], ROIPooler]:
-    """Names of the maps that torchvision's pooler reads, and Detectron2's that pools alike."""
+    """Names of the maps that torchvision's pooler reads, and Detectron2's that pools equally."""
     levels = [strides[name] for name in own.featmap_names if name in strides]
     pooler = ROIPooler(
         output_size=tuple(own.output_size),

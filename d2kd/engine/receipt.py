@@ -1,4 +1,4 @@
-"""The receipt of a student, ``receipt.json`` beside it: what it is, and what it was made of."""
+"""The receipt of a student, ``receipt.json`` next to it: what it is, and what it was made of."""
 
 from __future__ import annotations
 

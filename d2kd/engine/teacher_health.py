@@ -228,7 +228,7 @@ def _of_boxes(split: str, examined: Examined) -> list[str]:
     extra = sum(len(one.extra) for one in agreement.disagreements())
     if extra >= _AT_LEAST and extra > _EXTRA * objects:
         said.append(
-            f"{split}: it is sure of {extra} objects that are not annotated, beside the {objects} "
+            f"{split}: it is sure of {extra} objects that are not annotated, next to the {objects} "
             "that are: missing annotations, or false alarms that it would teach"
         )
     return said

@@ -35,7 +35,7 @@ class Latency:
 def measure(
     models: dict[str, tuple[Callable[[], object], float]], device: str, repeats: int
 ) -> list[Latency]:
-    """The latency of each model, called in turn, so that a busy machine disturbs all alike.
+    """The latency of each model, called in turn, so that a busy machine disturbs all equally.
 
     Args:
         models: in words -> a call of it with one image, and its megabytes.
