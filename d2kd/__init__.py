@@ -39,6 +39,7 @@ try:
     from .heads import DistillHead, build_head
     from .heads.adapters import Adapters, build_adapters, pair_levels
     from .heads.needs import Need
+    from .heads.sketch import Sketch
     from .keys import (
         COUNT,
         NOT_NEGATIVE,
@@ -97,6 +98,7 @@ __all__ = [
     "Pixels",
     "Rule",
     "Schedule",
+    "Sketch",
     "StudentStep",
     "Teacher",
     "TeacherStep",

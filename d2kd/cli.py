@@ -35,7 +35,7 @@ VERBS = {
     ),
     "benchmark": Verb("d2kd.benchmark.command", "measure what distillation adds to a step"),
     "prototypes": Verb("d2kd.commands.prototypes", "make and show Global Knowledge's prototypes"),
-    "show": Verb("d2kd.commands.show", "draw training images, and what MAR distils of them"),
+    "show": Verb("d2kd.commands.show", "draw training images, and what heads distil of them"),
     "export": Verb("d2kd.export.command", "export a student to TorchScript and ONNX, time it"),
     "convert": Verb("d2kd.commands.convert", "turn torchvision's ResNet weights into Detectron2's"),
     "demo": Verb("d2kd.commands.demo", "train a student without and with distillation, in minutes"),

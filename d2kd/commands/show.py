@@ -1,16 +1,23 @@
-"""Draw training images as the student gets them, and the multi-value masks of MAR on them.
+"""Draw training images as the student gets them, and what heads distil of them.
 
     d2kd show --config-file digits/retinanet_R18_ssim.yaml --images 0 1 2
     d2kd show --config-file digits/retinanet_R18_mar.yaml --kinds count iou zones --output m.png
+    d2kd show --config-file digits/retinanet_R18_ssim.yaml --heads MODEL.WEIGHTS model_final.pth
 
 Each image has the boxes of its objects. With MAR among DISTILL.HEADS, or with --kinds, there is a
 row per image and kind of mask and a column per pyramid level: the masks come from the head itself,
 on one untrained forward of the student. No teacher is built and no weights are read.
+
+With --heads, of all heads of the config or of those that are named, there are, a column per level:
+how far the pyramids are apart; where each head's loss pulls at the student's pyramid (the length of
+its gradient); and masks, graphs and resemblance to prototypes, of heads that have some. That takes
+the teacher with its weights, and the student with MODEL.WEIGHTS.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +45,7 @@ from ..engine.setup import add_import_argument, read_config
 from ..errors import ConfigError
 from ..geometry.anchor_masks import MASK_KINDS
 from ..heads.mar import MAR
+from .sketches import build_distiller, draw_rows, sketch_image
 
 COLUMNS = 4  # images side by side where there are no masks
 
@@ -147,6 +155,30 @@ def _overlay(axis, mask: Tensor, stride: int) -> None:
     axis.axis(limits)
 
 
+def show_heads(cfg: CfgNode, items: list[dict], heads: Sequence[str], args) -> None:
+    """Draw and print what the heads distil, a file per image."""
+    heads = list(heads) or list(cfg.DISTILL.HEADS)
+    distiller = build_distiller(cfg, heads)
+    for index, item in zip(args.images, items, strict=True):
+        rows = sketch_image(distiller, item, heads)
+        for row in rows:
+            print(f"image {index}: {row.title}: {', '.join(row.cells)}".rstrip(": "))
+        image, boxes = _rgb(item, cfg.INPUT.FORMAT), _boxes(item)
+        draw_image = functools.partial(_show, image=image, boxes=boxes, grey=True)
+        figure = draw_rows(rows, draw_image, _overlay)
+        path = args.output
+        if len(items) > 1:
+            path = path.with_stem(f"{path.stem}_{index}")
+        save(figure, path, args.dpi)
+
+
+def save(figure: plt.Figure, path: Path, dpi: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
 def build_parser() -> CommandParser:
     """The options of the command."""
     parser = CommandParser(description=__doc__)
@@ -162,6 +194,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--kinds", nargs="+", choices=MASK_KINDS, help="kinds of masks; default: the config's"
     )
+    parser.add_argument(
+        "--heads", nargs="*", metavar="HEAD", help="draw what these heads distil; default: all"
+    )
     parser.add_argument("--output", type=Path, default=Path("output/show.png"))
     parser.add_argument("--dpi", type=positive, default=100)
     add_import_argument(parser)
@@ -175,17 +210,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         ConfigError: in one line, before anything is written.
     """
     args = build_parser().parse_command(argv)
-    # Nothing is trained or loaded here: neither the teacher's files nor weights need be there.
-    args.eval_only = True
-    args.opts = [*args.opts, "MODEL.WEIGHTS", ""]
+    # Without --heads neither the teacher's files nor weights need be there.
+    args.eval_only = args.heads is None
+    args.opts = [*args.opts, *(["MODEL.WEIGHTS", ""] if args.heads is None else [])]
     defaults = vars(default_argument_parser().parse_args([]))
     cfg = read_config(argparse.Namespace(**{**defaults, **vars(args)}))
     items = read_images(cfg, args.images)
+    if args.heads is not None:
+        show_heads(cfg, items, args.heads, args)
+        return
     kinds = args.kinds or ([cfg.DISTILL.MAR.MASK.KIND] if "MAR" in cfg.DISTILL.HEADS else [])
     if kinds:
         figure = draw_masks(items, masks_by_kind(cfg, items, kinds), cfg.INPUT.FORMAT)
     else:
         figure = draw_images(items, cfg.INPUT.FORMAT)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=args.dpi)
-    print(f"wrote {args.output}")
+    save(figure, args.output, args.dpi)

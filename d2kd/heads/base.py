@@ -18,6 +18,7 @@ from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
 from ..registry import DISTILL_HEAD_REGISTRY, node_name
 from .needs import Need, check_needs
+from .sketch import Sketch
 
 
 class DistillHead(nn.Module, ABC):
@@ -105,6 +106,11 @@ class DistillHead(nn.Module, ABC):
             ConfigError: the options leave nothing to distil, or do not fit the pair's kind.
         """
         return [Need("", both=cls.reads, student=cls.student_reads, teacher=cls.teacher_reads)]
+
+    def sketch(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Sketch:
+        """What ``d2kd show --heads`` draws of a step of one image, in addition to where the head's
+        loss pulls at the student's pyramid; default: nothing."""
+        return Sketch()
 
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         """Hooks that the trainer runs for this head."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from .base import DistillHead
 from .dense import DensePair
 from .dsig_nodes import Graph, TopPredictions
 from .needs import Need
+from .sketch import Sketch
 
 GRAPH_TERMS = ("foreground", "background", "edge")
 OUTPUT_TERMS = ("class", "box")
@@ -255,6 +257,24 @@ class DSIG(DistillHead):
             graph = self._roi_graph if self.two_stage else self._prediction_graph
             terms |= self._compare_graphs(graph(student, teacher))
         return self.weigh(terms)
+
+    def sketch(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Sketch:
+        """The nodes that have edges, and the edges in both detectors."""
+        if not self._any(GRAPH_TERMS):
+            return Sketch()
+        if self.two_stage:
+            graph, boxes = self._roi_graph(student, teacher), student.rois[self.options.stage].boxes
+        else:
+            graph = self._prediction_graph(student, teacher)
+            boxes = self.predictions(student.dense, student.image_sizes)
+        nodes = torch.cat(boxes)
+        rows = slice(None) if graph.has_edges is None else graph.has_edges
+        sides = {"teacher": graph.teacher, "student": graph.student}
+        edges = {
+            f"edges, {side}": losses.cosine_graph(features[rows].detach().float().flatten(1)[None])
+            for side, features in sides.items()
+        }
+        return Sketch(graphs={title: (nodes[rows], matrix[0]) for title, matrix in edges.items()})
 
     def _any(self, terms: Iterable[str]) -> bool:
         return not self.weights.keys().isdisjoint(terms)

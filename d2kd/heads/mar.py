@@ -34,6 +34,7 @@ from .base import DistillHead
 from .global_knowledge.boxes import pick_foreground
 from .needs import Need
 from .pyramid import adapted_levels
+from .sketch import Sketch
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +258,11 @@ class MAR(DistillHead):
         if self.advice is not None:
             self.advice.update(batch, terms, self.weights)
         return terms
+
+    def sketch(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Sketch:
+        """The mask of each level."""
+        masks = self.build_masks(student, batch.gt_boxes)
+        return Sketch({f"mask ({self.options.mask.kind})": {s: m[0] for s, m in masks.items()}})
 
     def build_masks(
         self, student: FeatureBundle, gt_boxes: Sequence[Tensor], kind: str = ""

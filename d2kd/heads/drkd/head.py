@@ -29,6 +29,7 @@ from ...numerics import Ragged, full_precision
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import INITS, Adapters, build_adapters, pair_levels
 from ..base import DistillHead
+from ..sketch import Sketch
 from .graph import GraphUnit
 from .instances import (
     RELATION_FILTERS,
@@ -254,17 +255,40 @@ class DRKD(DistillHead):
         if "pixel" in self.weights:
             terms["pixel"] = self._pixel_loss(student.pyramid, teacher.pyramid)
         if "relation" in self.weights or "instance" in self.weights:
-            boxes = choose_boxes(batch.gt_boxes, self.options.max_instances, seed=batch.iteration)
+            boxes, students, teachers = self._instances(student, teacher, batch)
             rows = Ragged.of(boxes)
-            placed = [place_boxes(boxes, self.instance_strides[:1])]
-            placed += [PlacedBoxes((s,), placed[0].rois) for s in self.instance_strides[1:]]
-            students, teachers = (self._pool(side, placed) for side in (student, teacher))
             if "relation" in self.weights:
                 terms["relation"] = self._relation_loss(students, teachers, rows)
             if "instance" in self.weights:
                 terms["instance"] = self._instance_loss(students, teachers, rows)
         factors = self._batch_size_factors(len(batch.inputs))
         return {name: self.weights[name] * factors[name] * loss for name, loss in terms.items()}
+
+    def sketch(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Sketch:
+        """The relations of the objects on the finest level, in both detectors."""
+        if "relation" not in self.weights:
+            return Sketch()
+        boxes, mine, theirs = self._instances(student, teacher, batch)
+
+        def relations(units: nn.ModuleDict, instances: Tensor) -> tuple[Tensor, Tensor]:
+            unit = _in_order(units)[0]
+            relation = getattr(unit, "relation", unit)  # of the profile "code", or of "paper"
+            matrices = relation_matrices([relation], [instances.flatten(1)], Ragged.of(boxes))
+            return torch.cat(boxes), matrices[0][0].detach()
+
+        teachers = relations(self.teacher_relations, theirs[0])
+        students = relations(self.student_relations, mine[0])
+        graphs = {"relations, teacher": teachers, "relations, student": students}
+        return Sketch(graphs=graphs)
+
+    def _instances(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The objects per image, and of both detectors what is pooled of them from each level."""
+        boxes = choose_boxes(batch.gt_boxes, self.options.max_instances, seed=batch.iteration)
+        placed = [place_boxes(boxes, self.instance_strides[:1])]
+        placed += [PlacedBoxes((s,), placed[0].rois) for s in self.instance_strides[1:]]
+        return boxes, self._pool(student, placed), self._pool(teacher, placed)
 
     def _pool(self, side: FeatureBundle, levels: Sequence[PlacedBoxes]) -> list[Tensor]:
         """Each instance from each of the finest levels: (R, C, k, k) by level."""

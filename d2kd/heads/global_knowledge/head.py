@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from torch import Tensor
@@ -24,6 +25,7 @@ from ..adapters import Adapters, build_adapters, pair_levels
 from ..base import DistillHead
 from ..dense import at_anchors, join_levels
 from ..needs import Need
+from ..sketch import Sketch
 from .boxes import PickedBoxes, PlacedBoxes, pick_anchors, pick_objects, pick_rois
 from .options import GlobalKnowledgeOptions
 from .responses import CosineResponses, ProjectionResponses, Responses
@@ -148,6 +150,25 @@ class GlobalKnowledge(DistillHead):
             loss = soft_labels(student, teacher, placed, reliability)
             terms["soft"] = self.weights["soft"] * loss
         return terms
+
+    def sketch(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Sketch:
+        """How much each cell resembles its nearest prototype, in both detectors."""
+        if self.bank is None:
+            return Sketch()
+        if not self.bank.has_prototypes:
+            return Sketch(note="no prototypes yet: give PROTOTYPES.FILE, or a checkpoint with some")
+        maps: dict[str, dict[int, Tensor]] = {}
+        for stride in self.strides:
+            mine, theirs, present = self.bank.level(stride)
+            for side, bundle, prototypes in (
+                ("teacher", teacher, theirs),
+                ("student", student, mine),
+            ):
+                cells = F.normalize(bundle.pyramid[stride][0].detach().float(), dim=0)
+                units = F.normalize(prototypes[present].float(), dim=1)
+                cosines = torch.einsum("chw,mc->mhw", cells, units)
+                maps.setdefault(f"nearest prototype, {side}", {})[stride] = cosines.amax(0).clamp(0)
+        return Sketch(maps)
 
     def pick_boxes(self, student: FeatureBundle, batch: Batch) -> PickedBoxes:
         """The boxes that the global and local losses are about."""
