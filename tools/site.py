@@ -28,6 +28,7 @@ NAV = {
         "Light students": "docs/students.md",
         "Teachers of every kind": "docs/teachers.md",
         "Training": "docs/training.md",
+        "LazyConfig": "docs/lazy_config.md",
     },
     "Methods": {},  # every page of docs/methods
     "Evidence": {
