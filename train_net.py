@@ -7,8 +7,8 @@ python train_net.py --config-file ... --resume SOLVER.MAX_ITER 9000
 """
 
 from d2kd.engine.launch import launch
-from d2kd.engine.setup import build_parser, setup
-from d2kd.engine.train import evaluate
+from d2kd.engine.setup import build_parser
+from d2kd.engine.train import evaluate, prepare
 from d2kd.engine.trainer import DistillTrainer
 
 
@@ -19,11 +19,10 @@ class Trainer(DistillTrainer):
 
 def main(args):
     """One process of a job."""
-    cfg = setup(args)  # read and checked; nothing is written yet
+    cfg, trainer_class = prepare(args, Trainer)  # read and checked; nothing is written yet
     if args.eval_only:
-        return evaluate(cfg, resume=args.resume, trainer_class=Trainer)
-    trainer = Trainer(cfg, resume=args.resume)
-    return trainer.train()
+        return evaluate(cfg, resume=args.resume, trainer_class=trainer_class)
+    return trainer_class(cfg, resume=args.resume).train()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ try:
         strides_of,
     )
     from .detectors.student_boxes import pool_for_own_head, pool_like_student
-    from .detectors.teacher import Teacher
+    from .detectors.teacher import Teacher, load_teacher
     from .errors import ConfigError
     from .heads import DistillHead, build_head
     from .heads.adapters import Adapters, build_adapters, pair_levels
@@ -120,6 +120,7 @@ __all__ = [
     "head_schedule",
     "key",
     "lazy",
+    "load_teacher",
     "losses",
     "merged_config",
     "models",

@@ -6,7 +6,7 @@ A head declares its own keys (``Options`` of its class), a backbone or meta-arch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .balance import Balance, BalanceOptions
-from .config_files import resolve_teacher
+from .config_files import merge_overrides, resolve_teacher
 from .errors import ConfigError
 from .keys import (
     NOT_NEGATIVE,
@@ -230,13 +230,8 @@ def validate_distillation_config(cfg: CfgNode) -> None:
     if "DISTILL" not in cfg:
         raise ConfigError("the config has no DISTILL: call d2kd.add_distillation_config(cfg) first")
     options = DistillOptions.read(cfg.DISTILL, "DISTILL")
-    known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
+    _check_heads(cfg)
     for name in options.heads:
-        if name not in known:
-            raise ConfigError(f"DISTILL.HEADS: unknown head '{name}'; valid: {', '.join(known)}")
-        if options.heads.count(name) > 1:
-            raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
-        _check_head_node(cfg, name)
         head_schedule(cfg, name)
     head_balance(cfg)
     teacher = options.teacher
@@ -252,6 +247,45 @@ def validate_distillation_config(cfg: CfgNode) -> None:
     validate_meta_arch("DISTILL.STUDENT_META_ARCH", options.student_meta_arch)
     if options.student_meta_arch == "Distiller":
         raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")
+
+
+def set_heads(cfg: CfgNode, heads: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Write heads into ``cfg.DISTILL``, as a LazyConfig names them.
+
+    Args:
+        heads: name -> its keys, in lower or upper case: ``{"SSIM": {"weight": 2.0, "schedule":
+            {"stop_iter": 900}}}``.
+
+    Raises:
+        ConfigError: an unknown head or key, or a value of another type.
+    """
+    cfg.DISTILL.HEADS = list(heads)
+    _check_heads(cfg)
+    for name, options in heads.items():
+        pairs = _key_values(options or {}, f"DISTILL.{node_name(name)}")
+        merge_overrides(cfg, [word for pair in pairs for word in pair], f"the head {name}")
+
+
+def _key_values(options: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in options.items():
+        key = f"{path}.{str(name).upper()}"
+        if isinstance(value, Mapping):
+            yield from _key_values(value, key)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield key, list(value)
+        else:
+            yield key, value
+
+
+def _check_heads(cfg: CfgNode) -> None:
+    """Refuse names in ``DISTILL.HEADS`` that no head has, or that stand there twice."""
+    known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
+    for name in cfg.DISTILL.HEADS:
+        if name not in known:
+            raise ConfigError(f"DISTILL.HEADS: unknown head '{name}'; valid: {', '.join(known)}")
+        if list(cfg.DISTILL.HEADS).count(name) > 1:
+            raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
+        _check_head_node(cfg, name)
 
 
 def _check_head_node(cfg: CfgNode, name: str) -> None:

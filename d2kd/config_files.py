@@ -135,6 +135,11 @@ def load_config(
             a value; names the file and the line.
     """
     path = resolve_config_file(name, key, folders)
+    if path.endswith(".py"):
+        raise ConfigError(
+            f"{key}: '{name}' is a LazyConfig; d2kd train reads it, and it can teach, but here "
+            "YAML is read"
+        )
     lines = _checked_lines(path, cfg)
     try:
         # Every file that is not Detectron2's own was just found to be free of tags.

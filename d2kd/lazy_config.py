@@ -49,7 +49,12 @@ def load_lazy(path: str) -> DictConfig:
 
 
 def override_lazy(
-    cfg: DictConfig, overrides: Sequence[Any], source: str, *, trusted: bool = False
+    cfg: DictConfig,
+    overrides: Sequence[Any],
+    source: str,
+    *,
+    trusted: bool = False,
+    free: tuple[str, ...] = (),
 ) -> None:
     """Apply ``a.b=c`` to ``cfg``, in place.
 
@@ -60,6 +65,7 @@ def override_lazy(
         source: where they stand, for messages.
         trusted: they may say what is called (``_target_``), as those of a command line; those of a
             YAML file, which is data, may not.
+        free: what keys begin with that may be new; others check them.
 
     Raises:
         ConfigError: it is no ``a.b=c``, or nothing has such a key; names close ones.
@@ -72,7 +78,9 @@ def override_lazy(
             )
         if "_target_" in item and not trusted:
             raise ConfigError(f"{source}: '{item}' is not read: a _target_ runs code")
-        _check_key(cfg, item.partition("=")[0].strip().lstrip("+"), source)
+        key = item.partition("=")[0].strip().lstrip("+")
+        if not key.startswith(free):
+            _check_key(cfg, key, source)
         try:
             LazyConfig.apply_overrides(cfg, [item])
         except Exception as error:

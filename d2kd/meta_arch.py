@@ -16,18 +16,25 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .balance import Balance
-from .config import head_balance, head_schedule, student_config, validate_distillation_config
+from .config import (
+    add_distillation_config,
+    head_balance,
+    head_schedule,
+    set_heads,
+    student_config,
+    validate_distillation_config,
+)
 from .data.custom import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
@@ -135,7 +142,9 @@ class Distiller(nn.Module):
     Args:
         student: a detector that returns a dict of losses in training.
         teacher: the frozen teacher; None where nothing is distilled or inherited.
-        heads: name -> head, in the order in which they run.
+        heads: name -> head, in the order in which they run; or name -> its keys, from which heads
+            and schedules are built: ``{"SSIM": {"weight": 2.0}, "DSIG": {}}``, as a LazyConfig has
+            them.
         schedules: name -> factor of the head by iteration.
         max_iter: length of training, told to the heads.
         inherit: parts of the student that :meth:`start_from_weights` copies from the teacher.
@@ -152,7 +161,7 @@ class Distiller(nn.Module):
         *,
         student: nn.Module,
         teacher: Teacher | None = None,
-        heads: dict[str, DistillHead] | None = None,
+        heads: Mapping[str, Any] | None = None,
         schedules: dict[str, Schedule] | None = None,
         max_iter: int = 1,
         inherit: Sequence[str] = (),
@@ -160,6 +169,10 @@ class Distiller(nn.Module):
         balance: Balance | None = None,
     ):
         super().__init__()
+        if heads and not any(isinstance(head, nn.Module) for head in heads.values()):
+            _check_complete(teacher, heads, heads, inherit)
+            cfg, specs = _config_of_heads(heads, max_iter), describe_pair(student, teacher)
+            heads, schedules = _build_heads(cfg, list(heads), specs)
         _check_complete(teacher, heads or {}, schedules or {}, inherit)
         self.student = student
         self.distill_heads = nn.ModuleDict(heads or {})
@@ -189,10 +202,7 @@ class Distiller(nn.Module):
             built["teacher"] = teacher = Teacher.from_config(cfg)
         if names:
             built["specs"] = specs = describe_pair(student, teacher, trained_classes(cfg))
-            # The student's random numbers, now and in training, are those of plain Detectron2.
-            with torch.random.fork_rng(devices=[]):
-                built["heads"] = {name: build_head(name, cfg, *specs) for name in names}
-            built["schedules"] = {name: head_schedule(cfg, name) for name in names}
+            built["heads"], built["schedules"] = _build_heads(cfg, names, specs)
             built["balance"] = head_balance(cfg)
         return built
 
@@ -349,8 +359,30 @@ def describe_pair(
         class_names: of the student's classes, in order, where they are known.
     """
     spec = describe_detector(student, "student")
-    spec = dataclasses.replace(spec, class_names=class_names)
+    names = class_names or teacher.student_classes
+    if names and spec.num_classes not in (None, len(names)):
+        names = None
+    spec = dataclasses.replace(spec, class_names=tuple(names) if names else None)
     return spec, teacher.describe(spec)
+
+
+def _build_heads(
+    cfg: CfgNode, names: Sequence[str], specs: tuple[DetectorSpec, DetectorSpec]
+) -> tuple[dict[str, DistillHead], dict[str, Schedule]]:
+    """The heads ``names`` of ``cfg`` for a pair, and their schedules."""
+    # The student's random numbers, now and in training, are those of plain Detectron2.
+    with torch.random.fork_rng(devices=[]):
+        heads = {name: build_head(name, cfg, *specs) for name in names}
+    return heads, {name: head_schedule(cfg, name) for name in names}
+
+
+def _config_of_heads(heads: Mapping[str, Mapping[str, Any]], max_iter: int) -> CfgNode:
+    """A config with heads that a LazyConfig names."""
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = max_iter, ()
+    set_heads(cfg, heads)
+    return cfg
 
 
 def _check_complete(teacher, heads: dict, schedules: dict, inherit: Sequence[str]) -> None:

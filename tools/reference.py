@@ -42,7 +42,7 @@ SECTIONS = {
     ),
     "Training": (
         *("distill", "DistillResult", "train", "DistillTrainer", "add_distillation_hooks"),
-        *("Distiller", "Teacher", "GivesMaps", "Pixels"),
+        *("Distiller", "Teacher", "load_teacher", "GivesMaps", "Pixels"),
     ),
     "Using the student": ("ExportedDetector",),
     "Modules": ("losses", "models", "data"),

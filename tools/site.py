@@ -28,11 +28,11 @@ NAV = {
         "Your data": "datasets/README.md",
         "Light students": "docs/students.md",
         "Teachers of every kind": "docs/teachers.md",
-        "Is this teacher good enough?": "docs/check_teacher.md",
         "The check of a teacher": "docs/check_teacher.md",
         "Training": "docs/training.md",
-        "Deployment": "docs/deploy.md",
+        "LazyConfig": "docs/lazy_config.md",
         "Your own train_net.py": "docs/own_trainer.md",
+        "Deployment": "docs/deploy.md",
     },
     "Methods": {},  # every page of docs/methods
     "Evidence": {
@@ -45,7 +45,6 @@ NAV = {
         "Config keys": "docs/config.md",
         "Python interface": "docs/api.md",
         "Extending": "docs/extending.md",
-        "Your own train_net.py": "docs/own_trainer.md",
         "What is trusted": "SECURITY.md",
         "Contributing": "CONTRIBUTING.md",
         "Changes": "CHANGELOG.md",

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from torch import Tensor, nn
 
-from ..config import PRECISIONS
+from ..config import PRECISIONS, add_distillation_config
 from ..errors import ConfigError
 from .bundle import Context, FeatureBundle, Lazy
 from .class_map import UNKNOWN, match_classes
@@ -47,6 +47,7 @@ class Teacher:
         precision: "" to follow the student's autocast, or "fp32", "bf16", "fp16".
         class_names: of the classes that it predicts, in order, where they are known.
         class_pairs: (student's class, teacher's) of classes that are one under two names.
+        student_classes: names of the student's classes, where the student's spec has none.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Teacher:
         precision: str = "",
         class_names: tuple[str, ...] | None = None,
         class_pairs: Sequence[Any] = (),
+        student_classes: Sequence[str] | None = None,
     ):
         if precision not in PRECISIONS:
             raise ConfigError(
@@ -71,6 +73,7 @@ class Teacher:
         self.precision = precision
         self.class_names = class_names
         self.class_pairs = class_pairs
+        self.student_classes = student_classes
         self.normalisation = normalisation(model)
         self.is_prepared = False
         self._in_precision: dict[torch.dtype, nn.Module] = {}
@@ -231,6 +234,37 @@ class Teacher:
         if dtype not in self._in_precision:
             self._in_precision[dtype] = in_precision(self.model, dtype)
         return self._in_precision[dtype]
+
+
+def load_teacher(
+    config_file: str,
+    weights: str = "",
+    opts: Sequence[Any] = (),
+    *,
+    precision: str = "",
+    class_map: Sequence[Any] = (),
+    student_format: str = "BGR",
+    student_classes: Sequence[str] | None = None,
+) -> Teacher:
+    """The teacher of a config file, of the zoo or of another library, on the CPU; its arguments are
+    the keys of ``DISTILL.TEACHER``. ``L(load_teacher)(config_file=...)`` is one of a LazyConfig.
+
+    Args:
+        student_format: order of channels of the student's images.
+        student_classes: names of the student's classes, where they are known.
+
+    Raises:
+        ConfigError: in one line, for whatever is wrong with it.
+    """
+    cfg = get_cfg()
+    add_distillation_config(cfg)
+    node = cfg.DISTILL.TEACHER
+    node.CONFIG_FILE, node.WEIGHTS, node.OPTS = config_file, weights, list(opts)
+    node.PRECISION, node.CLASS_MAP = precision, [list(pair) for pair in class_map]
+    cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = student_format, "cpu"
+    teacher = Teacher.from_config(cfg)
+    teacher.student_classes = tuple(student_classes) if student_classes else None
+    return teacher
 
 
 @contextlib.contextmanager

@@ -112,7 +112,11 @@ class StudentHook(HookBase):
     def after_train(self) -> None:
         trainer = self.trainer
         if trainer.iter >= trainer.max_iter and comm.is_main_process():
-            save_deliverable(trainer.cfg, trainer.model)
+            self.save()
+
+    def save(self) -> None:
+        """Write them."""
+        save_deliverable(self.trainer.cfg, self.trainer.model)
 
 
 class FinishHook(HookBase):

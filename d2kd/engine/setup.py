@@ -234,17 +234,18 @@ def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
     raise ConfigError(f"{key}: no file '{path}'{hint}{looked_in(path, folders)}")
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
+def setup(args: argparse.Namespace, cfg: CfgNode | None = None) -> CfgNode:
     """The config of a job, checked, and a log on the console; nothing is written yet.
 
     Args:
         args: of :func:`build_parser`.
+        cfg: where it was read already.
 
     Raises:
         ConfigError: in one line, for whatever is wrong.
     """
     logs.start()
-    cfg = read_config(args)
+    cfg = read_config(args) if cfg is None else cfg
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError(
             "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "

@@ -6,12 +6,12 @@ import argparse
 import os
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 
 from ..config import student_config
 from ..errors import ConfigError
 from ..files import write_json, write_text
-from . import logs, output
+from ..lazy_config import is_lazy
+from . import lazy, logs, output
 from .checkpoint import AtomicCheckpointer, find_checkpoint
 from .faults import on_main_process
 from .launch import launch
@@ -34,10 +34,27 @@ def main(argv: list[str] | None = None, description: str | None = None) -> dict 
 
 def process(args: argparse.Namespace) -> dict:
     """One process of a job: train_net.py's ``main``."""
-    cfg = setup(args)
+    cfg, trainer_class = prepare(args)
     if args.eval_only:
-        return evaluate(cfg, resume=args.resume)
-    return DistillTrainer(cfg, resume=args.resume).train()
+        return evaluate(cfg, resume=args.resume, trainer_class=trainer_class)
+    return trainer_class(cfg, resume=args.resume).train()
+
+
+def prepare(
+    args: argparse.Namespace, trainer_class: type[DistillTrainer] = DistillTrainer
+) -> tuple[CfgNode, type[DistillTrainer]]:
+    """The config of a job, checked, and its trainer; nothing is written yet.
+
+    Args:
+        args: of :func:`~d2kd.engine.setup.build_parser`.
+        trainer_class: trains a YAML config as it is; of a LazyConfig, a class derived from it.
+
+    Raises:
+        ConfigError: in one line, for whatever is wrong.
+    """
+    if is_lazy(args.config_file):
+        return lazy.prepare(args, trainer_class)
+    return setup(args), trainer_class
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict:
@@ -83,7 +100,7 @@ def evaluate(
     if not weights:
         raise ConfigError("an evaluation needs weights: MODEL.WEIGHTS is empty")
     cfg = student_config(cfg)
-    model = build_model(without_start(cfg))
+    model = trainer_class.build_model(without_start(cfg))
     AtomicCheckpointer(model).load_weights(weights, complete=True)
     own = os.path.join(folder, output.EVALUATION_FOLDER)
 

@@ -9,6 +9,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -101,7 +102,7 @@ class DistillTrainer(DefaultTrainer):
         on_gpu = unwrap(model).device.type == "cuda"
         model = create_ddp_model(
             model,
-            broadcast_buffers=False,
+            **self.ddp_options,
             device_ids=[comm.get_local_rank()] if on_gpu else None,
         )
         self._trainer = StepTrainer(
@@ -125,6 +126,11 @@ class DistillTrainer(DefaultTrainer):
         if start:
             logger.warning("build_train_loader(cfg) takes no start: it begins with other images")
         return self.build_train_loader(self.cfg)
+
+    @property
+    def ddp_options(self) -> dict[str, Any]:
+        """Arguments of Detectron2's ``create_ddp_model``."""
+        return {"broadcast_buffers": False}
 
     @property
     def _moments(self) -> TrainingMoments:

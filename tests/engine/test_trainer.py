@@ -118,7 +118,7 @@ def test_train_net_is_short_and_does_what_the_command_does():
     assert len(text.splitlines()) <= 45
     command = (ROOT / "d2kd" / "engine" / "train.py").read_text()
     for word in (
-        "setup(args)",
+        "prepare(args",
         "evaluate(cfg, resume=args.resume",
         "resume=args.resume",
         "launch(",
