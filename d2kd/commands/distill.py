@@ -9,8 +9,8 @@ data are annotation file and image folder of training, then of evaluation, in CO
 names of registered datasets. Both detectors get the classes of the data. A teacher that has no
 weights for these classes is trained first, from the weights that it has; a teacher that is a
 LazyConfig (.py) or of another library (timm:resnet50) is used as it is. All is checked before
-anything is written. KEY VALUE pairs are the student's; the teacher's are DISTILL.TEACHER.OPTS. The
-same command goes on where it was stopped.
+anything is written. KEY VALUE pairs are the student's; the teacher's are DISTILL.TEACHER.OPTS, and
+its own weights DISTILL.TEACHER.WEIGHTS. The same command goes on where it was stopped.
 
 OUT holds teacher.yaml and student.yaml, by which d2kd train repeats what was done; report.md;
 gain.yaml, a suite for d2kd compare that measures what distillation gains; and the folders of the
@@ -132,7 +132,9 @@ def distill(
         iterations: of either training; their schedules keep their proportions. None: the configs'.
         batch: images in a step, by which learning rates are scaled. None: the configs'.
         num_gpus: processes, with a GPU each where there are GPUs.
-        opts: KEY VALUE pairs of the student; ``DISTILL.TEACHER.OPTS`` are the teacher's.
+        opts: KEY VALUE pairs of the student; ``DISTILL.TEACHER.OPTS`` are the teacher's, and
+            ``DISTILL.TEACHER.WEIGHTS`` its weights. (Those of the student's config are of the
+            teacher that it names itself, and do not count.)
         imports: files or modules to import first, e.g. with a head of yours.
 
     Raises:
@@ -175,7 +177,7 @@ class Plan:
         self.student_file, self.teacher_file = (
             os.path.join(self.out, f"{name}.yaml") for name in ("student", "teacher")
         )
-        self.student = read_config(student, opts)
+        self.student = read_config(student, opts, other_teacher=True)
         output.check_output_dir(self.out)
         set_data(self.student, data)
         self.classes = class_names(self.student)
@@ -354,14 +356,23 @@ class Plan:
 # --- configs --------------------------------------------------------------------------------------
 
 
-def read_config(config: str | CfgNode, opts: Sequence[Any]) -> CfgNode:
-    """The config of a file or name, or a copy of a config, with overrides merged."""
+def read_config(
+    config: str | CfgNode, opts: Sequence[Any], *, other_teacher: bool = False
+) -> CfgNode:
+    """The config of a file or name, or a copy of a config, with overrides merged.
+
+    Args:
+        other_teacher: forget the weights and overrides of the teacher that the config itself names.
+    """
     if isinstance(config, str):
-        return merged_config(config, list(opts))
-    cfg = config.clone()
-    cfg.defrost()
+        cfg = merged_config(config, [])
+    else:
+        cfg = config.clone()
+        cfg.defrost()
     if "DISTILL" not in cfg:
         raise ConfigError("the config has no DISTILL: call d2kd.add_distillation_config(cfg) first")
+    if other_teacher:
+        cfg.DISTILL.TEACHER.WEIGHTS, cfg.DISTILL.TEACHER.OPTS = "", []
     merge_overrides(cfg, opts)
     set_absolute_paths(cfg)
     return cfg

@@ -131,6 +131,7 @@ def test_from_python(job, data, tmp_path):
     teacher.MODEL.WEIGHTS = str(folder / "out/teacher/student_final.pth")
     student = config(16)
     student.SOLVER.MAX_ITER = 2
+    student.DISTILL.TEACHER.WEIGHTS = "of_another_teacher.pth"
     out = tmp_path / "out"
     result = d2kd.distill(student, teacher, data, heads=["Logits"], out=str(out), batch=1)
     assert isinstance(result, d2kd.DistillResult) and not (out / "teacher").exists()
