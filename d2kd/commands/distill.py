@@ -7,9 +7,10 @@
 Student and teacher are YAML files, configs that d2kd ships, or names in Detectron2's model zoo. The
 data are annotation file and image folder of training, then of evaluation, in COCO format; or two
 names of registered datasets. Both detectors get the classes of the data. A teacher that has no
-weights for these classes is trained first, from the weights that it has. All is checked before
-anything is written. KEY VALUE pairs are the student's; the teacher's are DISTILL.TEACHER.OPTS. The
-same command goes on where it was stopped.
+weights for these classes is trained first, from the weights that it has; a teacher that is a
+LazyConfig (.py) or of another library (timm:resnet50) is used as it is. All is checked before
+anything is written. KEY VALUE pairs are the student's; the teacher's are DISTILL.TEACHER.OPTS, and
+its own weights DISTILL.TEACHER.WEIGHTS. The same command goes on where it was stopped.
 
 OUT holds teacher.yaml and student.yaml, by which d2kd train repeats what was done; report.md;
 gain.yaml, a suite for d2kd compare that measures what distillation gains; and the folders of the
@@ -40,7 +41,7 @@ from detectron2.modeling import build_model
 from ..arguments import CommandParser, positive
 from ..compare.suite import as_list, stretched
 from ..config import student_config
-from ..config_files import merge_overrides
+from ..config_files import foreign_teacher, merge_overrides
 from ..config_paths import absolute_path, find_file, set_absolute_paths
 from ..data.classes import list_of
 from ..data.custom import (
@@ -63,6 +64,7 @@ from ..engine.setup import add_import_argument, check_config, import_user_module
 from ..engine.summary import metrics_table
 from ..errors import ConfigError
 from ..files import null_to_nan, shown, write_text
+from ..lazy_config import is_lazy
 
 DEFAULT_HEADS = ("SSIM",)
 CHECKPOINTS = 10  # at least, in a training
@@ -121,7 +123,8 @@ def distill(
     Args:
         student, teacher: a YAML file, a config that d2kd ships, a name in Detectron2's model zoo,
             or a config of ``get_cfg()``. Weights are those of ``MODEL.WEIGHTS``; a teacher from the
-            zoo has its checkpoint there.
+            zoo has its checkpoint there. A teacher that is a LazyConfig, or "timm:resnet50" and
+            the like, is used as it is.
         data: ``[train.json, images, val.json, images]`` in COCO format, or two names of registered
             datasets; () for those of the student's config.
         heads: names of heads; () for those of the student's config, else SSIM.
@@ -129,7 +132,9 @@ def distill(
         iterations: of either training; their schedules keep their proportions. None: the configs'.
         batch: images in a step, by which learning rates are scaled. None: the configs'.
         num_gpus: processes, with a GPU each where there are GPUs.
-        opts: KEY VALUE pairs of the student; ``DISTILL.TEACHER.OPTS`` are the teacher's.
+        opts: KEY VALUE pairs of the student; ``DISTILL.TEACHER.OPTS`` are the teacher's, and
+            ``DISTILL.TEACHER.WEIGHTS`` its weights. (Those of the student's config are of the
+            teacher that it names itself, and do not count.)
         imports: files or modules to import first, e.g. with a head of yours.
 
     Raises:
@@ -161,9 +166,10 @@ class Plan:
         student, teacher, data, heads, out, opts: see :func:`distill`.
 
     Attributes:
-        student, teacher: the configs.
+        student: its config.
+        teacher: its config; None of a LazyConfig or another library's model, which stays as it is.
         classes: names of the data's classes.
-        trains_teacher: whether its weights are not for these classes.
+        why: why the teacher is trained first; "" where it is not.
     """
 
     def __init__(self, student, teacher, data, heads, out, opts):
@@ -171,42 +177,59 @@ class Plan:
         self.student_file, self.teacher_file = (
             os.path.join(self.out, f"{name}.yaml") for name in ("student", "teacher")
         )
-        self.student = read_config(student, opts)
+        self.student = read_config(student, opts, other_teacher=True)
         output.check_output_dir(self.out)
-        node = self.student.DISTILL.TEACHER
         set_data(self.student, data)
         self.classes = class_names(self.student)
-        self.teacher = student_config(read_config(teacher, node.OPTS))
-        self.teacher.defrost()
-        weights = teacher_weights(teacher, self.teacher, node.WEIGHTS)
-        known = trained_classes(self.teacher)  # of the data that its config names
-        for key in ("TRAIN", "TEST", "COCO_FORMAT"):
-            self.teacher.DATASETS[key] = self.student.DATASETS[key]
-        for cfg, name in ((self.student, "student"), (self.teacher, "teacher")):
-            set_classes(cfg, len(self.classes))
-            cfg.OUTPUT_DIR = os.path.join(self.out, name)
-            cfg.SEED = SEED if cfg.SEED < 0 else cfg.SEED
-        self.teacher.DISTILL.HEADS = []
-        self.teacher.MODEL.WEIGHTS = "" if weights == RANDOM_WEIGHTS else weights
-        self.is_unsure = known is None
-        self.why = why_train(self.teacher, weights, known, self.classes)
-        self.trains_teacher = bool(self.why)
-        own = os.path.join(self.teacher.OUTPUT_DIR, STUDENT_FILE)
-        self._make_distiller(heads, own if self.trains_teacher else weights)
+        self.teacher: CfgNode | None = None
+        self.why, self.is_unsure = "", False
+        self._prepare(self.student, "student")
+        node = self.student.DISTILL.TEACHER
+        if isinstance(teacher, str) and (is_lazy(teacher) or foreign_teacher(teacher)):
+            node.CONFIG_FILE = absolute_path(teacher)
+        else:
+            self._plan_teacher(teacher)
+        self._make_distiller(heads)
 
-    def _make_distiller(self, heads: Sequence[str], weights: str) -> None:
+    def _prepare(self, cfg: CfgNode, name: str) -> None:
+        set_classes(cfg, len(self.classes))
+        cfg.OUTPUT_DIR = os.path.join(self.out, name)
+        cfg.SEED = SEED if cfg.SEED < 0 else cfg.SEED
+
+    def _plan_teacher(self, teacher: str | CfgNode) -> None:
+        """The teacher's config on the data, and whether it is trained."""
+        node = self.student.DISTILL.TEACHER
+        cfg = self.teacher = student_config(read_config(teacher, node.OPTS)).clone()
+        cfg.defrost()
+        weights = teacher_weights(teacher, cfg, node.WEIGHTS)
+        known = trained_classes(cfg)  # of the data that its config names
+        for key in ("TRAIN", "TEST", "COCO_FORMAT"):
+            cfg.DATASETS[key] = self.student.DATASETS[key]
+        self._prepare(cfg, "teacher")
+        cfg.DISTILL.HEADS = []
+        cfg.MODEL.WEIGHTS = "" if weights == RANDOM_WEIGHTS else weights
+        self.is_unsure = known is None
+        self.why = why_train(cfg, weights, known, self.classes)
+        own = os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE)
+        node.CONFIG_FILE, node.OPTS = self.teacher_file, []
+        node.WEIGHTS = own if self.trains_teacher else weights
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether its weights are not for the classes of the data."""
+        return bool(self.why)
+
+    def _make_distiller(self, heads: Sequence[str]) -> None:
         cfg = self.student
         if cfg.MODEL.META_ARCHITECTURE != "Distiller":
             cfg.DISTILL.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
             cfg.MODEL.META_ARCHITECTURE = "Distiller"
         cfg.DISTILL.HEADS = list(heads or cfg.DISTILL.HEADS or DEFAULT_HEADS)
-        node = cfg.DISTILL.TEACHER
-        node.CONFIG_FILE, node.OPTS, node.WEIGHTS = self.teacher_file, [], weights
 
     def set_length(self, iterations: int | None, batch: int | None) -> None:
         """Change the number of iterations and the batch of both trainings, and let either keep its
         last checkpoint, to go on from."""
-        for cfg in (self.student, self.teacher):
+        for cfg in self._files().values():
             if iterations:
                 merge_overrides(cfg, as_list(stretched(cfg, iterations)))
             if batch:
@@ -226,16 +249,17 @@ class Plan:
         """
         self._check_same()
         with tempfile.TemporaryDirectory() as folder:
-            student, teacher = self.student.clone(), self.teacher.clone()
-            file = os.path.join(folder, "teacher.yaml")
-            write_text(as_yaml(teacher), file)
-            student.DISTILL.TEACHER.CONFIG_FILE = file
+            student = self.student.clone()
+            if self.teacher is not None:
+                file = os.path.join(folder, "teacher.yaml")
+                write_text(as_yaml(self.teacher), file)
+                student.DISTILL.TEACHER.CONFIG_FILE = file
             if self.trains_teacher:
                 student.DISTILL.TEACHER.WEIGHTS = RANDOM_WEIGHTS  # the right ones come later
-                check_training(teacher, num_gpus)
+                check_training(self.teacher.clone(), num_gpus)
             with silent("d2kd.detectors.weights"):
                 check_training(student, num_gpus)
-        for cfg in (self.student, self.teacher):
+        for cfg in self._files().values():
             output.check_free(cfg.OUTPUT_DIR)
 
     def _check_same(self) -> None:
@@ -253,7 +277,9 @@ class Plan:
                     )
 
     def _files(self) -> dict[str, CfgNode]:
-        return {self.teacher_file: self.teacher, self.student_file: self.student}
+        """File -> its config."""
+        teacher = {} if self.teacher is None else {self.teacher_file: self.teacher}
+        return {**teacher, self.student_file: self.student}
 
     # --- what is written ------------------------------------------------------------------------
 
@@ -276,7 +302,10 @@ class Plan:
         how = "has weights for these classes" + " (it does not tell their names)" * self.is_unsure
         if self.why:
             how = f"trained first: {self.why}; {length(self.teacher)}"
-        lines.append(f"teacher: {self.teacher.MODEL.META_ARCHITECTURE}, {how}")
+        name = self.student.DISTILL.TEACHER.CONFIG_FILE
+        if self.teacher is not None:
+            name = self.teacher.MODEL.META_ARCHITECTURE
+        lines.append(f"teacher: {name}, {how if self.teacher is not None else 'as it is'}")
         arch, heads = self.student.DISTILL.STUDENT_META_ARCH, ", ".join(self.student.DISTILL.HEADS)
         lines.append(f"student: {arch}, distilled by {heads}; {length(self.student)}")
         return "\n".join(lines)
@@ -305,7 +334,7 @@ class Plan:
         found = {"student": result.results, "teacher": result.teacher_results}
         cost = result.receipt["cost"]
         again = [f"d2kd train --config-file {shown(path)}" for path in self._files()]
-        again = again if self.trains_teacher else again[1:]
+        again = again if self.trains_teacher else again[-1:]
         return (
             f"# {self.student.DISTILL.STUDENT_META_ARCH} distilled by "
             f"{', '.join(self.student.DISTILL.HEADS)}\n\n```\n{self.words()}\n```\n\n"
@@ -327,14 +356,23 @@ class Plan:
 # --- configs --------------------------------------------------------------------------------------
 
 
-def read_config(config: str | CfgNode, opts: Sequence[Any]) -> CfgNode:
-    """The config of a file or name, or a copy of a config, with overrides merged."""
+def read_config(
+    config: str | CfgNode, opts: Sequence[Any], *, other_teacher: bool = False
+) -> CfgNode:
+    """The config of a file or name, or a copy of a config, with overrides merged.
+
+    Args:
+        other_teacher: forget the weights and overrides of the teacher that the config itself names.
+    """
     if isinstance(config, str):
-        return merged_config(config, list(opts))
-    cfg = config.clone()
-    cfg.defrost()
+        cfg = merged_config(config, [])
+    else:
+        cfg = config.clone()
+        cfg.defrost()
     if "DISTILL" not in cfg:
         raise ConfigError("the config has no DISTILL: call d2kd.add_distillation_config(cfg) first")
+    if other_teacher:
+        cfg.DISTILL.TEACHER.WEIGHTS, cfg.DISTILL.TEACHER.OPTS = "", []
     merge_overrides(cfg, opts)
     set_absolute_paths(cfg)
     return cfg

@@ -131,6 +131,7 @@ def test_from_python(job, data, tmp_path):
     teacher.MODEL.WEIGHTS = str(folder / "out/teacher/student_final.pth")
     student = config(16)
     student.SOLVER.MAX_ITER = 2
+    student.DISTILL.TEACHER.WEIGHTS = "of_another_teacher.pth"
     out = tmp_path / "out"
     result = d2kd.distill(student, teacher, data, heads=["Logits"], out=str(out), batch=1)
     assert isinstance(result, d2kd.DistillResult) and not (out / "teacher").exists()
@@ -162,6 +163,19 @@ def test_it_goes_on_where_it_was_stopped(data, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run_training", run)
     result = d2kd.distill(config(16), config(24), **call)
     assert made.stat().st_mtime_ns == before and result.receipt["heads"] == {"SSIM": 4.0}
+
+
+def test_a_teacher_of_another_library(tmp_path, data, free_port):
+    """It is used as it is; two processes train the student."""
+    pytest.importorskip("timm")
+    opts = ["DISTILL.TEACHER.WEIGHTS", "random"]
+    out = str(tmp_path / "out")
+    call = {"heads": ["FeatureMimic"], "out": out, "iterations": 1, "num_gpus": 2, "opts": opts}
+    result = d2kd.distill(config(16), "timm:resnet18", data, **call)
+    assert result.receipt["processes"] == 2 and "AP" in result.results["bbox"]
+    assert result.receipt["teacher"]["config_file"] == "timm:resnet18"
+    assert not (tmp_path / "out/teacher.yaml").exists()
+    assert "teacher: timm:resnet18, as it is" in (tmp_path / "out/report.md").read_text()
 
 
 @pytest.mark.parametrize(
