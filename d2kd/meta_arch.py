@@ -228,7 +228,10 @@ class Distiller(nn.Module):
         return [hook for head in self.distill_heads.values() for hook in head.build_hooks(cfg)]
 
     def factors(self, iteration: int) -> dict[str, float]:
-        return {_short_name(name): s(iteration) for name, s in self.schedules.items()}
+        factors = {name: schedule(iteration) for name, schedule in self.schedules.items()}
+        if self.balance is not None:
+            factors = self.balance.factors(factors)
+        return {_short_name(name): factor for name, factor in factors.items()}
 
     def start_from_weights(self) -> None:
         """Copy ``DISTILL.INHERIT`` from the teacher over the student's own weights, and log it.

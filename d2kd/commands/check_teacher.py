@@ -33,9 +33,10 @@ from tabulate import tabulate
 from torch import nn
 
 from ..arguments import CommandParser, natural
-from ..compare.pictures import GREEN, RED, WHITE, draw, sheet, write
+from ..compare.pictures import GREEN, RED, WHITE, draw, sheet, write_label
 from ..config import student_config
 from ..data.agreement import Boxes, Disagreement
+from ..detectors.foreign import MapsDetector
 from ..detectors.spec import describe_detector
 from ..detectors.teacher import Teacher
 from ..engine.checkpoint import AtomicCheckpointer
@@ -98,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _examine_all(cfg: CfgNode, names: dict[str, str], args: argparse.Namespace) -> Results:
     teacher = Teacher.from_config(cfg)
     teacher.model.to(cfg.MODEL.DEVICE)
+    if isinstance(teacher.model, MapsDetector):
+        raise ConfigError(
+            f"the teacher, a {teacher.model.meta_arch}, gives maps only: there are no predictions "
+            "to check"
+        )
     models, detectors = {"teacher": teacher.model}, {"teacher": OnStudentInput(teacher)}
     if args.baseline:
         models["baseline"] = detectors["baseline"] = _baseline(cfg, args.baseline)
@@ -279,8 +285,8 @@ def draw_disagreements(ranked: Sequence[tuple[str, Examined, Disagreement]]) -> 
         left = _panel(image, truth, range(len(truth.classes)), bad, one.classes, zoom)
         right = _panel(image, found, sure, wrong, one.classes, zoom)
         name = os.path.basename(record["file_name"])
-        write(left, f"{split}: {name}", (4, left.shape[0] - 6), WHITE, 1)
-        write(right, fault.words(), (4, right.shape[0] - 6), WHITE, 1)
+        write_label(left, f"{split}: {name}", (0, left.shape[0]), WHITE)
+        write_label(right, fault.words(), (0, right.shape[0]), WHITE)
         block = " " * (number // _SHEET_ROWS)  # columns are known by their titles
         panels.setdefault(f"annotations{block}", []).append(left)
         panels.setdefault(f"teacher{block}", []).append(right)
@@ -299,5 +305,7 @@ def _panel(
     shown_boxes = Instances(image.shape[:2])
     shown_boxes.pred_boxes = D2Boxes(torch.from_numpy(boxes.boxes[places]))
     shown_boxes.pred_classes = torch.from_numpy(boxes.classes[places])
+    if (boxes.scores < 1).any():  # detections
+        shown_boxes.scores = torch.from_numpy(boxes.scores[places])
     colours = [RED if at in red else GREEN for at in places]
     return draw(image, shown_boxes, list(names), colours, zoom)

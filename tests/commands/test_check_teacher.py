@@ -207,6 +207,11 @@ def test_what_is_refused(parts, capsys):
             {},
             "the teacher predicts 5 classes, 't' has 3",
         ),
+        (
+            ("DISTILL.TEACHER.CONFIG_FILE", "torchvision:fasterrcnn_resnet50_fpn"),
+            {},
+            "gives maps only: there are no predictions to check",
+        ),
     ):
         (line,) = check(parts, capsys, *argv, **values)
         assert line.startswith("error: ") and words in line, line
