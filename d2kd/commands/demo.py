@@ -35,6 +35,11 @@ METRICS = ("AP", "AP50", "AP75")
 # Of five seeds, in a clone: python tools/update_docs.py --copy output/demo
 COMMITTED = SHIPPED.parent / "docs/results/demo.jsonl"
 IMAGES = 3
+NEXT = (
+    "d2kd distill --student COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml "
+    "--teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --heads DSIG "
+    "--data train.json images val.json images"
+)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -144,8 +149,7 @@ def closing_lines(lines: list[dict], committed: list[dict]) -> list[str]:
         f"cost:   {step:.2f} times the baseline's time per step, and a teacher, trained once in "
         f"{teacher['train_seconds'] / 60:.1f} min. The student still has {light:.1f} million "
         f"parameters, the teacher {heavy:.1f}.",
-        "next:   your own data: d2kd check --config-file my_student.yaml && d2kd train "
-        "--config-file my_student.yaml (what is in it: README.md, 'Your own pair in three steps')",
+        f"next:   {NEXT}  (your own data: docs/quickstart.md)",
     ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from d2kd import ConfigError
-from d2kd.commands import demo
+from d2kd.commands import demo, distill
 from d2kd.compare import comparison as comparisons
 from d2kd.compare.tables import by_arm, paired_gains, prepared, read_lines
 from d2kd.engine.setup import merged_config
@@ -82,7 +83,9 @@ def test_what_it_trains_and_says(stages, capsys, tmp_path):
     gain = "+12.5 AP by DSIG in the same iterations; +14.0 AP by twice the iterations without it."
     assert gained.startswith(f"gained: {gain}")
     assert cost.startswith("cost:   1.30 times the baseline's time per step, and a teacher")
-    assert after.startswith("next:") and "d2kd train --config-file" in after
+    verb, *arguments = shlex.split(demo.NEXT)[1:]
+    assert demo.NEXT in after and verb == "distill"
+    assert distill.build_parser().parse_command(arguments).heads == "DSIG"
     pictures = (tmp_path / "out/detections.jpg").read_text()
     assert pictures == "student, student + DSIG, teacher"
 
