@@ -29,6 +29,7 @@ VERBS = {
     "train": Verb("d2kd.commands.train", "train, distil or evaluate a detector"),
     "distill": Verb("d2kd.commands.distill", "teacher, student, data: all in one command"),
     "compare": Verb("d2kd.compare.command", "train a baseline and distilled students, compare AP"),
+    "choose": Verb("d2kd.compare.choose", "find the head and weight for a pair, in limited time"),
     "check": Verb("d2kd.commands.check", "check datasets: annotations, images, a sheet of samples"),
     "check-teacher": Verb(
         "d2kd.commands.check_teacher", "check a teacher: AP by class, wrong classes and boxes"

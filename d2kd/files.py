@@ -7,10 +7,12 @@ import glob
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from .errors import ConfigError, first_line
 
 
 def shown(path: str | os.PathLike) -> str:
@@ -102,6 +104,29 @@ def null_to_nan(data: Any) -> Any:
     if isinstance(data, dict):
         return {key: null_to_nan(value) for key, value in data.items()}
     return math.nan if data is None else data
+
+
+def parse_json(text: str, where: str, keys: Iterable[str] = ()) -> dict:
+    """The JSON object of ``text``, which an earlier run has written to ``where``.
+
+    Raises:
+        ConfigError: it is broken, or lacks one of ``keys``; names the place.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is broken ({first_line(error)}); remove it") from error
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        lacks = f" (it has no {missing[0]})" if missing else ""
+        raise ConfigError(f"{where} is not what d2kd writes there{lacks}; remove it")
+    return found
+
+
+def read_json(path: str | os.PathLike, keys: Iterable[str] = ()) -> dict:
+    """The JSON object of a file that an earlier run has written; see :func:`parse_json`."""
+    with open(path, errors="replace") as file:
+        return parse_json(file.read(), shown(path), keys)
 
 
 def write_tensors(data: Any, path: str | os.PathLike) -> None:

@@ -61,7 +61,7 @@ def render_benchmark(path: Path) -> str:
 def render_compare(path: Path) -> str:
     """AP and gains. Cost has a page of its own: other work on the machine disturbs long runs."""
     lines = compare.read_lines(path)
-    tables = [compare.ap_table(lines, task) for task in compare.tasks_of(lines)]
+    tables = compare.tables(lines)[:-1]
     return "\n\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in tables)
 
 

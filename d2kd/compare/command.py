@@ -15,7 +15,6 @@ OUTPUT/report.html and report.md. KEY VALUE pairs override keys of all runs.
 
 from __future__ import annotations
 
-import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..config_files import resolve_config_file
 from ..engine.setup import add_import_argument, import_user_module
 from ..errors import ConfigError
 from .comparison import Comparison
+from .processes import stopping_by_sigterm
 from .report import write_report
 from .suite import Suite, read_suite, suite_of_configs
 from .tables import read_lines
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train what a suite lacks and write its report, or write a report only.
 
     Raises:
-        ConfigError: in one line, before anything is trained, or of a training that failed.
+        ConfigError: in one line, before anything is trained, or, after the report of all others,
+            of trainings that failed.
         KeyboardInterrupt: says how to go on.
     """
     args = build_parser().parse_command(argv)
@@ -91,11 +92,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     output = args.output or Path("output/compare") / (Path(args.suite).stem if args.suite else "")
     output = output.resolve()
-    signal.signal(signal.SIGTERM, _stop)
     for name in args.imports:
         import_user_module(name)
     suite = suite_of(args)
-    try:
+    with stopping_by_sigterm(f"stopped; the same command goes on, finished runs are in {output}"):
         comparison = Comparison(
             suite,
             output,
@@ -104,13 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep_checkpoints=args.keep_checkpoints,
             imports=args.imports,
         )
-        comparison.run(args.arms, args.seeds)
-    except KeyboardInterrupt:
-        message = f"stopped; the same command goes on, finished runs are in {output}"
-        raise KeyboardInterrupt(message) from None
+        failed = comparison.run(args.arms, args.seeds)
     print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl, report.md and report.html")
-
-
-def _stop(*_) -> None:
-    """End as Ctrl-C does. (Raising SIGINT would not: in the background it is ignored.)"""
-    raise KeyboardInterrupt
+    if failed:
+        each = "; ".join(why if run in why else f"{run}: {why}" for run, why in failed.items())
+        raise ConfigError(f"{len(failed)} runs failed, and the same command tries again: {each}")

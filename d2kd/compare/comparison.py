@@ -18,7 +18,7 @@ from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
 from ..engine.setup import merged_config, read_config
 from ..engine.trainer import DistillTrainer
 from ..errors import ConfigError
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
 from .processes import Devices, Processes, run_in_order, run_stage
 from .receipts import complete_receipts
 from .suite import (
@@ -33,6 +33,10 @@ from .suite import (
     weights_of,
 )
 from .tables import read_lines, write_markdown
+
+# What a finished run says at least, and what the folder of any run says.
+RESULT_KEYS = ("results", "iterations", "step_seconds", "hook_seconds")
+SETTINGS_KEYS = ("settings", "threads")
 
 
 class Comparison:
@@ -77,7 +81,7 @@ class Comparison:
     def results(self, arm: Arm, seed: int) -> dict | None:
         """What results.json of a run says; None as long as there is none."""
         path = self.folder(arm, seed) / "results.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path, RESULT_KEYS) if path.is_file() else None
 
     def needs(self, arm: Arm) -> list[Arm]:
         """The arms whose times decide how long ``arm`` trains."""
@@ -131,9 +135,15 @@ class Comparison:
             own: overrides of one run.
 
         Raises:
-            ConfigError: in one line.
+            ConfigError: in one line that names the arm.
         """
-        opts = {**arm.opts, **(own or {})}
+        try:
+            self._check_config(arm, own or {})
+        except ConfigError as error:
+            raise ConfigError(f"arm '{arm.label}': {error}") from error
+
+    def _check_config(self, arm: Arm, own: dict) -> None:
+        opts = {**arm.opts, **own}
         made = [weights_of(prepared) for prepared in self.suite.prepared]
         if opts.get("MODEL.WEIGHTS") in made:
             opts["MODEL.WEIGHTS"] = ""
@@ -143,7 +153,7 @@ class Comparison:
             opts["DISTILL.TEACHER.WEIGHTS"] = RANDOM_WEIGHTS  # not read yet
         elif uses_teacher(cfg) and weights.endswith(".pth") and not PathManager.exists(weights):
             raise ConfigError(
-                f"arm '{arm.label}': DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
+                f"DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
                 f"not what the suite's teacher writes ({made[0] if made else 'it has none'})"
             )
         read_config(
@@ -179,11 +189,19 @@ class Comparison:
 
     # --- running -------------------------------------------------------------------------------
 
-    def run(self, labels: list[str] | None = None, seeds: list[int] | None = None) -> None:
+    def run(
+        self, labels: list[str] | None = None, seeds: list[int] | None = None
+    ) -> dict[str, str]:
         """Train what the arms need, then the runs, writing results and report after each.
 
         Args:
             labels, seeds: train only these; what is finished of others is in the report too.
+
+        Returns:
+            "arm seed" -> why, of the runs that failed.
+
+        Raises:
+            ConfigError: before anything is trained, or of the teacher or start.
         """
         runs = self.runs(labels, seeds)
         self.check(runs)
@@ -192,7 +210,7 @@ class Comparison:
             self.prepare(arm, self.threads * self.jobs)
         self.check_kept_runs()
         self.save()
-        run_in_order(
+        failed = run_in_order(
             runs,
             lambda run: self.train(*run),
             jobs=self.jobs,
@@ -200,6 +218,7 @@ class Comparison:
             finished=lambda run: self.save(),
             processes=self.processes,
         )
+        return {f"{arm.label} {seed}": why for (arm, seed), why in failed}
 
     def train(self, arm: Arm, seed: int) -> None:
         """One run, from where it was left."""
@@ -259,10 +278,10 @@ class Comparison:
             write_json({"arm": arm.label, "command": command, "settings": settings}, made_with)
             self.stage(arm.label, command, weights.parent, threads)
         known, own = self.output / f"{arm.label}.json", weights.parent / "results.json"
-        if known.is_file() and json.loads(known.read_text())["file"] == fingerprint(str(weights)):
+        if known.is_file() and read_json(known, ["file"])["file"] == fingerprint(str(weights)):
             return
         if own.is_file():
-            results = json.loads(own.read_text())
+            results = read_json(own, ["results"])
         else:
             results = {"results": evaluate(arm, str(weights))}
         write_json({"file": fingerprint(str(weights)), **results}, known)
@@ -276,14 +295,14 @@ class Comparison:
         lines = []
         for arm in self.suite.prepared:
             about = {"role": arm.label, "arm": arm.label, "config": arm.config, "opts": arm.opts}
-            results = json.loads((self.output / f"{arm.label}.json").read_text())
+            results = read_json(self.output / f"{arm.label}.json", ["results"])
             lines.append({**common, **about, **results})
         for arm, seed in self.runs():
             results = self.results(arm, seed)
             if results is not None:
                 about = {"arm": arm.label, "seed": seed, "config": arm.config, "opts": arm.opts}
                 control = {"times": arm.times, "same_time_as": arm.same_time_as}
-                settings = json.loads((self.folder(arm, seed) / "settings.json").read_text())
+                settings = read_json(self.folder(arm, seed) / "settings.json", SETTINGS_KEYS)
                 where = {"threads": settings["threads"], "folder": self.folder(arm, seed).name}
                 lines.append({**common, "role": "student", **about, **control, **where, **results})
         return lines
@@ -302,7 +321,7 @@ def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
     Raises:
         ConfigError: it had others; names the first key.
     """
-    made_with = json.loads((folder / "settings.json").read_text())["settings"]
+    made_with = read_json(folder / "settings.json", ["settings"])["settings"]
     difference = first_difference(made_with, settings)
     if difference:
         raise ConfigError(f"{folder} is a run of other settings: {difference}; {remedy}")

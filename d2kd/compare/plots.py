@@ -18,6 +18,7 @@ CONTROL, METHOD = "#b8bec7", "#3d6fb6"
 # The same figures give the same file.
 matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "d2kd", "font.size": 10, "axes.axisbelow": True})
+matplotlib.rcParams["text.parse_math"] = False  # a "$" in a label is one
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -83,7 +84,10 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     loss, ap = {}, {}
     for line in path.read_text().splitlines() if path.is_file() else []:
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:  # of a process that was killed while it wrote
+            continue
         if "total_loss" in entry:
             loss[entry["iteration"]] = entry["total_loss"] - entry.get("total_kd_loss", 0.0)
         if np.isfinite(entry.get("bbox/AP", np.nan)):
@@ -110,7 +114,7 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         Whether there was anything to plot; AP needs periodic evaluation.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    colours = iter(plt.get_cmap("tab10").colors * 10)
+    colours, labels = iter(plt.get_cmap("tab10").colors * 10), []
     for label, runs in by_arm(lines).items():
         metrics = [read_metrics(output / run["folder"] / "metrics.json") for run in runs.values()]
         curves = [m[name] for m in metrics if name in m and len(m[name][0]) > 1]
@@ -121,7 +125,8 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         if name == "loss":
             mean = smooth(mean, max(len(mean) // 20, 1))
         dashes = "--" if is_control(next(iter(runs.values()))) else "-"
-        axis.plot(common, mean, dashes, color=next(colours), linewidth=1.4, label=label)
+        axis.plot(common, mean, dashes, color=next(colours), linewidth=1.4)
+        labels.append(label)
     if not axis.lines:
         plt.close(figure)
         return False
@@ -132,7 +137,10 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
     axis.set_ylabel("detection loss, without distillation" if name == "loss" else "box AP")
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    # A space, because matplotlib leaves out labels that begin with "_".
+    names = [f" {label}" for label in labels]
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axis.legend(axis.lines, names, fontsize=8, frameon=False, **place)
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
     return True

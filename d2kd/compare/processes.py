@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +93,8 @@ def run_stage(
     """
     for folder in (logs, done.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{re.sub(r'[^A-Za-z0-9_.+-]+', '_', name)}.log"
+    file_name = re.sub(r"[^\w.+-]+", "_", name)
+    log = logs / f"{file_name}.log"
     environment = {
         **_KEEP_MEMORY,
         **os.environ,
@@ -172,15 +176,19 @@ def run_in_order(
     ready: Callable = lambda task: True,
     finished: Callable = lambda task: None,
     processes: Processes,
-) -> None:
+) -> list[tuple[Any, str]]:
     """Do ``work(task)`` for all tasks, ``jobs`` at a time: always the first that is ready.
 
     Args:
         ready: whether a task can start, or waits for another one.
-        finished: called in this thread after each task.
+        finished: called in this thread after each task that did not fail.
+
+    Returns:
+        (task, why) of each that failed with a ConfigError, or waited for one that did; the others
+        are done.
 
     Raises:
-        Exception: of a task that failed. Those that run are waited for, no other is started.
+        Exception: any other, after ending the processes that run.
         KeyboardInterrupt: after ending the processes that run.
     """
     waiting, running, failures = list(tasks), {}, []
@@ -193,23 +201,48 @@ def run_in_order(
                     break
                 waiting.remove(task)
                 running[pool.submit(work, task)] = task
-            if not running:
+            if not running and not failures:
                 raise RuntimeError(f"these wait for each other: {waiting}")
+            if not running:
+                failures += [(task, "it needs a run that failed") for task in waiting]
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)
-                if future.exception() is None:
-                    finished(task)
+                try:
+                    future.result()
+                except ConfigError as error:
+                    print(error, flush=True)
+                    failures.append((task, str(error)))
                 else:
-                    print(future.exception(), flush=True)
-                    failures.append(future.exception())
-                    waiting.clear()
+                    finished(task)
     except BaseException:
         processes.stop()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    if failures:
-        raise failures[0]
+    return failures
+
+
+@contextlib.contextmanager
+def stopping_by_sigterm(message: str):
+    """Let SIGTERM end what follows as Ctrl-C does, and say ``message`` of both.
+
+    (Raising SIGINT would not: in the background it is ignored.)
+
+    Raises:
+        KeyboardInterrupt: with the message.
+    """
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(message) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Devices:

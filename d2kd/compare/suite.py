@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ PREPARED = ("teacher", "start")  # detectors that are trained once, before the a
 SUITE_KEYS = ("title", *PREPARED, "baseline", "seeds", "opts", "arms")
 ARM_KEYS = ("config", "opts", "seeds", "times", "same_time_as")
 PREPARED_KEYS = ("config", "opts")
+MAX_LABEL = 60  # characters, of up to 4 bytes each: a file system takes names of 255 bytes
 # Keys that say where and when something is written or checked, and change no result.
 NO_SETTINGS = (
     "OUTPUT_DIR",
@@ -107,9 +109,7 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     data, _ = read_yaml(str(path))
     _check_keys(str(path), data, SUITE_KEYS, required=("baseline", "seeds", "arms"))
     _check_keys(f"{path}: arms", data["arms"])
-    common, opts = data.get("opts") or {}, opts or {}
-    _check_keys(f"{path}: opts", common)
-    common = _with_paths(common, path.parent)
+    common, opts = _opts(str(path), data, path.parent), opts or {}
     prepared = [_prepared(path, label, data[label]) for label in PREPARED if label in data]
     for arm in prepared:
         if arm.label == "start":
@@ -125,7 +125,7 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
             str(label),
             _find_config(where, entry["config"], path.parent),
             own,
-            {**common, **_with_paths(entry.get("opts") or {}, path.parent), **opts},
+            {**common, **_opts(where, entry, path.parent), **opts},
             entry.get("times", 1.0),
             str(entry.get("same_time_as", "")),
         )
@@ -139,7 +139,7 @@ def _prepared(path: Path, label: str, entry: dict) -> Arm:
     where = f"{path}: {label}"
     _check_keys(where, entry, PREPARED_KEYS, required=("config",))
     config = _find_config(where, entry["config"], path.parent)
-    return Arm(label, config, (), _with_paths(entry.get("opts") or {}, path.parent))
+    return Arm(label, config, (), _opts(where, entry, path.parent))
 
 
 def _find_config(where: str, name: str, folder: Path) -> str:
@@ -149,13 +149,26 @@ def _find_config(where: str, name: str, folder: Path) -> str:
     Raises:
         ConfigError: there is none; names the folders it was looked for in.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: config is {name!r}; it must be the name of a YAML file")
     beside = None if find_file(name) else find_file(name, [folder])
     resolve_config_file(name, f"{where}: config", [folder])
     return os.path.abspath(beside) if beside else name
 
 
-def _with_paths(opts: dict, folder: Path) -> dict:
-    """``opts``, in which the paths of files in the folder of the suite are absolute."""
+def _opts(where: str, entry: dict, folder: Path) -> dict:
+    """The overrides of an entry, in which the paths of files in the suite's folder are absolute.
+
+    Raises:
+        ConfigError: they are no mapping, or a key has no value.
+    """
+    opts = {} if entry.get("opts") is None else entry["opts"]
+    _check_keys(f"{where}: opts", opts)
+    for key, value in opts.items():
+        if value is None:
+            raise ConfigError(
+                f"{where}: opts: {key} is empty (null); leave it out, or give a value"
+            )
     beside = {
         key: absolute_path(value, [folder])
         for key, value in opts.items()
@@ -195,10 +208,12 @@ def check_suite(suite: Suite, where: str) -> None:
         raise ConfigError(f"{where}: baseline '{suite.baseline}' is no arm; valid: {known}")
     slugs: dict[str, str] = {}
     for arm in suite.arms.values():
-        place = f"{where}: arm '{arm.label}'"
+        place = f"{where}: arm {arm.label!r}"
         if slugs.setdefault(arm.slug.lower(), arm.label) != arm.label:
             raise ConfigError(f"{place} and '{slugs[arm.slug.lower()]}' would share a folder")
-        if not isinstance(arm.times, (int, float)) or arm.times <= 0:
+        if not arm.label.strip() or not arm.label.isprintable() or len(arm.slug) > MAX_LABEL:
+            raise ConfigError(f"{place}: a label has 1 to {MAX_LABEL} printable characters")
+        if not _is_number(arm.times) or not 0 < arm.times < math.inf:
             raise ConfigError(f"{place}: times is {arm.times}; it must be a positive number")
         if not arm.same_time_as:
             continue
@@ -228,8 +243,13 @@ def _check_keys(where: str, node, valid: tuple = (), required: tuple = ()) -> No
             raise ConfigError(f"{where}: '{key}' is missing")
 
 
+def _is_number(value, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def _seeds(where: str, seeds) -> tuple[int, ...]:
-    if not isinstance(seeds, list) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    good = isinstance(seeds, list) and all(_is_number(s, (int,)) and s >= 0 for s in seeds)
+    if not seeds or not good:
         raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of numbers from 0 on")
     return tuple(dict.fromkeys(seeds))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +10,32 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from ..files import null_to_nan, write_text
+from ..files import null_to_nan, parse_json, shown, write_text
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
 
 
+LINE_KEYS = ("suite", "baseline", "role", "arm", "config", "opts", "results")
+RUN_KEYS = ("seed", "times", "same_time_as", "threads", "folder", "iterations", "step_seconds")
+ALPHA, POWER = 0.05, 0.8  # chance of a false gain in a whole table; of finding a true one
+
+
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a results.jsonl, NaN for a metric without a value; [] if there is none."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return [{**line, "results": null_to_nan(line["results"])} for line in lines]
+    """The lines of a results.jsonl, NaN for a metric without a value; [] if there is none.
+
+    Raises:
+        ConfigError: a line is broken or of another kind; names it.
+    """
+    lines = []
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for number, row in enumerate(text.splitlines(), start=1):
+        place = f"{shown(path)}: line {number}"
+        line = parse_json(row, place, LINE_KEYS)
+        if line["role"] == "student":
+            parse_json(row, place, RUN_KEYS)
+        lines.append({**line, "results": null_to_nan(line["results"])})
+    return lines
 
 
 def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
@@ -62,16 +78,67 @@ def paired_gains(
 ) -> np.ndarray:
     """Differences to the baseline, seed by seed, of the seeds that both have: (n,)."""
     gains = [
-        run["results"][task][metric] - base[seed]["results"][task][metric]
+        of_task(run, task, metric) - of_task(base[seed], task, metric)
         for seed, run in arm.items()
         if seed in base
     ]
     return np.array([gain for gain in gains if np.isfinite(gain)])
 
 
+def of_task(line: dict, task: str, metric: str) -> float:
+    """A metric of a line; NaN where the evaluator has none of that name."""
+    return line["results"].get(task, {}).get(metric, np.nan)
+
+
+def holm(gains: list[np.ndarray]) -> list[tuple[float, float]]:
+    """Paired t-tests of several arms with Holm's correction for their number.
+
+    Args:
+        gains: of each arm, seed by seed.
+
+    Returns:
+        Of each arm p-value and half the width of the interval, NaN for a single seed. An interval
+        leaves zero out exactly where p is below ``ALPHA``.
+    """
+    tested = [i for i, values in enumerate(gains) if len(values) > 1]
+    alone = {i: _t_test(gains[i]) for i in tested}
+    found = [(np.nan, np.nan)] * len(gains)
+    largest, alpha = 0.0, ALPHA
+    for rank, i in enumerate(sorted(tested, key=alone.get)):
+        if largest < ALPHA:  # the first that is not significant ends Holm's descent
+            alpha = ALPHA / (len(tested) - rank)
+        largest = max(largest, min(alone[i] * (len(tested) - rank), 1.0))
+        freedom = len(gains[i]) - 1
+        found[i] = largest, float(stats.t.ppf(1 - alpha / 2, freedom) * stats.sem(gains[i]))
+    return found
+
+
+def _t_test(gains: np.ndarray) -> float:
+    """p-value of the mean of paired differences, against zero, of both sides."""
+    error, mean = stats.sem(gains), abs(gains.mean())
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(mean / error, len(gains) - 1))
+
+
+def detectable_gain(gains: list[np.ndarray], count: int) -> float:
+    """The smallest true gain that ``count`` seeds show with a chance of ``POWER``.
+
+    The spread of the differences is that of all arms together: of one arm's few seeds it is hardly
+    known. The level is Bonferroni's, the strictest of Holm's.
+    """
+    several = [values for values in gains if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    if not freedom or count < 2:
+        return float("nan")
+    spread = np.sqrt(sum(values.var(ddof=1) * (len(values) - 1) for values in several) / freedom)
+    needed = stats.t.ppf([1 - ALPHA / len(several) / 2, POWER], count - 1).sum()
+    return float(needed * spread / np.sqrt(count))
+
+
 def mean_of(runs: dict[int, dict], key: str) -> float:
     """Mean over the seeds of a cost; NaN where no run has it."""
-    values = [run[key] for run in runs.values() if run[key] is not None]
+    values = [run[key] for run in runs.values() if run.get(key) is not None]
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -90,6 +157,12 @@ def gain_text(gains: np.ndarray) -> str:
     return f"{gains.mean():+.1f}" + (f" ± {half_interval(gains):.1f}" if len(gains) > 1 else "")
 
 
+def plain_markdown(text: str) -> str:
+    """``text`` in Markdown that shows it as it is, whatever characters it has."""
+    # An underscore within a word is one.
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
@@ -102,7 +175,8 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        return tabulate(self.rows, self.headers, tablefmt="pipe", disable_numparse=True)
+        rows = [[plain_markdown(cell) for cell in row] for row in self.rows]
+        return tabulate(rows, self.headers, tablefmt="pipe", disable_numparse=True)
 
     def html(self) -> str:
         return tabulate(self.rows, self.headers, tablefmt="html", disable_numparse=True)
@@ -113,15 +187,52 @@ def ap_table(lines: list[dict], task: str) -> Table:
     arms, baseline = by_arm(lines), lines[0]["baseline"]
     rows = []
     for label, runs in arms.items():
-        values = [[run["results"][task][metric] for run in runs.values()] for metric in METRICS]
+        values = [[of_task(run, task, metric) for run in runs.values()] for metric in METRICS]
         gain = gain_text(paired_gains(runs, arms.get(baseline, {}), task))
         gain = "" if label == baseline else gain
         rows.append([label, str(len(runs)), *map(error_text, values), gain])
     for line in prepared(lines):
         if task in line["results"]:
-            values = [[line["results"][task][metric]] for metric in METRICS]
+            values = [[of_task(line, task, metric)] for metric in METRICS]
             rows.append([line["role"], "", *map(error_text, values), ""])
     return Table(TASKS[task], ["arm", "seeds", *METRICS, "gain in AP"], rows)
+
+
+def gain_table(lines: list[dict], task: str) -> Table | None:
+    """What each method gains over the control of equal time, else over the baseline, with Holm's
+    correction for the number of methods; None without methods."""
+    arms, baseline = by_arm(lines), lines[0]["baseline"]
+    methods = {
+        label: runs
+        for label, runs in arms.items()
+        if label != baseline and not is_control(next(iter(runs.values())))
+    }
+    references = {label: reference_of(label, arms, baseline) for label in methods}
+    gains = [
+        paired_gains(runs, arms.get(references[label], {}), task) for label, runs in methods.items()
+    ]
+    rows = []
+    tests = holm(gains)
+    for label, values, (p, half) in zip(methods, gains, tests, strict=True):
+        least = detectable_gain(gains, len(values))
+        interval = "" if np.isnan(half) else f" ± {half:.1f}"
+        cells = [f"{values.mean():+.1f}{interval}" if len(values) else "-"]
+        cells += ["-" if np.isnan(p) else f"{p:.3f}", "-" if np.isnan(least) else f"{least:.1f}"]
+        rows.append([label, references[label], str(len(values)), *cells])
+    headers = ["arm", "against", "seeds", "gain in AP", "p", "detectable"]
+    return Table(f"{TASKS[task]}: gains, tested", headers, rows) if rows else None
+
+
+def reference_of(label: str, arms: dict[str, dict[int, dict]], baseline: str) -> str:
+    """The arm that tells what a method's time is worth without it: the baseline for the method's
+    own time, for another method's, or for more iterations; the baseline where there is none."""
+    first = {name: next(iter(runs.values())) for name, runs in arms.items()}
+    controls = [name for name, run in first.items() if run["same_time_as"] or run["times"] > 1]
+
+    def rank(name: str) -> tuple[bool, bool]:
+        return first[name]["same_time_as"] != label, not first[name]["same_time_as"]
+
+    return min(controls, key=rank, default=baseline)
 
 
 def cost_table(lines: list[dict]) -> Table:
@@ -137,10 +248,11 @@ def cost_table(lines: list[dict]) -> Table:
             f"{step / mean_of(base, 'step_seconds'):.2f}",
             f"{mean_of(runs, 'train_seconds') / 60:.1f}",
             f"{mean_of(runs, 'peak_memory_mib'):.0f}",
-            f"{max(run['distillation_parameters'] for run in runs.values()):,}",
+            f"{max(run.get('distillation_parameters', 0) for run in runs.values()):,}",
         ]
         rows.append([label, *("-" if cell == "nan" else cell for cell in cells)])
-    memory = "/".join(sorted({run["memory_of"] for runs in arms.values() for run in runs.values()}))
+    kinds = {run.get("memory_of", "?") for runs in arms.values() for run in runs.values()}
+    memory = "/".join(sorted(kinds))
     headers = ["arm", "iterations", "ms per step", "x baseline", "minutes", f"MiB ({memory})"]
     return Table("Cost", [*headers, "parameters added"], rows)
 
@@ -175,13 +287,14 @@ def tables(lines: list[dict]) -> list[Table]:
     """All tables of a report; [] without a finished run."""
     if not by_arm(lines):
         return []
-    return [*(ap_table(lines, task) for task in tasks_of(lines)), cost_table(lines)]
+    of_tasks = [make(lines, t) for t in tasks_of(lines) for make in (ap_table, gain_table)]
+    return [*filter(None, of_tasks), cost_table(lines)]
 
 
 def markdown(lines: list[dict]) -> str:
     """All tables, and what their numbers are."""
     parts = [f"### {table.title}\n\n{table.markdown()}\n" for table in tables(lines)]
-    return "\n".join([*parts, *([notes(lines)] if parts else [])])
+    return "\n".join([*parts, *([plain_markdown(notes(lines))] if parts else [])])
 
 
 def notes(lines: list[dict]) -> str:
@@ -190,7 +303,10 @@ def notes(lines: list[dict]) -> str:
     threads = "/".join(sorted({str(line["threads"]) for line in students}))
     return (
         f"AP: mean ± standard error over the seeds. Gain: difference to '{lines[0]['baseline']}', "
-        "seed by seed, with its 95 % interval (Student's t). Time a step: median; minutes: "
+        "seed by seed, with its 95 % interval (Student's t). Gains, tested: intervals and p of "
+        "a paired t-test with Holm's correction for the number of methods; detectable: the "
+        f"smallest true gain that so many seeds show in {100 * POWER:.0f} % of cases. Time a step: "
+        "median; minutes: "
         f"training without evaluation, {threads} CPU thread(s) a run. Parameters added are trained "
         "in addition to the student and not kept."
     )
@@ -204,7 +320,8 @@ def write_markdown(output: Path, pictures: dict[str, str] | None = None) -> str:
     """
     lines = read_lines(output / "results.jsonl")
     text = markdown(lines)
-    page = f"# {lines[0]['suite'] if lines and lines[0]['suite'] else 'Comparison'}\n\n{text}\n"
+    title = plain_markdown(lines[0]["suite"] if lines else "") or "Comparison"
+    page = f"# {title}\n\n{text}\n"
     for title, name in (pictures or {}).items():
         page += f"\n![{title}]({name})\n"
     write_text(page, output / "report.md")

@@ -1,0 +1,197 @@
+"""What ``d2kd choose`` chooses from: the heads that a pair can serve, at a few weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from ..config import head_schedule, student_config
+from ..config_files import BASE_KEY, close_to, resolve_config_file
+from ..data.custom import trained_classes
+from ..detectors.teacher import Teacher
+from ..engine.setup import check_config, merged_config
+from ..engine.teacher_check import check_teacher
+from ..engine.trainer import DistillTrainer
+from ..errors import ConfigError
+from ..heads import build_head
+from ..keys import node_at
+from ..meta_arch import describe_pair
+from ..registry import DISTILL_HEAD_REGISTRY, node_name
+from .suite import as_list
+
+BALANCED = "balanced"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A student with its teacher and data: a config, and overrides that make it a Distiller."""
+
+    config: str
+    opts: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: str, opts: dict[str, Any]) -> Pair:
+        """The pair of a config, be it a Distiller's or a plain student's.
+
+        Raises:
+            ConfigError: it has no teacher, or is wrong in another way.
+        """
+        arch = merged_config(config, as_list(opts)).MODEL.META_ARCHITECTURE
+        if arch != "Distiller":
+            own = {"MODEL.META_ARCHITECTURE": "Distiller", "DISTILL.STUDENT_META_ARCH": arch}
+            opts = {**opts, **own}
+        pair = cls(config, {**opts, "DISTILL.HEADS": [], "TEST.EVAL_PERIOD": 0})
+        cfg = pair.cfg()
+        if not cfg.DISTILL.TEACHER.CONFIG_FILE:
+            raise ConfigError("there is no teacher: give --teacher, or DISTILL.TEACHER.CONFIG_FILE")
+        if len(cfg.DATASETS.TEST) != 1:
+            raise ConfigError(
+                f"DATASETS.TEST is {list(cfg.DATASETS.TEST)}: name one dataset, to choose by its AP"
+            )
+        return pair
+
+    def check_task(self, task: str) -> None:
+        """Check that the student is evaluated on a task.
+
+        Raises:
+            ConfigError: it has no masks.
+        """
+        if task == "segm" and not self.cfg().MODEL.MASK_ON:
+            raise ConfigError("--task segm: the student has no masks (MODEL.MASK_ON is False)")
+
+    def cfg(self, opts: dict[str, Any] | None = None) -> CfgNode:
+        """The merged config, with further overrides."""
+        return merged_config(self.config, as_list({**self.opts, **(opts or {})}))
+
+
+# --- heads and weights ----------------------------------------------------------------------------
+
+
+def named_heads(names: Sequence[str] | None) -> list[str]:
+    """The heads to choose from; default: each registered one.
+
+    Args:
+        names: heads, or several heads that act together, as in "DSIG+SSIM".
+
+    Raises:
+        ConfigError: there is no such head.
+    """
+    known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
+    for name in names or []:
+        for part in name.split("+"):
+            if part not in known:
+                raise ConfigError(f"--heads: no head '{part}'; {close_to(part, known)}")
+    return list(dict.fromkeys(names or known))
+
+
+def candidates(cfg: CfgNode, heads: Sequence[str], weights: Sequence[str]) -> dict[str, dict]:
+    """Label -> overrides of each head at each weight.
+
+    Args:
+        weights: factors of the config's own weight, or "balanced", for ``DISTILL.BALANCE``.
+
+    Raises:
+        ConfigError: a weight is neither.
+    """
+    found = {}
+    for name in heads:
+        parts = name.split("+")
+        for weight in weights:
+            opts: dict[str, Any] = {"DISTILL.HEADS": parts}
+            if weight == BALANCED:
+                opts["DISTILL.BALANCE.ENABLED"] = True
+                label = f"{name} {BALANCED}"
+            else:
+                factor = _factor(weight)
+                for node in map(node_name, parts):
+                    opts[f"DISTILL.{node}.WEIGHT"] = factor * cfg.DISTILL[node].WEIGHT
+                label = name if factor == 1 else f"{name} x{factor:g}"
+            found[label] = opts
+    return found
+
+
+def _factor(weight: str) -> float:
+    try:
+        factor = float(weight)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise ConfigError(f"--weights: '{weight}' must be a positive number or '{BALANCED}'")
+    return factor
+
+
+# --- the models -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What building the pair has shown.
+
+    Attributes:
+        heads: those that it can serve.
+        refused: head -> why not.
+        teacher: its results on ``DATASETS.TEST``; {} of a teacher of other classes.
+    """
+
+    heads: list[str]
+    refused: dict[str, str]
+    teacher: dict[str, dict]
+
+
+def examine(pair: Pair, heads: Sequence[str], output: Path) -> Served:
+    """Build student and teacher, ask which heads they can serve, and evaluate the teacher.
+
+    Args:
+        output: folder of the evaluation.
+
+    Raises:
+        ConfigError: one cannot be built, or no head can be served.
+    """
+    cfg = pair.cfg({"OUTPUT_DIR": str(output)})
+    check_config(cfg, train=True)
+    student, teacher = build_model(student_config(cfg)), Teacher.from_config(cfg)
+    specs = describe_pair(student, teacher, trained_classes(cfg))
+    refused = {}
+    for name in heads:
+        try:
+            for part in name.split("+"):
+                head_schedule(cfg, part)
+                build_head(part, cfg, *specs)
+        except ConfigError as error:
+            refused[name] = str(error)
+    served = [name for name in heads if name not in refused]
+    if not served:
+        raise ConfigError(f"the pair can serve no head: {next(iter(refused.values()))}")
+    results = check_teacher(cfg, teacher, DistillTrainer)
+    del student, teacher
+    torch.cuda.empty_cache()  # the trainings need that memory
+    return Served(served, refused, results)
+
+
+# --- the config of the winner ---------------------------------------------------------------------
+
+
+def winners_config(pair: Pair, opts: dict[str, Any], comment: str) -> str:
+    """YAML of the pair with a candidate's overrides, on top of the pair's own config.
+
+    Args:
+        comment: one line for its head.
+    """
+    cfg, tree = pair.cfg(opts), {BASE_KEY: str(Path(resolve_config_file(pair.config)).resolve())}
+    for key in {**pair.opts, **opts}:
+        if key == "TEST.EVAL_PERIOD":  # is for choosing alone
+            continue
+        *path, last = key.split(".")
+        node: dict[str, Any] = tree
+        for name in path:
+            node = node.setdefault(name, {})
+        node[last] = json.loads(json.dumps(node_at(cfg, key)))  # lists for tuples
+    return f"# {comment}\n{yaml.safe_dump(tree, sort_keys=False)}"

@@ -1,0 +1,407 @@
+"""Choosing a head and its weight for a pair: rungs of short trainings, a confirmation, a verdict.
+
+Each rung trains the baseline and the candidates that are left from one seed, the same start and
+data order, and keeps the better half; a later rung trains for longer, with another seed. The winner
+is then trained with fresh seeds, and with it the baseline and the control of equal time. All trainings
+are comparisons (:mod:`d2kd.compare.comparison`), so that what was stopped goes on; what was decided
+is in ``choose.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..files import read_json, write_json, write_text
+from .candidates import Pair, candidates, examine, winners_config
+from .comparison import Comparison
+from .halving import Pace, fitting_iterations, kept_of, seconds_of, stages
+from .processes import lock_file
+from .report import write_report
+from .suite import (
+    Arm,
+    Suite,
+    as_list,
+    check_suite,
+    first_difference,
+    merged_config,
+    settings_of,
+    stretched,
+)
+from .tables import (
+    TASKS,
+    Table,
+    by_arm,
+    detectable_gain,
+    gain_text,
+    half_interval,
+    mean_of,
+    paired_gains,
+    plain_markdown,
+)
+
+BASELINE, CONTROL = "baseline", "baseline, equal time"
+PROBE, CONFIRMATION = "pace", "confirmation"
+PROBE_ITERATIONS = 20
+MIN_ITERATIONS = 40  # of the longest trainings: below that no AP says anything
+STATE_KEYS = ("settings", "seconds", "candidates", "refused", "teacher", "stages")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a choice may cost, and how it judges.
+
+    Args:
+        minutes: of wall time, in all.
+        seeds: of the confirmation.
+        jobs: runs at a time; ``threads``: CPU threads of each.
+        task: the task whose AP decides, "bbox" or "segm".
+        any_teacher: go on with a teacher that is not ahead of the baseline.
+        imports: modules that the trainings import first.
+    """
+
+    minutes: float = 30.0
+    seeds: int = 3
+    jobs: int = 1
+    threads: int = 1
+    task: str = "bbox"
+    any_teacher: bool = False
+    imports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out.
+
+    Attributes:
+        beats: whether the winner is above the baseline in equal time, with 95 % confidence.
+        text: in a sentence.
+        winner: its label; "" where nothing was confirmed.
+    """
+
+    beats: bool
+    text: str
+    winner: str = ""
+
+
+class Choice:
+    """A choice in one output folder, from where it was left.
+
+    Args:
+        pair: student, teacher and data.
+        heads: names to choose from; weights: see :func:`~d2kd.compare.candidates.candidates`.
+        output: folder of all that is written.
+        limits: what it may cost.
+
+    Raises:
+        ConfigError: in one line, before anything is trained.
+    """
+
+    def __init__(
+        self, pair: Pair, heads: list[str], weights: list[str], output: Path, limits: Limits
+    ):
+        self.pair, self.output, self.limits = pair, output, limits
+        self.path, self.read_at = output / "choose.json", time.monotonic()
+        known = candidates(pair.cfg(), heads, weights)
+        settings = settings_of(pair.cfg(next(iter(known.values()))))
+        settings |= {"--heads, --weights": ", ".join(known), "--task": limits.task}
+        self.state = read_json(self.path, STATE_KEYS) if self.path.is_file() else {}
+        difference = first_difference(self.state.get("settings", {}), settings)
+        if difference and self.state["stages"].keys() - {PROBE}:
+            raise ConfigError(
+                f"{output} holds a choice of other settings: {difference}; give another --output"
+            )
+        if difference or not self.state:
+            served = examine(pair, heads, output)
+            self.state = {
+                "settings": settings,
+                "seconds": 0.0,
+                "candidates": list(candidates(pair.cfg(), served.heads, weights)),
+                "refused": served.refused,
+                "teacher": {t: _ap(m) for t, m in served.teacher.items() if t in TASKS},
+                "stages": {},
+            }
+        self.opts = {label: known[label] for label in self.state["candidates"]}
+
+    # --- running ----------------------------------------------------------------------------------
+
+    def run(self) -> Verdict:
+        """Train what there is to train, judge, and write the report.
+
+        Raises:
+            ConfigError: the time is too short, the baseline cannot be trained, or another process
+                is at work in the folder.
+            KeyboardInterrupt: what was done is kept.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.output / ".choose.lock", str(self.output)):
+            try:
+                verdict = self._run()
+            finally:
+                self.save()
+            self.report(verdict)
+        return verdict
+
+    def _run(self) -> Verdict:
+        limits = self.limits
+        left, to_do = list(self.opts), stages(len(self.opts), limits.seeds)
+        probe = [self.arm(BASELINE, PROBE_ITERATIONS, range(1, limits.jobs + 1))]
+        lines = self.stage(PROBE, probe)
+        for number in range(1, len(to_do)):
+            if self.is_behind(lines):
+                return self.no_teacher(lines)
+            name = f"rung {number}"
+            iterations = self.length(name, to_do[number - 1 :], lines)
+            labels = [BASELINE, *left]
+            arms = [self.arm(label, iterations, [number]) for label in labels]
+            lines = self.stage(name, arms)
+            left = self.ranked(left)[: kept_of(len(left))]
+            self._drop_weights(name)
+        if self.is_behind(lines):
+            return self.no_teacher(lines)
+        (winner,) = left
+        iterations = self.length(CONFIRMATION, to_do[-1:], lines)
+        seeds = range(len(to_do), len(to_do) + limits.seeds)
+        arms = [self.arm(label, iterations, seeds) for label in (BASELINE, winner)]
+        control = Arm(CONTROL, arms[0].config, tuple(seeds), arms[0].opts, same_time_as=winner)
+        lines = self.stage(CONFIRMATION, [*arms, control])
+        return self.no_teacher(lines) if self.is_behind(lines) else self.judge(lines, winner)
+
+    def arm(self, label: str, iterations: int, seeds: Iterable[int]) -> Arm:
+        """The baseline or a candidate, trained for so many iterations; schedules keep their
+        proportions."""
+        opts = {**self.pair.opts, **self.opts.get(label, {})}
+        own = stretched(merged_config(self.pair.config, as_list(opts)), iterations)
+        return Arm(label, self.pair.config, tuple(seeds), {**opts, **own})
+
+    def length(self, name: str, to_do: list, lines: list[dict]) -> int:
+        """Iterations of a stage, such that it and all that follow fit into the time that is left.
+
+        Args:
+            lines: of the stage before, by whose pace this one is planned.
+
+        Raises:
+            ConfigError: they do not fit, and nothing but the pace was trained yet.
+        """
+        stage = to_do[0]
+        if name not in self.state["stages"]:
+            pace, jobs = self.pace(lines), self.limits.jobs
+            self.save()
+            seconds = 60 * self.limits.minutes - self.state["seconds"]
+            longest = fitting_iterations(to_do, seconds, pace, jobs)
+            if longest < MIN_ITERATIONS and len(self.state["stages"]) == 1:
+                needed = self.state["seconds"] + seconds_of(to_do, MIN_ITERATIONS, pace, jobs)
+                raise ConfigError(
+                    f"--minutes {self.limits.minutes:g} are too few for {len(self.opts)} "
+                    f"candidates: about {math.ceil(needed / 60)} are needed at least; name fewer "
+                    "--heads or --weights"
+                )
+            most = self.pair.cfg().SOLVER.MAX_ITER
+            longest = min(max(longest, MIN_ITERATIONS), most)
+            return max(round(stage.share * longest), 1)
+        return self.state["stages"][name]["iterations"]
+
+    def pace(self, lines: list[dict]) -> Pace:
+        """What runs cost, by those of the last stage."""
+        arms = by_arm(lines)
+        alone = arms.pop(BASELINE)
+        step = mean_of(alone, "step_seconds")
+        overheads = [s["overhead"] for s in self.state["stages"].values() if "overhead" in s]
+        pace = Pace(step, overheads[-1] if overheads else 0.0)
+        if not arms:
+            return pace
+
+        def each(run: dict) -> float:
+            return run["train_seconds"] / run["iterations"]
+
+        distilled = [each(run) for runs in arms.values() for run in runs.values()]
+        return pace._replace(ratio=float(np.mean(distilled)) / each(next(iter(alone.values()))))
+
+    def stage(self, name: str, arms: list[Arm]) -> list[dict]:
+        """Train arms, from where it was left; the lines of what finished.
+
+        Raises:
+            ConfigError: the baseline failed.
+        """
+        folder, limits = self.output / name.replace(" ", "_"), self.limits
+        suite = Suite(name, BASELINE, {arm.label: arm for arm in arms})
+        check_suite(suite, "d2kd choose")
+        comparison = Comparison(
+            suite, folder, jobs=limits.jobs, threads=limits.threads, imports=limits.imports
+        )
+        record = self.state["stages"].setdefault(
+            name,
+            {
+                "arms": [arm.label for arm in arms],
+                "iterations": merged_config(arms[0].config, as_list(arms[0].opts)).SOLVER.MAX_ITER,
+                "seeds": list(arms[0].seeds),
+            },
+        )
+        is_new = not folder.exists()
+        self.save()
+        runs = comparison.runs()
+        if any(comparison.results(*run) is None for run in runs):
+            print(f"{name}: {record['iterations']} iterations, {len(runs)} x", flush=True)
+        failed = comparison.run()
+        if any(run.startswith(f"{BASELINE} ") for run in failed):
+            raise ConfigError(next(iter(failed.values())))
+        lines = comparison.lines()
+        for line in lines:
+            metrics = line["results"][limits.task]
+            metrics["AP"] = _ap(metrics)
+        seconds = self.save()
+        if is_new:
+            waves = math.ceil(len(runs) / limits.jobs)
+            trained = np.mean([line["train_seconds"] for line in lines])
+            record["overhead"] = max(seconds / waves - float(trained), 0.0)
+        record["gains"] = self.gains(lines)
+        self.save()
+        return lines
+
+    def gains(self, lines: list[dict]) -> dict[str, list[float]]:
+        """Label -> gains over the baseline, seed by seed."""
+        arms = by_arm(lines)
+        base = arms.pop(BASELINE)
+        return {
+            label: paired_gains(runs, base, self.limits.task).tolist()
+            for label, runs in arms.items()
+        }
+
+    def save(self) -> float:
+        """Write ``choose.json``; the seconds since the last time."""
+        now = time.monotonic()
+        seconds, self.read_at = now - self.read_at, now
+        self.state["seconds"] += seconds
+        write_json(self.state, self.path)
+        return seconds
+
+    def _drop_weights(self, name: str) -> None:
+        """Remove the weights of a rung: of a hundred runs, they would fill a disk."""
+        for path in (self.output / name.replace(" ", "_")).glob("*/*.pth"):
+            path.unlink()
+
+    # --- judging ----------------------------------------------------------------------------------
+
+    def score(self, label: str) -> float:
+        """Mean gain over the rungs so far, each as much as it is long; -inf for one that failed."""
+        rungs = [s for name, s in self.state["stages"].items() if name.startswith("rung ")]
+        rungs = [rung for rung in rungs if label in rung["arms"] and "gains" in rung]
+        gains = [np.mean(rung["gains"].get(label) or [-math.inf]) for rung in rungs]
+        return float(np.average(gains, weights=[rung["iterations"] for rung in rungs]))
+
+    def ranked(self, labels: list[str]) -> list[str]:
+        return sorted(labels, key=self.score, reverse=True)
+
+    def is_behind(self, lines: list[dict]) -> bool:
+        """Whether the teacher's AP is not above the baseline's: of weights that do not fit, classes
+        in another order, or one that was hardly trained, nothing can be learned."""
+        teacher = self.state["teacher"].get(self.limits.task)
+        if teacher is None or self.limits.any_teacher:
+            return False
+        return not teacher > self.baseline_ap(lines)
+
+    def baseline_ap(self, lines: list[dict]) -> float:
+        runs = by_arm(lines)[BASELINE].values()
+        return float(np.mean([run["results"][self.limits.task]["AP"] for run in runs]))
+
+    def no_teacher(self, lines: list[dict]) -> Verdict:
+        teacher = self.state["teacher"][self.limits.task]
+        return Verdict(
+            False,
+            f"NO GAIN: the teacher has {teacher:.1f} AP, the baseline "
+            f"{self.baseline_ap(lines):.1f} after a short training: check the teacher's weights, "
+            "classes and INPUT.FORMAT (--any-teacher goes on with it)",
+        )
+
+    def judge(self, lines: list[dict], winner: str) -> Verdict:
+        """The verdict of the confirmation: against the baseline with the winner's time, or with
+        less, where that is better."""
+        arms, task = by_arm(lines), self.limits.task
+        if winner not in arms or CONTROL not in arms:
+            return Verdict(False, f"NO GAIN: the confirmation of {winner} failed", winner)
+        gains = paired_gains(arms[winner], arms[CONTROL], task)
+        shorter = paired_gains(arms[winner], arms[BASELINE], task)
+        if len(shorter) and len(gains) and shorter.mean() < gains.mean():
+            gains = shorter
+        if len(gains) > 1 and gains.mean() > half_interval(gains):
+            gain = gain_text(gains).removeprefix("+")
+            return Verdict(True, f"{winner} BEATS the baseline by {gain} AP in equal time", winner)
+        least = detectable_gain([gains], len(gains))
+        return Verdict(
+            False,
+            f"NO GAIN: {winner}, the best of {len(self.opts)} candidates, has {gain_text(gains)} "
+            f"AP over the baseline in equal time; {len(gains)} seeds show a gain of {least:.1f} AP "
+            "in 80 % of cases",
+            winner,
+        )
+
+    # --- the report -------------------------------------------------------------------------------
+
+    def report(self, verdict: Verdict) -> None:
+        """Write choose.md, winner.yaml, and the report of the confirmation."""
+        self.state["verdict"] = {
+            "text": verdict.text,
+            "beats": verdict.beats,
+            "winner": verdict.winner,
+        }
+        self.save()
+        parts = [f"# d2kd choose\n\n**{plain_markdown(verdict.text)}**\n"]
+        for task, ap in self.state["teacher"].items():
+            parts.append(f"The teacher has {ap:.1f} AP ({TASKS[task].lower()}).\n")
+        if verdict.winner:
+            text = winners_config(self.pair, self.opts[verdict.winner], verdict.text)
+            write_text(text, self.output / "winner.yaml")
+            folder = self.output / CONFIRMATION
+            tables = write_report(folder)
+            parts += [
+                f"The config to train with: [winner.yaml](winner.yaml). The confirmation, with "
+                f"pictures: [{CONFIRMATION}/report.html]({CONFIRMATION}/report.html).\n",
+                tables,
+            ]
+        table = self.table()
+        if table.headers[1:]:
+            parts.append(f"## {table.title}\n\n{table.markdown()}\n\n{_NOTES}\n")
+        if self.state["refused"]:
+            lines = (f"* {plain_markdown(why)}" for why in self.state["refused"].values())
+            parts.append("## What the pair cannot serve\n\n" + "\n".join(lines) + "\n")
+        write_text("\n".join(parts), self.output / "choose.md")
+
+    def table(self) -> Table:
+        """Gains of all candidates, rung by rung, the best first."""
+        rungs = {n: s for n, s in self.state["stages"].items() if n.startswith("rung ")}
+        rungs = {name: rung for name, rung in rungs.items() if "gains" in rung}
+        depth = {c: sum(c in rung["arms"] for rung in rungs.values()) for c in self.opts}
+        labels = sorted(self.ranked(list(self.opts)) if rungs else [], key=depth.get, reverse=True)
+        rows = []
+        for label in labels:
+            cells = [self._cell(rung, label) for rung in rungs.values()]
+            rows.append([label, *cells, f"{self.score(label):+.1f}"])
+        headers = [f"{name}: {rung['iterations']} iterations" for name, rung in rungs.items()]
+        return Table(f"The {len(labels)} candidates", ["gain in AP", *headers, "mean"], rows)
+
+    @staticmethod
+    def _cell(rung: dict[str, Any], label: str) -> str:
+        if label not in rung["arms"]:
+            return ""
+        gains = rung["gains"].get(label)
+        return f"{np.mean(gains):+.1f}" if gains else "failed"
+
+
+def _ap(metrics: dict[str, float | None]) -> float:
+    """AP, which is 0 where nothing was predicted: Detectron2 has no number for that."""
+    ap = metrics.get("AP")
+    return float(ap) if ap is not None and math.isfinite(ap) else 0.0
+
+
+_NOTES = (
+    "One seed a rung, the same for all of a rung; the better half goes on. A rung's gains chose, "
+    "so they flatter the winner; the confirmation has seeds that chose nothing. It has the same "
+    "validation images, though: a figure to publish wants images that were in neither."
+)

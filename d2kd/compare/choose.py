@@ -1,0 +1,104 @@
+"""Which method, at which weight, for my student, teacher and data? Tried out within a time budget.
+
+    d2kd choose --config-file my_distiller.yaml --minutes 60 --jobs 2
+    d2kd choose --config-file my_student.yaml --teacher my_teacher.yaml \\
+        --teacher-weights teacher/student_final.pth --heads SSIM DSIG Logits --minutes 60
+
+From the same start, with the same data order, it trains the baseline and each head that the pair
+can serve, at a few weights, for a short time; the better half goes on and is trained for longer,
+with another seed, until one is left. That one is trained with fresh seeds, as are the baseline and
+the baseline for the same wall time. The verdict is BEATS or NO GAIN, with the interval of the
+paired seeds; OUTPUT gets choose.md, the report of `d2kd compare`, and winner.yaml to train with.
+A choice that was stopped goes on with the same command. KEY VALUE pairs override keys of all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..arguments import CommandParser, positive
+from ..engine.setup import add_import_argument, import_user_module
+from .candidates import BALANCED, Pair, named_heads
+from .choice import Choice, Limits
+from .processes import stopping_by_sigterm
+from .tables import TASKS
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--config-file", required=True, help="the student, or a Distiller's config")
+    parser.add_argument("--teacher", help="default: DISTILL.TEACHER.CONFIG_FILE of the config")
+    parser.add_argument("--teacher-weights", help="default: DISTILL.TEACHER.WEIGHTS")
+    parser.add_argument("--minutes", type=_minutes, default=30.0, help="of wall time, in all")
+    parser.add_argument(
+        "--heads", nargs="+", help="default: all that the pair can serve; SSIM+DSIG are together"
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=["1", "3", BALANCED],
+        help=f"factors of the config's own weights, or '{BALANCED}' (default: 1 3 {BALANCED})",
+    )
+    parser.add_argument("--seeds", type=_several, default=3, help="of the confirmation; at least 2")
+    parser.add_argument("--task", choices=list(TASKS), default="bbox", help="whose AP decides")
+    parser.add_argument("--output", type=Path, help="default: output/choose/<config>")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run")
+    parser.add_argument(
+        "--any-teacher", action="store_true", help="also one that is not ahead of the baseline"
+    )
+    add_import_argument(parser)
+    return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a positive number")
+    return minutes
+
+
+def _several(text: str) -> int:
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError(f"'{text}': an interval needs at least 2")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Choose, and print the verdict.
+
+    Raises:
+        ConfigError: in one line, before anything is trained; or the baseline failed.
+        KeyboardInterrupt: says how to go on.
+    """
+    args = build_parser().parse_command(argv)
+    for name in args.imports:
+        import_user_module(name)
+    opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
+    if args.teacher is not None:
+        opts["DISTILL.TEACHER.CONFIG_FILE"] = args.teacher
+    if args.teacher_weights is not None:
+        opts["DISTILL.TEACHER.WEIGHTS"] = args.teacher_weights
+    heads = named_heads(args.heads)
+    pair = Pair.of(args.config_file, opts)
+    pair.check_task(args.task)
+    limits = Limits(
+        minutes=args.minutes,
+        seeds=args.seeds,
+        jobs=args.jobs,
+        threads=args.threads,
+        task=args.task,
+        any_teacher=args.any_teacher,
+        imports=tuple(args.imports),
+    )
+    output = args.output or Path("output/choose") / Path(args.config_file).stem
+    with stopping_by_sigterm(f"stopped; the same command goes on, finished runs are in {output}"):
+        verdict = Choice(pair, heads, args.weights, output.resolve(), limits).run()
+    print(f"\n{(output / 'choose.md').read_text()}\nwrote {output}/choose.md", flush=True)
+    print(verdict.text)
