@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .balance import Balance
 from .config import head_balance, head_schedule, student_config, validate_distillation_config
-from .data.custom import trained_classes
+from .data.model_classes import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
 from .detectors.inputs import to_device

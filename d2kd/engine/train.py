@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from ..config import student_config
+from ..detectors.building import building
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from . import logs, output
@@ -83,7 +84,8 @@ def evaluate(
     if not weights:
         raise ConfigError("an evaluation needs weights: MODEL.WEIGHTS is empty")
     cfg = student_config(cfg)
-    model = build_model(without_start(cfg))
+    with building("the model"):
+        model = build_model(without_start(cfg))
     AtomicCheckpointer(model).load_weights(weights, complete=True)
     own = os.path.join(folder, output.EVALUATION_FOLDER)
 
