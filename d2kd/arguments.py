@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import ConfigError
+from .errors import ConfigError, error_line
+from .files import check_folder
 
 # A key of a config as a word of a command line, e.g. SOLVER.MAX_ITER.
 _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
@@ -17,7 +19,7 @@ _PLAIN_KEYS = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose complaints are :class:`ConfigError`, as all other mistakes of users are.
+    """A parser that complains in one line, as all other mistakes of users end.
 
     Args:
         description: shown by ``--help`` as it stands; ends with examples.
@@ -28,7 +30,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
+        sys.exit(error_line(f"{message}; see {self.prog} --help"))
 
     def parse_command(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse options, and the ``KEY VALUE`` pairs among them as the list ``opts``.
@@ -37,7 +39,8 @@ class CommandParser(argparse.ArgumentParser):
             argv: arguments without the program's name; default: those of this process.
 
         Raises:
-            ConfigError: an unknown option or a bad value of one, or a key without a value.
+            SystemExit: an unknown option or a bad value of one.
+            ConfigError: a key without a value.
         """
         options, opts = split_overrides(sys.argv[1:] if argv is None else argv)
         args = self.parse_args(options)
@@ -57,6 +60,34 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
     return int(text)
+
+
+def file_to_write(*endings: str) -> Callable[[str], Path]:
+    """The type of an option: a file that can be written, with one of these endings if there are
+    some. Its folder need not be there."""
+
+    def check(text: str) -> Path:
+        if endings and not text.lower().endswith(endings):
+            raise argparse.ArgumentTypeError(f"'{text}' must end in {' or '.join(endings)}")
+        if Path(text).is_dir() or not Path(text).name:
+            raise argparse.ArgumentTypeError(f"'{text}' is a folder: name a file")
+        _check_folder(text, Path(text).parent)
+        return Path(text)
+
+    return check
+
+
+def folder_to_write(text: str) -> Path:
+    """The type of an option: a folder that can be written; it need not be there."""
+    _check_folder(text, Path(text))
+    return Path(text)
+
+
+def _check_folder(text: str, folder: Path) -> None:
+    try:
+        check_folder(folder)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': {error}; name another one") from error
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

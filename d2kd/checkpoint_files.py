@@ -8,6 +8,7 @@ plain containers only.
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 
 from .errors import ConfigError, first_line
+from .files import shown
 
 # What files of arrays consist of; NumPy 1 and 2 call its home differently.
 _ARRAYS = {
@@ -58,7 +60,10 @@ def read_pickle(path: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # what unpickling foreign bytes may raise has no end
-        raise ConfigError(f"'{path}' is not read: {first_line(error)}") from error
+        reason = first_line(error)
+        if not isinstance(error, pickle.UnpicklingError) or not reason.startswith("it holds"):
+            reason = f"it is damaged, or no pickle of arrays ({type(error).__name__})"
+        raise ConfigError(f"'{shown(path)}' is not read: {reason}") from error
 
 
 def read_tensors(path: str) -> Any:
@@ -73,10 +78,11 @@ def read_tensors(path: str) -> Any:
     except OSError:
         raise
     except Exception as error:
-        reason = first_line(error)
-        if "weights_only" in reason or "Unsupported" in reason or "WeightsUnpickler" in str(error):
-            reason = "it holds other objects than tensors and plain values"
-        raise ConfigError(f"'{path}' is not read: {reason}") from error
+        found = re.search(r"(?i)unsupported (?:global|class|type)\S* (?:global )?(\S+)", str(error))
+        reason = f"it is damaged, or no file of torch.save ({type(error).__name__})"
+        if found:
+            reason = f"it holds {found[1]}, not only tensors and plain values"
+        raise ConfigError(f"'{shown(path)}' is not read: {reason}") from error
 
 
 class SafeCheckpointer(DetectionCheckpointer):

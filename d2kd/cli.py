@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .errors import ConfigError, one_line
+from .errors import ConfigError, error_line, one_line
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, by convention of shells
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
         hint = f"; close: {close[0]}" if close else ""
-        sys.exit(f"error: no verb '{name}'{hint}; valid: {', '.join(VERBS)}")
+        sys.exit(error_line(f"no verb '{name}'{hint}; valid: {', '.join(VERBS)}"))
     outer = sys.argv
     sys.argv = [f"d2kd {name}", *arguments]  # for the parsers' "usage: d2kd train ..."
     try:
@@ -91,7 +91,7 @@ def end_in_one_line(run: Callable[[], int | None]) -> None:
     try:
         status = run()
     except ConfigError as error:
-        sys.exit(f"error: {one_line(str(error))}")
+        sys.exit(error_line(str(error)))
     except KeyboardInterrupt as error:
         print(one_line(str(error)) or "stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -101,7 +101,7 @@ def end_in_one_line(run: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        sys.exit(f"error: {one_line(f'{error.strerror}: {error.filename}')}")
+        sys.exit(error_line(f"{error.strerror}: {error.filename}"))
     except ModuleNotFoundError as error:
         if error.name != "detectron2":
             raise
@@ -110,7 +110,7 @@ def end_in_one_line(run: Callable[[], int | None]) -> None:
         message = _of_process(error)
         if message is None:
             raise
-        sys.exit(f"error: {one_line(message)}")
+        sys.exit(error_line(message))
     if status:
         sys.exit(status)
 

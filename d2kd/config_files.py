@@ -107,8 +107,8 @@ def _files_beside(path: str) -> list[str]:
 
 def similar_files(path: str) -> str:
     """Files in the folder of ``path`` with a similar name, as a list for a message."""
-    folder = os.path.dirname(path) or "."
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    folder = os.path.dirname(path)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
     close = difflib.get_close_matches(os.path.basename(path), names, n=3, cutoff=0.4)
     return ", ".join(os.path.join(folder, name) for name in close)
 
@@ -270,6 +270,10 @@ def _checked_lines(path: str, cfg: CfgNode, above: tuple[str, ...] = ()) -> dict
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path}: it is {found}; a config holds lines such as SOLVER: ...")
+    try:
+        _refuse_other_types(content, path, lines)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: it contains itself") from error
     where: dict[str, str] = {}
     for base in _bases(path, content.get(BASE_KEY, []), lines):
         where |= _checked_lines(base, cfg, (*above, os.path.realpath(path)))
@@ -283,6 +287,25 @@ def _checked_lines(path: str, cfg: CfgNode, above: tuple[str, ...] = ()) -> dict
         if value is None and _has_key(cfg, name) and node_at(cfg, name) is not None:
             raise ConfigError(f"{place}: {_empty(name, node_at(cfg, name))}")
     return where
+
+
+def _refuse_other_types(node: Any, path: str, lines: dict[str, int], prefix: str = "") -> None:
+    """yacs knows names as keys, and as values what a config has: no date, for one."""
+    if isinstance(node, list):
+        for item in node:
+            _refuse_other_types(item, path, lines, prefix)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str):
+                place = f"{path}:{lines.get(f'{prefix}{key}', 1)}"
+                raise ConfigError(f"{place}: {key!r} is no name of a config key, as SOLVER is")
+            _refuse_other_types(value, path, lines, f"{prefix}{key}.")
+    elif not isinstance(node, str | int | float | None):
+        name = prefix.rstrip(".")
+        raise ConfigError(
+            f"{path}:{lines.get(name, 1)}: {name} is a {type(node).__name__}, {node}; "
+            "put it into quotes"
+        )
 
 
 def _bases(path: str, bases: Any, lines: dict[str, int]) -> list[str]:

@@ -11,7 +11,13 @@ import re
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    RPN_HEAD_REGISTRY,
+)
 from detectron2.modeling.roi_heads import (
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
@@ -50,17 +56,51 @@ NESTED_POSITIVE = Rule(
     "it must be a list of lists of positive numbers",
 )
 SEED = Rule(lambda value: -1 <= value < 2**31, "it must be from 0 to 2147483647, or -1 for none")
+NORM = one_of(
+    ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+)
+BOX_LOSS = one_of(("smooth_l1", "giou", "diou", "ciou"))
+CROP = Rule(
+    lambda value: len(value) == 2 and all(v > 0 for v in value),
+    "it must be two positive numbers, height and width",
+)
+EXPECTED = Rule(
+    lambda value: all(
+        len(row) == 4 and [type(v) for v in row[:2]] == [str, str] and row[2] + row[3] < math.inf
+        for row in value
+    ),
+    "it must be a list of [task, metric, value, tolerance]",
+)
 DEVICE = Rule(
     lambda value: re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", value) is not None,
     "valid: cpu, cuda, cuda:0, cuda:1, ...",
 )
+
+_OF_MODELS = ("MODEL.", "INPUT.FORMAT")
+# Samplers of training that d2kd's loader knows.
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 # Keys of every run.
 RULES = {
     "MODEL.DEVICE": DEVICE,
     "MODEL.PIXEL_MEAN": THREE,
     "MODEL.PIXEL_STD": THREE_POSITIVE,
+    "MODEL.LOAD_PROPOSALS": Rule(
+        lambda value: not value,
+        "d2kd does not load pre-computed proposals, as their files are pickles, which can run "
+        "code; valid: False, with MODEL.PROPOSAL_GENERATOR.NAME RPN",
+    ),
     "MODEL.FPN.OUT_CHANNELS": COUNT,
+    "MODEL.FPN.FUSE_TYPE": one_of(("sum", "avg")),
+    "MODEL.FPN.NORM": NORM,
+    "MODEL.RESNETS.NORM": NORM,
+    "MODEL.ROI_BOX_HEAD.NORM": NORM,
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": COUNT,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": one_of(("ROIAlignV2", "ROIAlign", "ROIPool")),
+    "MODEL.ROI_MASK_HEAD.NORM": NORM,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": COUNT,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": one_of(("ROIAlignV2", "ROIAlign", "ROIPool")),
+    "MODEL.BACKBONE.FREEZE_AT": NOT_NEGATIVE,
     "MODEL.RESNETS.DEPTH": one_of((18, 34, 50, 101, 152)),
     "MODEL.ROI_HEADS.NUM_CLASSES": COUNT,
     "MODEL.RETINANET.NUM_CLASSES": COUNT,
@@ -68,6 +108,9 @@ RULES = {
     "MODEL.ROI_HEADS.POSITIVE_FRACTION": SHARE,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": SHARE,
     "MODEL.ROI_HEADS.NMS_THRESH_TEST": SHARE,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSS,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": BOX_LOSS,
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSS,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": COUNT,
     "MODEL.RPN.POSITIVE_FRACTION": SHARE,
     "MODEL.RPN.NMS_THRESH": SHARE,
@@ -82,7 +125,11 @@ RULES = {
     "DATASETS.TRAIN": NAMES,
     "DATASETS.TEST": NAMES,
     "DATALOADER.NUM_WORKERS": NOT_NEGATIVE,
+    "TEST.AUG.ENABLED": Rule(
+        lambda value: not value, "d2kd evaluates without test-time augmentation; valid: False"
+    ),
     "TEST.DETECTIONS_PER_IMAGE": COUNT,
+    "TEST.EXPECTED_RESULTS": EXPECTED,
     "SEED": SEED,
 }
 # Keys that only training reads.
@@ -91,10 +138,9 @@ TRAIN_RULES = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of(("choice", "range")),
     "INPUT.MAX_SIZE_TRAIN": COUNT,
     "INPUT.RANDOM_FLIP": one_of(("horizontal", "vertical", "none")),
+    "INPUT.CROP.SIZE": CROP,
     "INPUT.CROP.TYPE": one_of(("relative", "relative_range", "absolute", "absolute_range")),
-    "DATALOADER.SAMPLER_TRAIN": one_of(
-        ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
-    ),
+    "DATALOADER.SAMPLER_TRAIN": one_of(SAMPLERS),
     "DATALOADER.REPEAT_THRESHOLD": NOT_NEGATIVE,
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.BASE_LR": POSITIVE,
@@ -115,13 +161,18 @@ TRAIN_RULES = {
     "SOLVER.REFERENCE_WORLD_SIZE": NOT_NEGATIVE,
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of(("value", "norm", "full_model")),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Rule(lambda value: value > 0, "it must be positive, or inf"),
+    "SOLVER.NUM_DECAYS": COUNT,
     "TEST.EVAL_PERIOD": NOT_NEGATIVE,
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
+    "VIS_PERIOD": NOT_NEGATIVE,
 }
 # Names that a registry must know, where the meta-architecture reads the key.
 REGISTRIES: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, ("GeneralizedRCNN", "RetinaNet", "FCOS")),
+    "MODEL.ANCHOR_GENERATOR.NAME": (ANCHOR_GENERATOR_REGISTRY, ("GeneralizedRCNN", "RetinaNet")),
     "MODEL.PROPOSAL_GENERATOR.NAME": (PROPOSAL_GENERATOR_REGISTRY, ("GeneralizedRCNN",)),
+    "MODEL.RPN.HEAD_NAME": (RPN_HEAD_REGISTRY, ("GeneralizedRCNN",)),
     "MODEL.ROI_HEADS.NAME": (ROI_HEADS_REGISTRY, ("GeneralizedRCNN",)),
     "MODEL.ROI_BOX_HEAD.NAME": (ROI_BOX_HEAD_REGISTRY, ("GeneralizedRCNN",)),
     "MODEL.ROI_MASK_HEAD.NAME": (ROI_MASK_HEAD_REGISTRY, ("GeneralizedRCNN",)),
@@ -138,17 +189,56 @@ def check_detectron2_keys(cfg: CfgNode, train: bool = True) -> None:
         ConfigError: names the first key whose value is not valid, and what is.
     """
     _refuse_empty(cfg)
-    for name, rule in {**RULES, **(TRAIN_RULES if train else {})}.items():
-        value = node_at(cfg, name)
+    _check_rules(cfg, {**RULES, **(TRAIN_RULES if train else {})})
+    _check_registries(cfg)
+    if train:
+        _check_combinations(cfg)
+    if train and not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty; give names of datasets, or use --eval-only")
+
+
+def check_model_keys(cfg: CfgNode) -> None:
+    """The same of the keys by which a model is built, of a teacher's config.
+
+    Raises:
+        ConfigError: see :func:`check_detectron2_keys`.
+    """
+    _check_rules(cfg, {name: r for name, r in RULES.items() if name.startswith(_OF_MODELS)})
+    _check_registries(cfg)
+
+
+def _check_rules(cfg: CfgNode, rules: dict[str, Rule]) -> None:
+    for name, rule in rules.items():
+        try:
+            value = node_at(cfg, name)
+        except KeyError:  # of another version of Detectron2
+            continue
         try:
             good = rule.holds(value)
         except (TypeError, ValueError):  # of values that cannot be compared
             good = False
         if not good:
             raise ConfigError(f"{name} is {value!r}; {rule.words}")
-    _check_registries(cfg)
-    if train and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty; give names of datasets, or use --eval-only")
+
+
+def _check_combinations(cfg: CfgNode) -> None:
+    """Keys of training whose values Detectron2 wants to fit each other."""
+    solver, images = cfg.SOLVER, cfg.INPUT
+    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        raise ConfigError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; it must divide "
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, or be 0"
+        )
+    if images.MIN_SIZE_TRAIN_SAMPLING == "range" and len(images.MIN_SIZE_TRAIN) != 2:
+        raise ConfigError(
+            f"INPUT.MIN_SIZE_TRAIN is {images.MIN_SIZE_TRAIN}; it must be two sizes for "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING range"
+        )
+    if images.CROP.TYPE.startswith("relative") and max(images.CROP.SIZE) > 1:
+        raise ConfigError(
+            f"INPUT.CROP.SIZE is {images.CROP.SIZE}; it must be shares of the image, up to 1, for "
+            f"INPUT.CROP.TYPE {images.CROP.TYPE}"
+        )
 
 
 def _refuse_empty(cfg: CfgNode) -> None:
@@ -175,9 +265,9 @@ def _leaves(node: CfgNode, prefix: str) -> list[tuple[str, Any]]:
 
 
 def _check_registries(cfg: CfgNode) -> None:
-    arch = cfg.MODEL.META_ARCHITECTURE
+    key, arch = "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE
     if arch == "Distiller":
-        arch = cfg.DISTILL.STUDENT_META_ARCH
+        key, arch = "DISTILL.STUDENT_META_ARCH", cfg.DISTILL.STUDENT_META_ARCH
     for name, (registry, archs) in REGISTRIES.items():
         value = node_at(cfg, name)
         optional = name.endswith("BOX_HEAD.NAME") and value == ""
@@ -188,4 +278,4 @@ def _check_registries(cfg: CfgNode) -> None:
             raise ConfigError(f"{name} is {value!r}; {close_to(value, known)}")
     if arch not in META_ARCH_REGISTRY:
         known = sorted(entry for entry, _ in META_ARCH_REGISTRY)
-        raise ConfigError(f"MODEL.META_ARCHITECTURE is {arch!r}; {close_to(arch, known)}")
+        raise ConfigError(f"{key} is {arch!r}; {close_to(arch, known)}")

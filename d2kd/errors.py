@@ -15,6 +15,12 @@ def first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else repr(error)
 
 
+def error_line(message: str) -> str:
+    """The line that a program ends in: "error: " and ``message``, at most ``MAX_LINE`` long."""
+    start = "error: "
+    return start + one_line(message, MAX_LINE - len(start))
+
+
 def one_line(message: str, limit: int = MAX_LINE) -> str:
     """``message`` with line breaks and runs of spaces folded, cut to ``limit`` characters.
 

@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,25 @@ def shown(path: str | os.PathLike) -> str:
     name = os.fspath(path)
     here = os.getcwd() + os.sep
     return name.removeprefix(here) or name
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Check that files can be written to a folder, which need not be there; none is left.
+
+    Raises:
+        ConfigError: in words that go on after the folder's name.
+    """
+    parent = os.path.abspath(path)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise ConfigError(f"'{shown(parent)}' is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror or first_line(error)}") from error
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:

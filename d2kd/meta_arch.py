@@ -35,7 +35,7 @@ from .config import (
     student_config,
     validate_distillation_config,
 )
-from .data.custom import trained_classes
+from .data.model_classes import trained_classes
 from .detectors.bundle import Batch
 from .detectors.inherit import plan_inheritance
 from .detectors.inputs import to_device

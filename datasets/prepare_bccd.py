@@ -8,23 +8,20 @@ Then bccd_train, bccd_val and bccd_test can be used in DATASETS.TRAIN and DATASE
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
+from d2kd.arguments import CommandParser, folder_to_write
+from d2kd.cli import end_in_one_line
 from d2kd.data.bccd import convert_bccd
 from d2kd.data.files import dataset_root
-from d2kd.errors import ConfigError, one_line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("clone", type=Path, help="folder of the clone")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_to_write,
         default=dataset_root() / "bccd",
         help="directory to make (default: %(default)s, where bccd_* are looked for)",
     )
@@ -38,7 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, OSError) as error:
-        sys.exit(f"error: {one_line(str(error))}")
+    end_in_one_line(main)

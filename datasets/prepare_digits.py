@@ -10,22 +10,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import sys
-from pathlib import Path
 
+from d2kd.arguments import CommandParser, file_to_write, folder_to_write
+from d2kd.cli import end_in_one_line
 from d2kd.data.digits import SPECS, DigitsSpec, contact_sheet, make_digits
 from d2kd.data.files import dataset_root
-from d2kd.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
     default = SPECS["digits"]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_to_write,
         default=dataset_root() / "digits",
         help="directory to make; a digits dataset of another make there is replaced "
         "(default: %(default)s, where digits_train and digits_val are looked for)",
@@ -46,7 +43,10 @@ def parse_args() -> argparse.Namespace:
         "--plain", action="store_true", help="large digits of strong contrast, no clutter"
     )
     parser.add_argument(
-        "--contact-sheet", type=Path, metavar="PICTURE", help="also save a picture of some images"
+        "--contact-sheet",
+        type=file_to_write(".jpg", ".png"),
+        metavar="PICTURE",
+        help="also save a picture of some images",
     )
     return parser.parse_args()
 
@@ -59,12 +59,10 @@ def main() -> None:
     if not make_digits(args.output, spec):
         print(f"{args.output} is up to date.")
     if args.contact_sheet:
+        args.contact_sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(args.output).save(args.contact_sheet, quality=85)
         print(f"Contact sheet: {args.contact_sheet}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, OSError) as error:
-        sys.exit(f"prepare_digits: {error}")
+    end_in_one_line(main)

@@ -9,7 +9,8 @@ DATASETS.TRAIN and DATASETS.TEST; datasets/README.md says what is in them.
 
 from __future__ import annotations
 
+from d2kd.cli import end_in_one_line
 from d2kd.data.photographs import FACADES, prepare
 
 if __name__ == "__main__":
-    prepare(FACADES, __doc__)
+    end_in_one_line(lambda: prepare(FACADES, __doc__))

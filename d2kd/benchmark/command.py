@@ -49,7 +49,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..arguments import CommandParser, natural, positive
+from ..arguments import CommandParser, file_to_write, natural, positive
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
@@ -307,8 +307,6 @@ def open_results(args: argparse.Namespace) -> dict:
     data = {"environment": machine(args.device), "base": base, "rows": []}
     if args.json is None or not args.json.exists():
         return data
-    if args.json.is_dir():
-        raise ConfigError(f"--json {args.json} is a folder: name a file")
     try:
         found = json.loads(args.json.read_text())
     except ValueError:
@@ -360,7 +358,11 @@ def build_parser() -> CommandParser:
     add("--minutes", type=float, help="start no row after so many; call again for the rest")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
-    add("--json", type=Path, help="add the rows to this file; a plot goes into its folder")
+    add(
+        "--json",
+        type=file_to_write(),
+        help="add the rows to this file; a plot goes into its folder",
+    )
     return parser
 
 

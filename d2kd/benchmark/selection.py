@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from ..arguments import file_to_write, natural, positive
 from ..engine.cost import peak_memory
 from ..files import write_json
 from ..prototypes.select import dense_candidates, matching_pursuit, select_prototypes
@@ -56,15 +56,20 @@ def naive_pursuit(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of the case that is measured."""
-    parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--instances", type=int, default=3000, help="objects per class")
-    parser.add_argument("--channels", type=int, default=256)
-    parser.add_argument("--levels", type=int, default=5)
-    parser.add_argument("--prototypes", type=int, default=10, help="prototypes per class and level")
+    parser.add_argument("--classes", type=positive, default=80)
+    parser.add_argument("--instances", type=positive, default=3000, help="objects per class")
+    parser.add_argument("--channels", type=positive, default=256)
+    parser.add_argument("--levels", type=positive, default=5)
     parser.add_argument(
-        "--naive-instances", type=int, default=300, help="size of the naive form's case; 0: none"
+        "--prototypes", type=positive, default=10, help="prototypes per class and level"
     )
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--naive-instances",
+        type=natural,
+        default=300,
+        help="size of the naive form's case; 0: none",
+    )
+    parser.add_argument("--json", type=file_to_write(), help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> None:

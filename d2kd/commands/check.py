@@ -18,19 +18,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
-from ..arguments import CommandParser, natural
+from ..arguments import CommandParser, file_to_write, natural
 from ..config_rules import check_detectron2_keys
 from ..data import check_images
+from ..data.catalog import check_present, is_readable
 from ..data.check import Use
 from ..data.coco import Table, read_json
-from ..data.custom import (
-    check_present,
-    check_proposals,
-    dataset_uses,
-    examine,
-    is_readable,
-    register_coco_format_datasets,
-)
+from ..data.custom import dataset_uses, register_coco_format_datasets
+from ..data.examine import examine
 from ..data.object_sizes import anchor_shapes, check_sizes, sides_in_training, strides_of
 from ..data.report import DatasetReport, error_line, report_lines
 from ..data.sheet import draw_sheet
@@ -64,6 +59,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="config to check")
     parser.add_argument(
         "--sheet",
+        type=lambda text: text and str(file_to_write(".jpg", ".jpeg", ".png")(text)),
         default=_SHEET,
         metavar="FILE",
         help="where the samples go; '' draws none (default: %(default)s)",
@@ -88,7 +84,6 @@ def check_config(cfg: CfgNode, images: bool = True, threads: int = 0) -> Dataset
     """
     register_coco_format_datasets(cfg)
     check_detectron2_keys(cfg, train=True)
-    check_proposals(cfg)
     uses = dataset_uses(cfg, train=True)
     for name in uses:
         check_present(name)
@@ -152,7 +147,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.imports:
         import_user_module(name)
     cfg = merged_config(args.config_file, args.opts)
-    _check_sheet_path(args.sheet)
     found = check_config(cfg, not args.no_images, args.threads)
     for line in report_lines(found.reports, limit=None):
         print(line)
@@ -160,15 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not report.findings:
             print(f"{report.heading()}: nothing to say")
     if args.sheet and found.rows:
+        os.makedirs(os.path.dirname(args.sheet) or ".", exist_ok=True)
         draw_sheet(found.rows).save(args.sheet)
         print(f"wrote {args.sheet}: look whether boxes and masks fit")
     if found.refused:
         raise ConfigError(error_line(found.reports))
-
-
-def _check_sheet_path(path: str) -> None:
-    folder = os.path.dirname(path) or "."
-    if path and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-        raise ConfigError(f"--sheet: cannot write '{path}': name a file in a folder that you own")
-    if path and os.path.splitext(path)[1].lower() not in (".jpg", ".jpeg", ".png"):
-        raise ConfigError(f"--sheet: '{path}' must end in .jpg or .png")

@@ -8,11 +8,9 @@ ResNet. What a config must say to use the result is printed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-from ..arguments import CommandParser
-from ..errors import ConfigError
+from ..arguments import CommandParser, file_to_write
 from ..files import write_atomically
 from ..models.torchvision_resnet import (
     config_lines,
@@ -30,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = CommandParser(description=__doc__)
     parser.add_argument("input", help="a state dict, saved by torch.save")
-    parser.add_argument("output", help="a .pkl file")
+    parser.add_argument(
+        "output", type=file_to_write(".pkl"), help="a .pkl file, as Detectron2 knows the format"
+    )
     args = parser.parse_args(argv)
-    if not args.output.endswith(".pkl"):
-        raise ConfigError(f"Detectron2 reads this format from .pkl files only, not {args.output}")
     weights = read_torchvision(args.input)
     converted = convert_torchvision_resnet(weights)
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, lambda temporary: write_detectron2(converted, temporary))
     print(f"wrote {args.output}, {len(converted)} tensors; the config needs\n")
-    print(config_lines(weights, args.output))
+    print(config_lines(weights, str(args.output)))

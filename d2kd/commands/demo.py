@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..arguments import CommandParser, natural
+from ..arguments import CommandParser, folder_to_write, natural
 from ..compare.comparison import Comparison
 from ..compare.pictures import pick_records, save_picture
 from ..compare.processes import run_in_order
@@ -175,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = CommandParser(description=__doc__)
     parser.add_argument("--photos", type=Path, metavar="CLONE", help=f"of {ANIMALS.repository}")
-    parser.add_argument("--output", type=Path, help="default: output/demo, output/demo_animals")
+    parser.add_argument(
+        "--output", type=folder_to_write, help="default: output/demo, output/demo_animals"
+    )
     parser.add_argument("--seeds", type=natural, nargs="+", default=[1])
     args = parser.parse_command(argv)
     data = "animals" if args.photos else "digits"

@@ -43,16 +43,12 @@ from ..compare.suite import as_list, stretched
 from ..config import student_config
 from ..config_files import foreign_teacher, merge_overrides
 from ..config_paths import absolute_path, find_file, set_absolute_paths
+from ..data.catalog import check_present, is_readable
 from ..data.classes import list_of
-from ..data.custom import (
-    check_present,
-    dataset_uses,
-    is_readable,
-    register_coco_format_datasets,
-    trained_classes,
-)
+from ..data.custom import dataset_uses, register_coco_format_datasets
 from ..data.loader import validate_loader_config
 from ..data.loading import Question, inspect, release
+from ..data.model_classes import trained_classes
 from ..data.report import error_line, plural
 from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
 from ..engine import logs, output, train

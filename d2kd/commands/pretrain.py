@@ -29,7 +29,7 @@ from ..arguments import CommandParser, natural, positive
 from ..data.custom import check_datasets
 from ..engine.setup import merged_config
 from ..errors import ConfigError
-from ..files import write_atomically
+from ..files import check_folder, write_atomically
 from ..models.timm_fpn import build_timm_backbone
 
 
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = CommandParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
-    parser.add_argument("--output", help="default: MODEL.WEIGHTS of the config")
+    parser.add_argument("--output", help="a .pth file; default: MODEL.WEIGHTS of the config")
     parser.add_argument("--steps", type=positive, default=1000)
     parser.add_argument("--batch", type=positive, default=256, help="crops per step, half digits")
     parser.add_argument("--crop", type=positive, default=32, help="side of a crop in pixels")
@@ -164,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output or cfg.MODEL.WEIGHTS
     if not output.endswith(".pth"):
         raise ConfigError(f"--output: a .pth file, not '{output}'")
+    for path in (output, *(args.grow or ())[1:]):
+        check_folder(os.path.dirname(path) or ".")
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a dataset to take crops from")
     check_datasets(cfg)

@@ -28,8 +28,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..arguments import CommandParser, positive
+from ..arguments import CommandParser, file_to_write, folder_to_write, positive
 from ..benchmark import selection
+from ..detectors.building import building
 from ..engine import setup
 from ..engine.checkpoint import AtomicCheckpointer
 from ..engine.launch import launch
@@ -51,15 +52,16 @@ def make(args: argparse.Namespace) -> None:
             f"a Distiller with the head GlobalKnowledge is needed: MODEL.META_ARCHITECTURE is "
             f"'{cfg.MODEL.META_ARCHITECTURE}', DISTILL.HEADS {list(cfg.DISTILL.HEADS)}"
         )
-    model = build_model(cfg)
+    with building("the model"):
+        model = build_model(cfg)
     AtomicCheckpointer(model).load_weights(cfg.MODEL.WEIGHTS)
     bank = model.distill_heads["GlobalKnowledge"].bank
     if bank is None:
         raise ConfigError("DISTILL.GLOBAL_KNOWLEDGE: neither GLOBAL.WEIGHT nor RELIABILITY is on")
     prototypes = PrototypeGenerator.for_bank(cfg, bank)(model.student, model.teacher)
     if comm.is_main_process():
-        os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-        prototypes.save(args.output)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        prototypes.save(str(args.output))
         print(f"wrote {args.output}")
 
 
@@ -137,12 +139,17 @@ def build_parser() -> CommandParser:
     maker.add_argument(
         "--config-file", required=True, help="a config with the GlobalKnowledge head"
     )
-    maker.add_argument("--output", default="output/prototypes.pth")
+    maker.add_argument("--output", type=file_to_write(), default="output/prototypes.pth")
     maker.add_argument("--num-gpus", type=positive, default=1)
     setup.add_import_argument(maker)
     shower = commands.add_parser("show", help="draw the objects behind prototypes")
     shower.add_argument("file")
-    shower.add_argument("--pictures", default="output/prototypes", help="folder of the pictures")
+    shower.add_argument(
+        "--pictures",
+        type=folder_to_write,
+        default="output/prototypes",
+        help="folder of the pictures",
+    )
     timer = commands.add_parser("time", help="time the choice of prototypes")
     selection.add_arguments(timer)
     return parser

@@ -35,9 +35,10 @@ from detectron2.utils.events import EventStorage
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..arguments import CommandParser, natural, positive
+from ..arguments import CommandParser, file_to_write, natural, positive
 from ..config import student_config
 from ..data.custom import check_datasets
+from ..detectors.building import building
 from ..detectors.bundle import Batch
 from ..detectors.spec import describe_detector
 from ..detectors.taps import Taps
@@ -73,7 +74,8 @@ def masks_by_kind(
 ) -> list[dict[str, dict[int, Tensor]]]:
     """Of each image kind -> stride -> (H, W)."""
     torch.manual_seed(0)
-    student = build_model(student_config(cfg)).train()
+    with building("the student"):
+        student = build_model(student_config(cfg)).train()
     spec = describe_detector(student, "student")
     head, taps = MAR(cfg, spec, spec), Taps(student, spec)
     masks = []
@@ -197,7 +199,8 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--heads", nargs="*", metavar="HEAD", help="draw what these heads distil; default: all"
     )
-    parser.add_argument("--output", type=Path, default=Path("output/show.png"))
+    endings = (".png", ".jpg", ".pdf", ".svg")
+    parser.add_argument("--output", type=file_to_write(*endings), default="output/show.png")
     parser.add_argument("--dpi", type=positive, default=100)
     add_import_argument(parser)
     return parser

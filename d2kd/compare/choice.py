@@ -2,9 +2,9 @@
 
 Each rung trains the baseline and the candidates that are left from one seed, the same start and
 data order, and keeps the better half; a later rung trains for longer, with another seed. The winner
-is then trained with fresh seeds, and with it the baseline and the control of equal time. All trainings
-are comparisons (:mod:`d2kd.compare.comparison`), so that what was stopped goes on; what was decided
-is in ``choose.json``.
+is then trained with fresh seeds, and with it the baseline and the control of equal time. All
+trainings are comparisons (:mod:`d2kd.compare.comparison`), so that what was stopped goes on; what
+was decided is in ``choose.json``.
 """
 
 from __future__ import annotations

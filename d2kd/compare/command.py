@@ -19,7 +19,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import CommandParser, natural, positive
+from ..arguments import CommandParser, folder_to_write, natural, positive
 from ..config_files import resolve_config_file
 from ..engine.setup import add_import_argument, import_user_module
 from ..errors import ConfigError
@@ -46,7 +46,7 @@ def build_parser() -> CommandParser:
         help="train only these; default: the suite's, else 1 2 3",
     )
     parser.add_argument("--arms", nargs="+", help="train only these arms of the suite")
-    parser.add_argument("--output", type=Path, help="default: output/compare[/<suite>]")
+    parser.add_argument("--output", type=folder_to_write, help="default: output/compare[/<suite>]")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run")
     parser.add_argument(

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import first_line
-from .check import judge_headers
+from .check_files import judge_headers
 from .coco import Table
 from .image_files import UNREADABLE, Header, header_of, image_path, missing_files
 from .report import Finding, shown, some

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, first_line
+from .report import shown
 
 # Types that the ids of images may have; one of them in one file.
 _IMAGE_ID_TYPES = (int, str)
@@ -139,6 +140,15 @@ class Table:
         image = self.image_of[annotation]
         return str(self.names[image]) if image >= 0 else "no image"
 
+    def annotation_words(self, annotation: int) -> str:
+        """Which annotation it is, for a report."""
+        name = shown(self.image_name(annotation))
+        return f"annotation {self.annotation_id(annotation)} of {name}"
+
+    def annotation_id(self, annotation: int) -> str:
+        """Its id as it stands in the file, for a report."""
+        return shown(self.annotations[annotation].get("id"))
+
 
 def types_of(values: list) -> set[type]:
     """The types that occur among ``values``."""
@@ -150,6 +160,21 @@ def hashable(values: list) -> list:
     if types_of(values) & {list, dict}:
         return [None if type(value) in (list, dict) else value for value in values]
     return values
+
+
+def marked(values: list, test: Callable[[Any], bool]) -> np.ndarray:
+    """(n,) bool, ``test`` of each value."""
+    return np.fromiter(map(test, values), bool, len(values))
+
+
+def repeated(values: list) -> np.ndarray:
+    """(n,) bool, whether a value occurred before; all must be hashable."""
+    if len(set(values)) == len(values):
+        return np.zeros(len(values), bool)
+    seen: set = set()
+    return np.fromiter(
+        ((value in seen) or bool(seen.add(value)) for value in values), bool, len(values)
+    )
 
 
 def is_number(value: Any) -> bool:

@@ -24,10 +24,9 @@ from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 
+from ..config_rules import SAMPLERS
 from ..errors import ConfigError
 from .image_files import explain_unreadable
-
-SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
 
 def seed_of(*numbers: int) -> int:

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from detectron2.data import MetadataCatalog
 
 from ..errors import ConfigError
-from . import check
-from .check import Use
+from .check import Use, check_links, check_repairs, check_structure
+from .check_boxes import check_boxes
+from .check_files import check_files
+from .check_keypoints import check_keypoints
+from .check_masks import check_masks, needs_bitmask
 from .classes import Classes, check_category_ids, check_counts, classes_of
 from .coco import Table, hashable, no_garbage_collection, read_json
 from .masks import Masks
@@ -112,7 +115,7 @@ def _inspect_table(table: Table, question: Question, report: DatasetReport) -> A
         report.findings += check_counts(table, classes)
     answer = Answer(report, keypoint_names=_keypoint_names(table.categories))
     if masks is not None and use.train:
-        answer.rle = check.needs_bitmask(table, masks)
+        answer.rle = needs_bitmask(table, masks)
     if classes is not None:
         answer.reading = Reading(classes, use.masks, use.keypoints)
     if not report.fatal and answer.reading is not None:
@@ -123,16 +126,16 @@ def _inspect_table(table: Table, question: Question, report: DatasetReport) -> A
 
 def _findings(table: Table, masks: Masks | None, question: Question) -> Iterator[Finding]:
     use = question.use
-    yield from check.check_structure(table, strict_ids="minival" not in question.json_file)
-    yield from check.check_links(table, use)
-    yield from check.check_boxes(table, masks)
+    yield from check_structure(table, strict_ids="minival" not in question.json_file)
+    yield from check_links(table, use)
+    yield from check_boxes(table, masks)
     if masks is not None:
-        yield from check.check_masks(table, masks, use)
+        yield from check_masks(table, masks, use)
     if use.keypoints:
-        yield from check.check_keypoints(table, use)
-    yield from check.check_repairs(table, use)
+        yield from check_keypoints(table, use)
+    yield from check_repairs(table, use)
     if use.files:
-        yield from check.check_files(table, question.root, use)
+        yield from check_files(table, question.root, use)
 
 
 def _keypoint_names(categories: list[dict]) -> tuple[str, ...]:

@@ -10,11 +10,9 @@ from `train` and students from `part`; weights of losses are chosen on `tune`; t
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_tools
 
+from ..arguments import CommandParser, folder_to_write
 from ..errors import ConfigError
 from .files import build_directory, dataset_root
 
@@ -133,22 +132,21 @@ def convert(family: Photographs, clone: Path, output: Path) -> tuple[dict[str, d
 
 
 def prepare(family: Photographs, description: str) -> None:
-    """The command of a family: convert the clone that the command line names."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The command of a family: convert the clone that the command line names.
+
+    Raises:
+        ConfigError: see :func:`convert`.
+    """
+    parser = CommandParser(description=description)
     parser.add_argument("clone", type=Path, help="folder of the clone")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=folder_to_write,
         default=dataset_root() / family.name,
         help=f"directory to make (default: %(default)s, where {family.name}_* are looked for)",
     )
     args = parser.parse_args()
-    try:
-        counts, notes = convert(family, args.clone, args.output)
-    except (ConfigError, OSError) as error:
-        sys.exit(f"error: {error}")
+    counts, notes = convert(family, args.clone, args.output)
     print("\n".join(notes))
     for split, count in counts.items():
         print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in count.items()))

@@ -10,7 +10,8 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-from .check import boxes_without_area, known_area, usable_ids
+from .check import known_area, usable_ids
+from .check_boxes import boxes_without_area
 from .classes import Classes
 from .coco import Table
 from .masks import usable_polygons

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 MAX_LINES = 20  # of a report that precedes an error
 EXAMPLES = 5  # of each kind
@@ -67,6 +69,22 @@ class DatasetReport:
     def heading(self) -> str:
         details = ", ".join(part for part in (self.source, self.counts) if part)
         return _cut(f"dataset '{self.name}'" + (f": {details}" if details else ""), _MAX_WIDTH)
+
+
+def findings(
+    bad: np.ndarray, text: str, remedy: str, example: Callable[[int], str], fatal: bool = True
+) -> Iterator[Finding]:
+    """One finding for all places where ``bad`` is true; none where there are none.
+
+    Args:
+        bad: (n,) bool.
+        text: goes on after "3 of 18 ".
+        example: place -> words for it.
+    """
+    places = np.flatnonzero(bad)
+    if len(places):
+        head = f"{len(places):,} of {len(bad):,} {text}"
+        yield Finding(head, remedy, some(example(int(place)) for place in places), fatal)
 
 
 def report_lines(reports: Sequence[DatasetReport], limit: int | None = MAX_LINES) -> list[str]:

@@ -25,9 +25,11 @@ from ..config_files import (
     similar_files,
 )
 from ..config_paths import absolute_path, set_absolute_paths
-from ..data.custom import trained_classes
+from ..config_rules import check_model_keys
+from ..data.model_classes import trained_classes
 from ..errors import ConfigError
 from ..lazy_config import build_lazy, is_lazy, load_lazy, override_lazy
+from .building import building
 from .foreign import GivesMaps, MapsDetector, as_detector
 from .weights import RANDOM_WEIGHTS
 
@@ -66,8 +68,10 @@ def build_source(cfg: CfgNode) -> Source:
     if is_lazy(name):
         return _lazy_source(cfg)
     teacher_cfg = teacher_config(cfg)
+    with building("the teacher"):
+        model = build_model(teacher_cfg)
     return Source(
-        build_model(teacher_cfg),
+        model,
         teacher_cfg.MODEL.WEIGHTS,
         teacher_cfg.INPUT.FORMAT,
         trained_classes(teacher_cfg),
@@ -95,6 +99,10 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         # A distilled student can teach: its config says how it was trained, its weights are plain.
         teacher_cfg.MODEL.META_ARCHITECTURE = teacher_cfg.DISTILL.STUDENT_META_ARCH
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    try:
+        check_model_keys(teacher_cfg)
+    except ConfigError as error:
+        raise ConfigError(f"the teacher's {error}") from error
     teacher_cfg.MODEL.WEIGHTS = find_teacher_weights(node, teacher_cfg.MODEL.WEIGHTS)
     teacher_cfg.freeze()
     return teacher_cfg

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..checkpoint_files import SafeCheckpointer
 from ..errors import ConfigError, first_line
+from ..files import shown
 from .foreign import own_module
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,12 @@ RANDOM_WEIGHTS = "random"
 
 class _StrictCheckpointer(SafeCheckpointer):
     """Loads weights, and raises where Detectron2 would only warn."""
+
+    _path = ""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._path = path
+        return super().load(path, *args, **kwargs)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         misfits = {key for key, *_ in incompatible.incorrect_shapes}
@@ -29,7 +36,8 @@ class _StrictCheckpointer(SafeCheckpointer):
         ]
         if wrong:
             raise ConfigError(
-                f"{len(wrong)} of the teacher's weights did not load: {', '.join(sorted(wrong))}"
+                f"{len(wrong)} of the teacher's weights did not load from '{shown(self._path)}': "
+                + ", ".join(sorted(wrong))
             )
         ignored = [k for k in incompatible.unexpected_keys if not k.startswith("distill_heads.")]
         if ignored:

@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessContext
 
-from ..errors import ConfigError, first_line, one_line
+from ..errors import ConfigError, error_line, first_line
 from .faults import Stopped, TrainingError, disk_words, stopping_by_signals
 
 AUTO = "auto"
@@ -85,11 +85,11 @@ def ending_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ConfigError, TrainingError) as error:
-        sys.exit(f"error: {one_line(str(error), 293)}")
+        sys.exit(error_line(str(error)))
     except OSError as error:
         if not error.filename:
             raise
-        sys.exit(f"error: {one_line(disk_words(error), 293)}")
+        sys.exit(error_line(disk_words(error)))
     except Stopped as stop:
         _end(str(stop), 128 + stop.signal)
 
@@ -115,7 +115,7 @@ def under_torchrun() -> bool:
 
 
 def _end(words: str, code: int) -> NoReturn:
-    print(f"error: {one_line(words, 293)}", file=sys.stderr, flush=True)
+    print(error_line(words), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -133,8 +133,20 @@ def _check_counts(args: argparse.Namespace) -> None:
         raise ConfigError(
             "--num-machines needs --dist-url: the address of machine 0, e.g. tcp://10.0.0.1:29500"
         )
+    _check_url(args.dist_url)
     if not args.dist_timeout > 0:
         raise ConfigError(f"--dist-timeout {args.dist_timeout}: it must be positive")
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlparse(url)
+        good = url == AUTO or parts.scheme in ("file", "env")
+        good = good or (parts.scheme == "tcp" and parts.hostname and parts.port is not None)
+    except ValueError:  # of a port that is no number
+        good = False
+    if not good:
+        raise ConfigError(f"--dist-url {url}: it must be like tcp://10.0.0.1:29500, or {AUTO}")
 
 
 def _backend(processes: int) -> str:

@@ -10,10 +10,9 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 
-from ..errors import ConfigError, first_line
-from ..files import remove_leftovers, shown
+from ..errors import ConfigError
+from ..files import check_folder, remove_leftovers, shown
 from . import logs
 from .checkpoint import LAST_CHECKPOINT, STUDENT_FILE
 
@@ -60,21 +59,11 @@ def check_output_dir(path: str) -> None:
         raise ConfigError("OUTPUT_DIR is empty: name a folder")
     if "://" in path:
         raise ConfigError(f"OUTPUT_DIR '{path}' is a URL; it must be a local folder")
-    parent = os.path.abspath(path)
-    while not os.path.lexists(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.isdir(parent):
-        raise ConfigError(
-            f"OUTPUT_DIR '{shown(path)}': '{shown(parent)}' is not a folder; name another one"
-        )
     try:
-        with tempfile.TemporaryDirectory(prefix=".d2kd-", dir=parent) as probe:
-            with open(os.path.join(probe, "probe"), "wb") as file:
-                file.write(bytes(4096))
-    except OSError as error:
-        reason = error.strerror or first_line(error)
+        check_folder(path)
+    except ConfigError as error:
         raise ConfigError(
-            f"OUTPUT_DIR '{shown(path)}' cannot be written: {reason}; name another OUTPUT_DIR"
+            f"OUTPUT_DIR '{shown(path)}': {error}; name another OUTPUT_DIR"
         ) from error
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -20,6 +21,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
 
+from ..arguments import CommandParser
 from ..config import (
     add_distillation_config,
     validate_distillation_config,
@@ -41,7 +43,8 @@ from ..config_rules import check_detectron2_keys
 from ..data.custom import check_datasets, log_reports
 from ..data.loader import validate_loader_config
 from ..detectors.weights import RANDOM_WEIGHTS
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
+from ..files import shown
 from ..keys import adds_config
 from . import logs, output
 from .checkpoint import find_checkpoint
@@ -51,9 +54,9 @@ from .trainer import find_evaluator
 logger = logging.getLogger(__name__)
 
 
-def build_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+def build_parser(epilog: str | None = None) -> CommandParser:
     """Detectron2's arguments, ``--import`` and ``--dist-timeout``."""
-    parser = default_argument_parser(epilog=epilog)
+    parser = CommandParser(epilog=epilog, parents=[default_argument_parser()], add_help=False)
     add_import_argument(parser)
     add_launch_arguments(parser)
     return parser
@@ -78,25 +81,39 @@ def import_user_module(name: str) -> None:
     every config that is read from then on.
 
     Raises:
-        ConfigError: there is no such module.
+        ConfigError: there is no such module, or it raises an error; names the line.
     """
-    module = _import_file(name) if name.endswith(".py") else _import_name(name)
+    module = _import(name)
     for key, value in vars(module).items():
         of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
         if of_detectron2s_form and value is not add_distillation_config:
             adds_config(value)
 
 
-def _import_name(name: str) -> ModuleType:
+def _import(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--import: {error}") from error
+        return _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        place = f"{shown(str(error.filename))}:{error.lineno}"
+        raise ConfigError(f"--import: {place}: {error.msg}") from error
+    except Exception as error:
+        raise ConfigError(f"--import: {_place(error)}{first_line(error)}") from error
+
+
+def _place(error: Exception) -> str:
+    """Where in a user's module an error came from, and its kind; "" if there is no such module."""
+    ours = (__file__, importlib.__file__, "<frozen")
+    for frame in traceback.extract_tb(error.__traceback__):
+        if not frame.filename.startswith(ours):
+            return f"{shown(frame.filename)}:{frame.lineno}: {type(error).__name__}: "
+    return ""
 
 
 def _import_file(path: str) -> ModuleType:
     if not os.path.isfile(path):
-        raise ConfigError(f"--import: no file '{path}'")
+        raise ConfigError(f"--import: no file '{path}'; give a .py file or the name of a module")
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.modules:
         found = getattr(sys.modules[name], "__file__", None)
@@ -169,6 +186,11 @@ def check_config(
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and train:
         check_teacher_files(cfg, folders)
         validate_distillation_config(cfg)
+    elif cfg.DISTILL.HEADS and train:
+        raise ConfigError(
+            f"DISTILL.HEADS {list(cfg.DISTILL.HEADS)} need MODEL.META_ARCHITECTURE Distiller, it "
+            f"is {cfg.MODEL.META_ARCHITECTURE}; without distillation, set DISTILL.HEADS []"
+        )
     if not (resume and find_checkpoint(cfg.OUTPUT_DIR, weights_only=not train)):
         check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", folders)
     check_datasets(cfg, train=train)
@@ -246,6 +268,8 @@ def setup(args: argparse.Namespace, cfg: CfgNode | None = None) -> CfgNode:
     """
     logs.start()
     cfg = read_config(args) if cfg is None else cfg
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty; give names of datasets to evaluate on")
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise ConfigError(
             "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
@@ -266,10 +290,4 @@ def setup(args: argparse.Namespace, cfg: CfgNode | None = None) -> CfgNode:
     if not torch.cuda.is_available():
         logger.warning("Running on the CPU: no CUDA GPU is available")
     log_reports(logger)
-    if cfg.DISTILL.HEADS and cfg.MODEL.META_ARCHITECTURE != "Distiller" and not args.eval_only:
-        logger.warning(
-            "Training %s without distillation: DISTILL.HEADS is for the Distiller of "
-            "MODEL.META_ARCHITECTURE",
-            cfg.MODEL.META_ARCHITECTURE,
-        )
     return cfg

@@ -8,6 +8,7 @@ import os
 from detectron2.config import CfgNode
 
 from ..config import student_config
+from ..detectors.building import building
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..lazy_config import is_lazy
@@ -100,7 +101,8 @@ def evaluate(
     if not weights:
         raise ConfigError("an evaluation needs weights: MODEL.WEIGHTS is empty")
     cfg = student_config(cfg)
-    model = trainer_class.build_model(without_start(cfg))
+    with building("the model"):
+        model = trainer_class.build_model(without_start(cfg))
     AtomicCheckpointer(model).load_weights(weights, complete=True)
     own = os.path.join(folder, output.EVALUATION_FOLDER)
 

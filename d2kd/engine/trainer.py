@@ -33,6 +33,7 @@ from torch import nn
 from ..config import validate_solver
 from ..data.evaluation import CocoEvaluator
 from ..data.loader import build_test_loader, build_train_loader, validate_loader_config
+from ..detectors.building import building
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
 from ..files import shown
@@ -301,7 +302,8 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The model of ``cfg``, without Detectron2's log of all its modules."""
-        return build_model(cfg)
+        with building("the model"):
+            return build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

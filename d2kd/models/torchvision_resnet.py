@@ -12,9 +12,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor
 
-from ..errors import ConfigError, first_line
+from ..checkpoint_files import read_tensors
+from ..errors import ConfigError
 
 # Residual blocks of the four stages, and whether they are bottlenecks -> depth.
 DEPTHS = {
@@ -36,13 +40,15 @@ def read_torchvision(path: str) -> dict[str, Tensor]:
         ConfigError: the file cannot be read or holds no tensors by name.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(f"'{path}' cannot be read: {first_line(error)}") from error
+        found = read_tensors(path)
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from error
     for key in ("model", "state_dict"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+    ):
         raise ConfigError(f"'{path}' holds no weights by name, but a {type(found).__name__}")
     return {name.removeprefix("module."): value for name, value in found.items()}
 
@@ -53,12 +59,29 @@ def convert_torchvision_resnet(weights: Mapping[str, Tensor]) -> dict[str, np.nd
     Raises:
         ConfigError: they are no ResNet's; names a key that does not fit.
     """
-    describe_resnet(weights)
+    shapes = _shapes(describe_resnet(weights))
     converted = {}
     for name, value in weights.items():
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked"):
-            converted[_detectron2_name(name)] = value.detach().float().numpy()
+            key = _detectron2_name(name)
+            if value.shape != shapes[key]:
+                raise ConfigError(
+                    f"no torchvision ResNet: {name} is {list(value.shape)}, not {list(shapes[key])}"
+                )
+            converted[key] = value.detach().float().numpy()
     return converted
+
+
+def _shapes(resnet: Mapping[str, int | bool]) -> dict[str, torch.Size]:
+    """Name -> shape of the weights and statistics of Detectron2's ResNet of these keys."""
+    cfg = get_cfg()
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    for key, value in resnet.items():
+        cfg.MODEL.RESNETS[key] = value
+    with torch.device("meta"):
+        backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    return {name: value.shape for name, value in backbone.state_dict().items()}
 
 
 def _detectron2_name(name: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import PRECISIONS
 from ..detectors.teacher import Teacher
+from ..errors import ConfigError, one_line
 from .collect import (
     Candidates,
     FeatureTable,
@@ -34,6 +35,7 @@ from .store import LevelPrototypes, PrototypeBank, Prototypes
 
 logger = logging.getLogger(__name__)
 
+_SIZE_KEY = "DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.MIN_BOX_SIZE"
 # Classes that share a line of the log.
 _CLASSES_A_LINE = 10
 
@@ -49,6 +51,9 @@ class PrototypeGenerator:
             ``DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES``.
         num_classes: K.
         student_channels, teacher_channels: stride -> channels of the levels to make them for.
+
+    Raises:
+        ConfigError: no object is large enough; names the key.
     """
 
     def __init__(
@@ -68,8 +73,30 @@ class PrototypeGenerator:
         self.candidates = find_candidates(
             records, num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
         )
+        self._check_candidates(records)
         self._teacher: FeatureTable | None = None
         self.cost: dict[str, float] = {}
+
+    def _check_candidates(self, records: list[dict]) -> None:
+        """Refuse a training set without candidates; say which classes have none."""
+        least = f"{_SIZE_KEY} {self.options.MIN_BOX_SIZE:g} pixels"
+        found = {candidate.category for candidate in self.candidates.instances}
+        if not found:
+            boxes = (o.box for o in find_candidates(records, 1, 0.0, len(records)).instances)
+            largest = max((min(x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes), default=0.0)
+            raise ConfigError(
+                f"no object of DATASETS.TRAIN is wider and higher than {least}, the largest has "
+                f"{largest:.0f}: lower the key, or leave GlobalKnowledge out of DISTILL.HEADS"
+            )
+        names = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0]).get("thing_classes", [])
+        without = [name for category, name in enumerate(names) if category not in found]
+        if without:
+            logger.warning(
+                "classes without prototypes, as none of their objects is wider and higher than "
+                "%s: %s",
+                least,
+                one_line(", ".join(map(str, without))),
+            )
 
     @classmethod
     def for_bank(cls, cfg: CfgNode, bank: PrototypeBank) -> PrototypeGenerator:

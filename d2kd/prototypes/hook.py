@@ -33,19 +33,24 @@ class PrototypeHook(HookBase):
         head: the head's name, to find its schedule: without the head there is no refresh.
         bank: to fill.
         cfg: the full config.
+
+    Raises:
+        ConfigError: no object of the training set can become a prototype.
     """
 
     def __init__(self, head: str, bank: PrototypeBank, cfg: CfgNode):
         self.head, self.bank, self.cfg = head, bank, cfg
+        options = cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES
+        self.period = options.REFRESH_PERIOD
+        if self.period or not options.FILE:
+            self.generate = PrototypeGenerator.for_bank(cfg, bank)
+        if self.period < 0:
+            self.period = -(-self.generate.num_images // cfg.SOLVER.IMS_PER_BATCH)
 
     def before_train(self) -> None:
         model = self.trainer.model
         # DistributedDataParallel wraps the Distiller.
         self.distiller: nn.Module = getattr(model, "module", model)
-        self.generate = PrototypeGenerator.for_bank(self.cfg, self.bank)
-        self.period = self.cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.REFRESH_PERIOD
-        if self.period < 0:
-            self.period = -(-self.generate.num_images // self.cfg.SOLVER.IMS_PER_BATCH)
         # What a new run finds in the bank is of the run whose checkpoint it starts from.
         found = self.trainer.start_iter > 0 and self.bank.has_prototypes
         node = self.cfg.DISTILL.GLOBAL_KNOWLEDGE

@@ -69,7 +69,7 @@ def test_the_command_lists_all(parts, capsys):
     assert "1 of 6 images are not there" in out
     assert "1 of 5 images that were opened cannot be read" in out
     assert "numbered from 1 for evaluation" in out
-    assert error.startswith("error: dataset 't'") and len(error) <= 307 and "\n" not in error
+    assert error.startswith("error: dataset 't'") and len(error) <= 300 and "\n" not in error
 
 
 def test_the_command_finds_images_that_were_trained_on(parts, capsys):
@@ -84,9 +84,8 @@ def test_the_command_finds_images_that_were_trained_on(parts, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sheet", "no/such/folder/a.png"], "--sheet: cannot write 'no/such/folder/a.png'"),
-        (["--sheet", "."], "--sheet: cannot write '.'"),
-        (["--sheet", "sheet.pdf"], "'sheet.pdf' must end in .jpg or .png"),
+        (["--sheet", "."], "--sheet: '.' must end in .jpg"),
+        (["--sheet", "sheet.pdf"], "'sheet.pdf' must end in .jpg or .jpeg or .png"),
         (["--import", "no.py"], "--import: no file 'no.py'"),
         (["DATASETS.TRIAN", "('t',)"], "no config key 'DATASETS.TRIAN'"),
         (["DATASETS.TRAIN", "('tt',)"], "there is no dataset 'tt'"),

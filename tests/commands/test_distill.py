@@ -16,7 +16,7 @@ from d2kd import cli
 from d2kd.commands import distill as module
 from d2kd.compare.comparison import Comparison
 from d2kd.compare.suite import read_suite
-from d2kd.data.custom import trained_classes
+from d2kd.data.model_classes import trained_classes
 from d2kd.engine import train
 from d2kd.engine.setup import merged_config
 

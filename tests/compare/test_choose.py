@@ -532,7 +532,8 @@ def test_the_documented_command(pair, monkeypatch):
     World(monkeypatch, **GAINS)
     Path("my_student.yaml").write_text(Path("student.yaml").read_text())
     Path("my_teacher.yaml").write_text(Path("teacher.yaml").read_text())
-    torch.save({"model": build_model(merged_config("teacher.yaml", [])).state_dict()}, "teacher.pth")
+    teacher = build_model(merged_config("teacher.yaml", []))
+    torch.save({"model": teacher.state_dict()}, "teacher.pth")
     program, *words = shlex.split(command)
     assert program == "d2kd"
     cli.main(words)

@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
 
-from d2kd.data import custom, loading
+from d2kd.data import catalog, custom, keypoints, loading
 from d2kd.engine.trainer import DistillTrainer
 
 from ..detectors import detector_config
@@ -108,17 +108,17 @@ def forget_datasets() -> Iterator[None]:
     """A fixture's body: what a test registers is gone after it."""
     saved = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
     yield
-    for catalog, data in zip((DatasetCatalog, MetadataCatalog), saved, strict=True):
-        catalog.data.clear()
-        catalog.data.update(data)
-    for name in list(custom._registered):
+    for known, data in zip((DatasetCatalog, MetadataCatalog), saved, strict=True):
+        known.data.clear()
+        known.data.update(data)
+    for name in list(catalog.registered):
         if name not in DatasetCatalog:
-            del custom._registered[name]
+            del catalog.registered[name]
     for name in list(loading._answers):
         if name not in DatasetCatalog:
             del loading._answers[name]
-    custom._taken_over.intersection_update(DatasetCatalog.data)
-    custom._pairs_by_name.intersection_update(DatasetCatalog.data)
+    catalog.taken_over.intersection_update(DatasetCatalog.data)
+    keypoints._pairs_by_name.intersection_update(DatasetCatalog.data)
     custom._reports.clear()
 
 

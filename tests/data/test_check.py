@@ -17,7 +17,8 @@ from PIL import Image
 
 from d2kd import ConfigError
 from d2kd.data import loading
-from d2kd.data.custom import check_datasets, log_reports, trained_classes
+from d2kd.data.custom import check_datasets, log_reports
+from d2kd.data.model_classes import trained_classes
 from d2kd.data.report import MAX_LINES, DatasetReport, Finding, error_line, report_lines
 from d2kd.engine import train as train_net
 
@@ -327,7 +328,7 @@ REFUSED = {
     "pre-computed proposals": (
         lambda parts: None,
         {"MODEL.LOAD_PROPOSALS": True},
-        "MODEL.LOAD_PROPOSALS: d2kd does not load pre-computed proposals",
+        "MODEL.LOAD_PROPOSALS is True; d2kd does not load pre-computed proposals",
     ),
     "proposal generator": (
         lambda parts: None,
@@ -362,7 +363,7 @@ def refusal(parts: Parts, capsys, config=None, **values) -> tuple[str, list[str]
     with pytest.raises(SystemExit) as stop:
         train_net.main(["--config-file", file])
     line = str(stop.value)
-    assert line.startswith("error: ") and "\n" not in line and len(line) <= 307
+    assert line.startswith("error: ") and "\n" not in line and len(line) <= 300
     assert parts.files() == before
     report = capsys.readouterr().err.splitlines()
     return line, report

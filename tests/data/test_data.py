@@ -615,7 +615,7 @@ def test_prepare_digits_script(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "s.png").is_file()
     run_script(monkeypatch, "prepare_digits.py", *args)
     assert "is up to date" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="prepare_digits: digits: size is 4"):
+    with pytest.raises(SystemExit, match="^error: digits: size is 4"):
         run_script(monkeypatch, "prepare_digits.py", "--size", 4)
 
 

@@ -102,6 +102,14 @@ def as_rle(entry: dict, packed: bool) -> dict:
     return {"size": [96, 128], "counts": counts}
 
 
+def box_beyond(parts: Parts) -> None:
+    """A box that ends 40 pixels beyond its image; found so, it counts as found."""
+    for content in (parts.val, parts.truth):
+        entry = content["annotations"][0]
+        x, y, _, h = entry["bbox"]
+        entry.update(bbox=[x, y, 168 - x, h], area=(168 - x) * h)
+
+
 VARIANTS = {
     "as it is": lambda parts: None,
     "ids from 0": annotations(id=lambda a: a["id"] - 1),
@@ -122,6 +130,7 @@ VARIANTS = {
     "text as image ids": text_image_ids,
     "a box of no width": add_to_val(bbox=[5, 5, 0, 20]),
     "a box outside": add_to_val(bbox=[300, 5, 20, 20]),
+    "a box beyond its image": box_beyond,
     "a crowd region": add_to_val(iscrowd=1, bbox=[0, 0, 128, 96], area=128 * 96),
     "an annotation of no image": add_to_val(image_id=77),
     "an image without objects": image_without_objects,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, build
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BitMasks
 from PIL import Image
 
-import d2kd.data.loader as loader_module
 from d2kd import ConfigError
 from d2kd.data.custom import check_datasets
 from d2kd.data.loader import (
@@ -23,7 +20,6 @@ from d2kd.data.loader import (
     ImageError,
     NamingMapper,
     build_train_loader,
-    validate_loader_config,
 )
 from d2kd.engine import train as train_net
 from d2kd.engine.trainer import DistillTrainer
@@ -321,51 +317,6 @@ def test_training_with_keypoints(parts):
     train_net.main(["--config-file", file])
     results = json.loads((parts.folder / "out/results.json").read_text())["results"]
     assert {"bbox", "keypoints"} <= results.keys()
-
-
-# Each key that Detectron2's functions below read -> where d2kd reads it, or refuses it.
-LOADER_KEYS = {
-    "DATASETS.TRAIN": "loader",
-    "DATASETS.TEST": "detectron2",  # in its test loader, which d2kd calls
-    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "loader",
-    "DATALOADER.REPEAT_THRESHOLD": "loader",
-    "DATALOADER.REPEAT_SQRT": "loader",
-    "DATALOADER.SAMPLER_TRAIN": "loader",
-    "DATALOADER.ASPECT_RATIO_GROUPING": "loader",
-    "DATALOADER.NUM_WORKERS": "loader",
-    "SOLVER.IMS_PER_BATCH": "loader",
-    "MODEL.KEYPOINT_ON": "loader",
-    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": "loader",
-    "MODEL.LOAD_PROPOSALS": "refused",
-    "DATASETS.PROPOSAL_FILES_TRAIN": "refused with MODEL.LOAD_PROPOSALS",
-    "DATASETS.PROPOSAL_FILES_TEST": "refused with MODEL.LOAD_PROPOSALS",
-    "DATALOADER.RANDOM_SUBSET_RATIO": "refused with its sampler",
-    "DATASETS.TRAIN_REPEAT_FACTOR": "refused with its samplers",
-}
-
-
-def test_every_key_of_detectron2s_loader_is_honoured_or_refused():
-    """Whatever its functions read of a config is in the table above; what is "loader" there is
-    read by d2kd's, what is refused is."""
-    read = set()
-    for function in (
-        build._train_loader_from_config,
-        build._test_loader_from_config,
-        getattr(build, "_build_weighted_sampler", None),
-        getattr(build, "_get_train_datasets_repeat_factors", None),
-    ):
-        if function is not None:
-            read |= set(re.findall(r"cfg\.([A-Z][A-Z_.]*[A-Z])", inspect.getsource(function)))
-    assert {"DATASETS.TRAIN", "MODEL.LOAD_PROPOSALS"} <= read <= LOADER_KEYS.keys()
-    ours = inspect.getsource(loader_module)
-    for key, where in LOADER_KEYS.items():
-        assert where != "loader" or f"cfg.{key}" in ours, key
-    assert "DatasetMapper(cfg, True)" in ours and "DatasetMapper(cfg, False)" in ours
-    for sampler in ("RandomSubsetTrainingSampler", "WeightedTrainingSampler"):
-        cfg = detector_config()
-        cfg.DATALOADER.SAMPLER_TRAIN = sampler
-        with pytest.raises(ConfigError, match="SAMPLER_TRAIN"):
-            validate_loader_config(cfg, 1)
 
 
 def test_rle_masks_are_trained_on(parts):

@@ -43,7 +43,7 @@ def write_job(folder: Path, *opts) -> Path:
 
 
 class Child(NamedTuple):
-    """A process that trains."""
+    """A process that runs."""
 
     process: multiprocessing.Process
     log: Path
@@ -79,8 +79,18 @@ def start(folder: Path, *argv: str, prepare: Callable[[], object] | None = None)
         prepare: called in the child before it starts.
     """
     log = folder / f"printed_{time.monotonic_ns()}.txt"
+    return fork(folder, lambda: main(["--config-file", CONFIG, *argv]), log, prepare)
+
+
+def fork(
+    folder: Path,
+    run: Callable[[], object],
+    log: Path,
+    prepare: Callable[[], object] | None = None,
+) -> Child:
+    """Start ``prepare()``, then ``run()``, in ``folder``, with what they print in ``log``."""
     process = multiprocessing.get_context("fork").Process(
-        target=_train, args=(folder, ["--config-file", CONFIG, *argv], log, prepare)
+        target=_child, args=(folder, run, log, prepare)
     )
     process.start()
     return Child(process, log)
@@ -91,7 +101,7 @@ def train(folder: Path, *argv: str, prepare: Callable[[], object] | None = None)
     return start(folder, *argv, prepare=prepare).wait()
 
 
-def _train(folder: Path, argv: list[str], log: Path, prepare) -> None:
+def _child(folder: Path, run: Callable[[], object], log: Path, prepare) -> None:
     os.setsid()  # a signal to the tests is not one to their children
     # Tests that run in the background of a shell ignore it, and so would they.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -105,7 +115,7 @@ def _train(folder: Path, argv: list[str], log: Path, prepare) -> None:
     os.chdir(folder)
     if prepare is not None:
         prepare()
-    main(argv)
+    run()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -118,17 +128,19 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def content(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below ``folder``: its time of change and its bytes."""
+    """Every file and folder below ``folder``: a file's time of change and its bytes."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(folder.rglob("*"))
         if path.is_file()
+        else (0, b"")
+        for path in sorted(folder.rglob("*"))
     }
 
 
 @contextlib.contextmanager
 def unchanged(folder: Path):
-    """Assert that the body changes no file below ``folder``, and adds or removes none."""
+    """Assert that the body changes no file below ``folder``, and adds or removes none, nor a
+    folder."""
     before = content(folder)
     yield
     after = content(folder)

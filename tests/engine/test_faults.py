@@ -330,6 +330,21 @@ def test_full_file_system(job, whole, small_disk):
     assert_equal_runs(whole, job)
 
 
+def test_read_only_file_system(job, small_disk):
+    """It is refused before anything else, however the folder is used."""
+    shutil.copytree(job, small_disk / "job")
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    for argv in ((), ("--resume",), ("--eval-only", "MODEL.WEIGHTS", "start.pth")):
+        with unchanged(small_disk):
+            outcome = train(job, *argv, "OUTPUT_DIR", str(small_disk / "output"))
+        assert outcome.code == 1 and "Traceback" not in outcome.text
+        assert outcome.last == (
+            f"error: OUTPUT_DIR '{small_disk / 'output'}': cannot be written: Read-only file "
+            "system; name another OUTPUT_DIR"
+        )
+
+
 def test_out_of_memory(job, whole):
     """The message has the size of the batch and of its images."""
 
@@ -433,7 +448,7 @@ def test_folder_of_another_user(whole):
                     outcome = train(job, *argv, "OUTPUT_DIR", folder, prepare=become_nobody)
                 assert outcome.code == 1
                 assert outcome.last == (
-                    f"error: OUTPUT_DIR '{folder}' cannot be written: Permission denied; name "
+                    f"error: OUTPUT_DIR '{folder}': cannot be written: Permission denied; name "
                     "another OUTPUT_DIR"
                 )
 

@@ -166,12 +166,13 @@ def test_evaluation_builds_no_teacher(job, tmp_path, monkeypatch, capsys):
 def test_plain_training_in_bf16(job, tmp_path):
     """A student alone, under bf16 autocast on the CPU."""
     _, config_file = job
-    opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "SOLVER.MAX_ITER", "2"]
+    opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "DISTILL.HEADS", "[]"]
+    opts += ["SOLVER.MAX_ITER", "2"]
     opts += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bf16", "DATASETS.TEST", "()"]
     train_net.main(["--config-file", config_file, *opts, "OUTPUT_DIR", str(tmp_path)])
     assert (tmp_path / "student_final.pth").is_file()
     log = (tmp_path / "log.txt").read_text()
-    assert "distilled: nothing" in log and "GeneralizedRCNN without distillation" in log
+    assert "distilled: nothing" in log
 
 
 def test_two_processes(job, tmp_path, free_port):

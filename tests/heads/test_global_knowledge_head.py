@@ -632,6 +632,20 @@ def test_a_file_of_prototypes_is_not_lost_to_a_checkpoint(tmp_path, refreshes):
         torch.testing.assert_close(student[present], level.student)
 
 
+def test_a_training_set_without_candidates_is_refused(tmp_path, caplog):
+    """Before the folder is taken; classes of which no object is large enough are named."""
+    key = f"{NODE}.PROTOTYPES.MIN_BOX_SIZE"
+    message = f"wider and higher than {key} 20 pixels, the largest has 20: lower the key"
+    with pytest.raises(ConfigError, match=message):
+        DistillTrainer(training_config(tmp_path, key, 20.0))
+    DistillTrainer(training_config(tmp_path))
+    assert (
+        f"classes without prototypes, as none of their objects is wider and higher than {key}"
+        in caplog.text
+    )
+    assert caplog.text.rstrip().endswith("16 pixels: c")
+
+
 @pytest.mark.parametrize("size", [64, 96])
 def test_generation_matches_direct_features(tmp_path, size):
     """Prototypes are rows of the eval-mode features of images of the test size, as selected by

@@ -135,6 +135,7 @@ def test_other_networks_are_refused(tmp_path, capsys):
         "no torchvision ResNet: .*features": torchvision.models.squeezenet1_1().state_dict(),
         "it lacks layer3.1.bn2.weight": {k: v for k, v in whole.items() if "3.1.bn2.w" not in k},
         "it has layer1.0.se.weight": {**whole, "layer1.0.se.weight": torch.zeros(1)},
+        r"layer2.0.bn1.bias is \[5\], not \[128\]": {**whole, "layer2.0.bn1.bias": torch.zeros(5)},
         "holds no weights": [1, 2],
     }
     for message, content in files.items():
@@ -142,6 +143,6 @@ def test_other_networks_are_refused(tmp_path, capsys):
         with pytest.raises(ConfigError, match=message):
             tool.main([str(tmp_path / "in.pth"), str(tmp_path / "out.pkl")])
     (tmp_path / "in.pth").write_text("nothing")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not read: it is damaged, or no file of torch.save"):
         tool.main([str(tmp_path / "in.pth"), str(tmp_path / "out.pkl")])
     assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,79 @@
+"""The classes of a model: how many it has, and the names that its training set gives them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..errors import ConfigError
+from .catalog import is_readable, registered
+from .classes import classes_of, list_of, read_categories
+from .report import Finding, plural
+
+
+def trained_classes(cfg: CfgNode) -> tuple[str, ...] | None:
+    """Names of the classes that a detector of ``cfg`` was trained on, in order.
+
+    Returns:
+        None where they are not known: the annotation file of the training set is not here, or they
+        are not as many as the model has.
+    """
+    expected = number_of_classes(cfg)
+    for name in cfg.DATASETS.TRAIN:
+        names = _names_of(name, cfg, expected)
+        if names is not None:
+            return names if expected in (None, len(names)) else None
+    return None
+
+
+def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] | None:
+    """Class names of a dataset, from its annotation file or its metadata; None if not known."""
+    entries = cfg.DATASETS.get("COCO_FORMAT", ())  # a teacher's, which is not checked yet
+    files = {str(e[0]): str(e[1]) for e in entries if isinstance(e, (list, tuple)) and len(e) > 2}
+    known = name in DatasetCatalog
+    if name not in files and known and is_readable(name):
+        files[name] = str(MetadataCatalog.get(name).json_file)
+    path = os.path.expanduser(files.get(name, ""))
+    if os.path.isfile(path):
+        try:
+            classes, _ = classes_of(read_categories(path), (), None, expected=expected)
+        except ConfigError:
+            return None
+        return classes.names if classes else None
+    stated = known and name not in registered  # else by an earlier config, of another file
+    names = MetadataCatalog.get(name).get("thing_classes") if stated else None
+    return tuple(names) if names else None
+
+
+def number_of_classes(cfg: CfgNode) -> int | None:
+    """The model's number of classes, where it is known which key says it."""
+    node = _class_node(cfg)
+    return cfg.MODEL[node].NUM_CLASSES if node else None
+
+
+def _class_node(cfg: CfgNode) -> str | None:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "Distiller":
+        architecture = cfg.DISTILL.STUDENT_META_ARCH
+    nodes = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
+    nodes |= {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    return nodes.get(architecture)
+
+
+def check_class_count(cfg: CfgNode, expected: int | None, names: Iterable[str]) -> list[Finding]:
+    """With too few classes the last would quietly be background; with too many evaluation fails as
+    soon as one of them is predicted."""
+    names = list(names)
+    if expected is None or expected == len(names):
+        return []
+    return [
+        Finding(
+            f"MODEL.{_class_node(cfg)}.NUM_CLASSES is {expected}, but it has "
+            f"{plural(len(names), 'class')}: {list_of(names)}",
+            f"set it to {len(names)}",
+            fatal=True,
+        )
+    ]

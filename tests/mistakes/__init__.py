@@ -1,0 +1,1 @@
+"""What users do wrong, through every entry point: the inputs, and the line that each ends in."""
