@@ -32,6 +32,7 @@ NAV = {
         "Training": "docs/training.md",
         "LazyConfig": "docs/lazy_config.md",
         "Your own train_net.py": "docs/own_trainer.md",
+        "Choosing a method": "docs/choose.md",
         "Deployment": "docs/deploy.md",
     },
     "Methods": {},  # every page of docs/methods
