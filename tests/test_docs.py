@@ -245,3 +245,14 @@ def test_results_are_copied(tmp_path, monkeypatch):
     (out / "results.jsonl").write_text(json.dumps({"config": "/elsewhere/a.yaml"}) + "\n")
     with pytest.raises(SystemExit, match="names /elsewhere/a.yaml"):
         update_docs.copy_results(out)
+
+
+def test_pages_are_short():
+    """Prose, without tables that a tool writes and without code blocks."""
+    made = {ROOT / "docs/api.md", ROOT / "docs/config.md"}
+    prose = 0
+    for page in PAGES:
+        text = re.sub(r"<!-- measured.*?<!-- end -->|```.*?```", "", page.read_text(), flags=re.S)
+        prose += sum(bool(line.strip()) for line in text.splitlines() if page not in made)
+    assert prose <= 2200
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

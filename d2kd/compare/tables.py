@@ -258,14 +258,18 @@ def cost_table(lines: list[dict]) -> Table:
 
 
 def gains_table(suites: list[list[dict]]) -> Table:
-    """The short table: AP of the baseline and the teacher, and what each arm gains.
+    """The short table: AP of the baseline and the teacher, and what arms of several suites gain.
 
     Args:
         suites: the lines of one comparison each, a column each.
     """
     columns = [_gains_column(lines) for lines in suites]
     labels = list(dict.fromkeys(label for column in columns for label in column))
-    rows = [[label, *(column.get(label, "-") for column in columns)] for label in labels]
+    rows = [
+        [label, *(column.get(label, "-") for column in columns)]
+        for label in labels
+        if sum(label in column for column in columns) >= min(2, len(columns))
+    ]
     return Table("", ["gain in AP", *(lines[0]["suite"] for lines in suites)], rows)
 
 
@@ -275,8 +279,8 @@ def _gains_column(lines: list[dict]) -> dict[str, str]:
     column = {}
     for line in prepared(lines):
         column[f"({line['role']}: AP)"] = error_text([line["results"]["bbox"]["AP"]])
-    alone = error_text([run["results"]["bbox"]["AP"] for run in base.values()])
-    column[f"({baseline}: AP)"] = alone
+    own = [run["results"]["bbox"]["AP"] for run in base.values()]
+    column[f"({baseline}: AP)"] = error_text(own)
     for label, runs in arms.items():
         if label != baseline:
             column[label] = gain_text(paired_gains(runs, base))
