@@ -361,6 +361,11 @@ def read_config(
         other_teacher: forget the weights and overrides of the teacher that the config itself names.
     """
     if isinstance(config, str):
+        if is_lazy(config):
+            raise ConfigError(
+                f"--student '{config}' is a LazyConfig, which d2kd train reads; "
+                "here a student is YAML"
+            )
         cfg = merged_config(config, [])
     else:
         cfg = config.clone()
