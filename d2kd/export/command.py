@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from ..arguments import CommandParser, positive
 from ..compare.pictures import pick_records
 from ..config import student_config
-from ..data.custom import check_datasets, trained_classes
+from ..data.custom import check_datasets
+from ..data.model_classes import trained_classes
 from ..detectors.foreign import MapsDetector
 from ..detectors.teacher import Teacher
 from ..engine.checkpoint import STUDENT_FILE, AtomicCheckpointer
