@@ -27,24 +27,21 @@ SECTIONS = {
     ),
     "Writing a detector part": (
         *("DetectorPart", "DETECTOR_PART_REGISTRY", "View", "StudentStep", "TeacherStep", "Facts"),
-        *("lazy", "strides_of", "fields_on_student_boxes", "pool_like_student"),
-        "pool_for_own_head",
+        *("lazy", "strides_of", "fields_on_student_boxes"),
+        *("pool_like_student", "pool_for_own_head"),
     ),
     "Declaring keys": (
         *("Options", "HeadOptions", "key", "group", "config_keys", "declared_keys", "Rule"),
-        "adds_config",
-        *("POSITIVE", "NOT_NEGATIVE", "COUNT", "one_of", "or_none"),
+        *("adds_config", "POSITIVE", "NOT_NEGATIVE", "COUNT", "one_of", "or_none"),
     ),
     "Configs and schedules": (
         *("merged_config", "add_distillation_config", "validate_distillation_config"),
-        "student_config",
-        *("head_schedule", "Schedule", "ConfigError"),
+        *("student_config", "head_schedule", "Schedule", "ConfigError"),
     ),
-    "Training": (
+    "Training, and using the student": (
         *("distill", "DistillResult", "train", "DistillTrainer", "add_distillation_hooks"),
-        *("Distiller", "Teacher", "load_teacher", "GivesMaps", "Pixels"),
+        *("Distiller", "Teacher", "load_teacher", "GivesMaps", "Pixels", "ExportedDetector"),
     ),
-    "Using the student": ("ExportedDetector",),
     "Modules": ("losses", "models", "data"),
 }
 

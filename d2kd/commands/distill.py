@@ -361,6 +361,11 @@ def read_config(
         other_teacher: forget the weights and overrides of the teacher that the config itself names.
     """
     if isinstance(config, str):
+        if is_lazy(config):
+            raise ConfigError(
+                f"--student '{config}' is a LazyConfig, which d2kd train reads; "
+                "here a student is YAML"
+            )
         cfg = merged_config(config, [])
     else:
         cfg = config.clone()
@@ -385,8 +390,8 @@ def set_data(cfg: CfgNode, data: Sequence[str]) -> None:
         for json_file, images in (data[:2], data[2:]):
             paths = [absolute_path(path, is_there=os.path.exists) for path in (json_file, images)]
             digest = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:6]
-            stem = re.sub(r"\W+", "_", Path(json_file).stem)
-            entries.append([f"{stem}_{digest}", *paths])
+            words = re.sub(r"\W+", "_", " ".join(Path(paths[0]).with_suffix("").parts[-2:]))
+            entries.append([f"{words}_{digest}", *paths])
         cfg.DATASETS.COCO_FORMAT = [e for i, e in enumerate(entries) if e not in entries[:i]]
         data = [entry[0] for entry in entries]
     elif len(data) not in (0, 2):
@@ -452,7 +457,7 @@ def why_train(
     if weights == RANDOM_WEIGHTS:
         return ""
     if not weights:
-        return "it has no weights"
+        return "it has no weights of a detector"
     if known is not None and known != classes:
         return f"its weights are for {plural(len(known), 'class')} ({list_of(known)})"
     if known is None or "://" not in weights:

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 
 from ..config import head_schedule, student_config
 from ..config_files import BASE_KEY, close_to, resolve_config_file
-from ..data.custom import trained_classes
+from ..data.model_classes import trained_classes
 from ..detectors.teacher import Teacher
 from ..engine.setup import check_config, merged_config
 from ..engine.teacher_check import check_teacher

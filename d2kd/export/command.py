@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from ..arguments import CommandParser, positive
 from ..compare.pictures import pick_records
 from ..config import student_config
-from ..data.custom import check_datasets, trained_classes
+from ..data.custom import check_datasets
+from ..data.model_classes import trained_classes
+from ..detectors.foreign import MapsDetector
 from ..detectors.teacher import Teacher
 from ..engine.checkpoint import STUDENT_FILE, AtomicCheckpointer
 from ..engine.identity import versions
@@ -51,7 +53,7 @@ from .graph import (
     write_onnx,
     write_torchscript,
 )
-from .latency import Latency, as_dicts, file_megabytes, latency_table, measure
+from .latency import Latency, file_megabytes, latency_table, measure
 from .parity import Parity, compare, parity_table
 
 FORMATS = ("torchscript", "onnx")
@@ -251,10 +253,14 @@ def load_teacher(cfg: CfgNode) -> nn.Module | None:
     if cfg.MODEL.META_ARCHITECTURE != "Distiller" or not cfg.DISTILL.TEACHER.CONFIG_FILE:
         return None
     try:
-        return Teacher.from_config(cfg).model
+        model = Teacher.from_config(cfg).model
     except ConfigError as error:
         print(f"the teacher is not timed: {error}")
         return None
+    if isinstance(model, MapsDetector):
+        print("the teacher is not timed: it gives maps, and no detections")
+        return None
+    return model
 
 
 def build_parser() -> CommandParser:
@@ -334,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "weights": weights,
         "interface": asdict(export.interface),
         "parity": {name: {**asdict(p), "holds": p.holds} for name, p in parity.items()},
-        "latency": as_dicts(rows),
+        "latency": [asdict(row) for row in rows],
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

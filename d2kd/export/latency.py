@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from tabulate import tabulate
@@ -58,10 +58,6 @@ def latency_table(rows: list[Latency]) -> str:
     ]
     headers = ["model", "device", "MB", "median, ms", "95th percentile, ms"]
     return tabulate(cells, headers, tablefmt="pipe", disable_numparse=True)
-
-
-def as_dicts(rows: list[Latency]) -> list[dict]:
-    return [asdict(row) for row in rows]
 
 
 def file_megabytes(path: str) -> float:

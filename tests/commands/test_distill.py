@@ -70,6 +70,7 @@ def test_one_command(job):
         assert cfg.MODEL.RETINANET.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
         assert trained_classes(cfg) == DIGITS and cfg.SOLVER.MAX_ITER == 4
         assert "AP" in json.loads((out / name / "results.json").read_text())["results"]["bbox"]
+    assert cfg.DATASETS.TRAIN[0].startswith("annotations_train_")
     assert cfg.DISTILL.HEADS == ["SSIM", "Logits"] and cfg.DISTILL.TEACHER.OPTS == []
     plain = get_cfg()
     plain.merge_from_file(str(out / "student" / "student_config.yaml"))
@@ -194,6 +195,7 @@ def test_a_teacher_of_another_library(tmp_path, data, free_port):
             "SOLVER.MAX_ITER is 0; it must be at least 1",
         ),
         ({"student": "digits/retinanet_R19.yaml"}, "neither a file nor a model-zoo name; close"),
+        ({"student": "my_student.py"}, "is a LazyConfig, which d2kd train reads"),
         ({"teacher": get_cfg()}, "the config has no DISTILL"),
         ({"num_gpus": 3, "batch": 4}, "IMS_PER_BATCH 4 does not divide by the 3 processes"),
     ],
@@ -231,7 +233,7 @@ def test_whose_weights_a_teacher_has(job, tmp_path):
     assert module.why_train(own, path, DIGITS[::-1], DIGITS).startswith("its weights are for 10")
     own.MODEL.RETINANET.NUM_CLASSES = 3
     assert "these classes (2 of the teacher's weights" in module.why_train(own, path, None, "abc")
-    assert module.why_train(own, "", None, DIGITS) == "it has no weights"
+    assert module.why_train(own, "", None, DIGITS) == "it has no weights of a detector"
     assert module.why_train(own, "random", None, DIGITS) == ""
     with pytest.raises(d2kd.ConfigError, match="gone.pth"):
         module.why_train(own, "gone.pth", None, DIGITS)

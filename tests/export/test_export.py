@@ -17,7 +17,7 @@ from torch import nn
 
 import d2kd
 from d2kd import ConfigError, ExportedDetector, student_config
-from d2kd.export.command import Export, main
+from d2kd.export.command import Export, load_teacher, main
 from d2kd.export.graph import Interface
 from d2kd.export.parity import Parity, compare
 
@@ -227,6 +227,17 @@ def test_of_a_training(tmp_path, digits_root, capsys):
     assert report["weights"] == f"{cfg.OUTPUT_DIR}/student_final.pth"
     (results,) = report["results"].values()
     assert "AP" in results["digits_tiny_val"]["bbox"] and "student.ts" in capsys.readouterr().out
+
+
+def test_a_teacher_that_only_gives_maps_is_not_timed(digits_root, capsys):
+    """Nor is one whose files are not there; either is said."""
+    pytest.importorskip("timm")
+    cfg = distiller_config(student("retinanet"), ["FeatureMimic"], "timm:resnet18")
+    assert load_teacher(cfg) is None
+    cfg.DISTILL.TEACHER.CONFIG_FILE = "gone.yaml"
+    assert load_teacher(cfg) is None
+    maps, gone = capsys.readouterr().out.splitlines()[-2:]
+    assert "it gives maps" in maps and "'gone.yaml' is neither a file" in gone
 
 
 def test_mistakes(tmp_path, digits_root):
