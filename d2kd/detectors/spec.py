@@ -175,10 +175,13 @@ def fields_on_student_boxes(
     Args:
         part: its name. fields: of the teacher's own build.
         student_strides: the levels that the student's part pools from, () where it has none: then
-            there are no boxes. Any teacher with these levels can pool ``<part>.features``.
+            there are no boxes. A teacher that has these levels, with one number of channels, can
+            pool ``<part>.features``.
     """
     if not student_strides:
         return set()
-    if set(student_strides) <= set(pyramid_channels(model)):
+    channels = pyramid_channels(model)
+    widths = {channels.get(stride) for stride in student_strides}
+    if len(widths) == 1 and None not in widths:
         return {*fields, part, f"{part}.features"}
     return set(fields) - {f"{part}.features"}

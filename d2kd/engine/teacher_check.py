@@ -55,14 +55,14 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
         return results
     known = describe_detector(teacher.model, "teacher").num_classes
     for name in cfg.DATASETS.TEST:
-        classes = len(MetadataCatalog.get(name).get("thing_classes", ()))
-        if known is not None and classes and known != classes:
-            logger.warning(
-                "Not checking the teacher on %s: it predicts %d classes, the dataset has %d",
-                name,
-                known,
-                classes,
-            )
+        names = tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+        if known is not None and names and known != len(names):
+            words = "Not checking the teacher on %s: it predicts %d classes, the dataset has %d"
+            logger.warning(words, name, known, len(names))
+            continue
+        if names and known == len(teacher.class_names or ()) and names != teacher.class_names:
+            words = "Not checking the teacher on %s: its classes are others, or in another order"
+            logger.warning(words, name)
             continue
         logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)
         loader = trainer_class.build_test_loader(cfg, name)  # first: it may make the dataset

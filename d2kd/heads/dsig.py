@@ -235,6 +235,8 @@ class DSIG(DistillHead):
         nodes = "roi.features" if _are_pooled(student, teacher) else "pyramid"
         needs = [Need("", student=("roi",) if student.two_stage else ())]
         if weights.keys() & set(GRAPH_TERMS):
+            if nodes == "pyramid":
+                _check_widths(student, teacher)
             needs.append(Need("", both=(nodes,), student=_chooses_nodes(student)))
         return needs + [need for need in terms if need.term in weights]
 
@@ -384,6 +386,19 @@ def _are_pooled(student: DetectorSpec, teacher: DetectorSpec) -> bool:
     """Whether both bundles have the student's RoIs pooled. A dense student has none, and a teacher
     may lack a level that the student's box head pools from."""
     return "roi.features" in student.fields & teacher.fields
+
+
+def _check_widths(student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Refuse levels of different channels, from which no node can be pooled."""
+    common = pair_levels(student, teacher)
+    for spec in (student, teacher):
+        widths = [spec.channels[stride] for stride in common]
+        if len(set(widths)) > 1:
+            raise ConfigError(
+                f"DSIG pools its nodes from the levels of stride {list(common)}, which must have "
+                f"one number of channels; those of the {spec.role}, a {spec.meta_arch}, "
+                f"have {widths}"
+            )
 
 
 def _chooses_nodes(student: DetectorSpec) -> tuple[str, ...]:

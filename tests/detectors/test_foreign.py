@@ -12,6 +12,7 @@ from d2kd import ConfigError, GivesMaps, Pixels, Teacher
 from d2kd.detectors.bundle import Batch
 from d2kd.detectors.spec import describe_detector
 from d2kd.detectors.taps import Taps
+from d2kd.registry import node_name
 
 from . import build, detector_config, distiller_config, make_batch, run_step
 
@@ -74,6 +75,33 @@ def test_pyramid_heads_work(name, arch):
     assert all(loss > 0 for name, loss in terms.items() if "drkd" not in name)
 
 
+GLOBAL, MAR = "DISTILL.GLOBAL_KNOWLEDGE", "DISTILL.MAR"
+DSIG = ("DISTILL.DSIG.CLASS_WEIGHT", 0.0, "DISTILL.DSIG.BOX_WEIGHT", 0.0)
+
+
+@pytest.mark.parametrize("arch", ["mask", "retinanet"])
+@pytest.mark.parametrize(("name", "heads"), [(VIT, ["DSIG"]), (CNN, ["GlobalKnowledge", "MAR"])])
+def test_the_other_heads_work_without_outputs(name, heads, arch):
+    """With the keys of the table in docs/extending.md a teacher of maps serves them too."""
+    opts = (*DSIG, "DISTILL.DSIG.MINE_BACKGROUND", False, f"{GLOBAL}.SOFT_LABELS.WEIGHT", 0.0)
+    opts += (f"{MAR}.RELATION.WEIGHT", 0.0)
+    losses = run_step(foreign(f"timm:{name}", heads, *opts, arch=arch), make_batch())
+    sum(losses.values()).backward()
+    terms = {name: loss for name, loss in losses.items() if "_kd_" in name}
+    assert all(torch.isfinite(loss) for loss in terms.values())
+    for head in heads:
+        prefix = f"loss_kd_{node_name(head).lower()}"
+        assert any(loss > 0 for term, loss in terms.items() if term.startswith(prefix)), head
+
+
+def test_levels_of_other_widths_are_not_pooled():
+    """DSIG's nodes, and features of RoIs, need one number of channels at all levels."""
+    with pytest.raises(ConfigError, match=r"one number of channels; .* of timm, have \[64, 128"):
+        foreign(f"timm:{CNN}", ["DSIG"], *DSIG, "DISTILL.DSIG.MINE_BACKGROUND", False)
+    with pytest.raises(ConfigError, match="MaskMimic's term 'features' reads mask.features"):
+        foreign(f"timm:{CNN}", ["MaskMimic"], "DISTILL.MASK_MIMIC.LOGITS_WEIGHT", 0.0)
+
+
 @pytest.mark.parametrize(
     ("head", "arch", "message"),
     [
@@ -84,7 +112,11 @@ def test_pyramid_heads_work(name, arch):
             r"detectors of one kind \(student: one-stage, teacher: maps only\)",
         ),
         ("CrossKD", "retinanet", "reads dense.finish_tower of the teacher, a resnet10t of timm,"),
-        ("DSIG", "mask", "reads roi.logits of the teacher.*DISTILL.DSIG.CLASS_WEIGHT 0 switches"),
+        (
+            "MAR",
+            "mask",
+            "reads roi.features of the teacher.*DISTILL.MAR.RELATION.WEIGHT 0 switches",
+        ),
         ("MaskMimic", "mask", "reads mask.logits of the teacher.*LOGITS_WEIGHT 0 switches"),
     ],
 )

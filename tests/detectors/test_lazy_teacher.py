@@ -50,6 +50,25 @@ def test_an_lsj_teacher_teaches_a_yaml_student():
     assert all(p.grad is not None for p in distiller.student.backbone.parameters())
 
 
+def test_a_vitdet_of_ones_own_teaches(tmp_path):
+    """Padded to its square, whatever the size of the images, with its own pixels."""
+    own = tmp_path / "vitdet.py"
+    own.write_text(
+        "from detectron2 import model_zoo\n"
+        "model = model_zoo.get_config('common/models/mask_rcnn_vitdet.py').model\n"
+        "model.backbone.square_pad = model.backbone.net.img_size = 128\n"
+        "vit = model.backbone.net\n"
+        "vit.embed_dim, vit.depth, vit.num_heads, vit.window_block_indexes = 24, 2, 2, [0]\n"
+        "model.roi_heads.num_classes = 3\n"
+    )
+    cfg = lazy_config(["SSIM", "DSIG"], "DISTILL.TEACHER.OPTS", [], teacher=str(own))
+    distiller = build(cfg)
+    assert distiller.teacher.flip_channels
+    for size in ((64, 64), (96, 160)):
+        losses = run_step(distiller, make_batch(size=size))
+        assert losses["loss_kd_ssim"] > 0 and losses["loss_kd_dsig_foreground"] > 0
+
+
 def test_a_head_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="CrossKD is for one-stage detectors"):
         build(lazy_config(["CrossKD"]))

@@ -67,6 +67,10 @@ def test_the_check_leaves_the_teacher_in_eval(job_config, tmp_path):
         teacher = Teacher(build(detector_config(num_classes=classes)))
         assert bool(check_teacher(cfg, teacher, DistillTrainer)) == checked
         assert not any(module.training for module in teacher.model.modules())
+    names = tuple(map(str, range(10)))
+    for order, checked in ((names, True), (names[::-1], False)):
+        teacher = Teacher(build(detector_config(num_classes=10)), class_names=order)
+        assert bool(check_teacher(cfg, teacher, DistillTrainer)) == checked
 
 
 @pytest.fixture
