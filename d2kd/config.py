@@ -282,7 +282,10 @@ def _check_heads(cfg: CfgNode) -> None:
     known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
     for name in cfg.DISTILL.HEADS:
         if name not in known:
-            raise ConfigError(f"DISTILL.HEADS: unknown head '{name}'; valid: {', '.join(known)}")
+            raise ConfigError(
+                f"DISTILL.HEADS: unknown head '{name}'; valid: {', '.join(known)}; the module of "
+                "yours is to be imported first, by --import"
+            )
         if list(cfg.DISTILL.HEADS).count(name) > 1:
             raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
         _check_head_node(cfg, name)

@@ -78,8 +78,9 @@ class TrainingMoments(Protocol):
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         """Hooks that the trainer runs before its own."""
 
-    def factors(self, iteration: int) -> dict[str, float]:
-        """Name of each head, as in its losses -> the factor of its terms; 0 where it rests."""
+    @property
+    def factors(self) -> dict[str, float]:
+        """Name of each head, as in its losses -> the factor of its terms in the last step."""
 
     def start_from_weights(self) -> None:
         """A training starts, and does not resume: ``MODEL.WEIGHTS`` are loaded."""
@@ -105,12 +106,10 @@ class PlainMoments:
         self.teacher = None
         self.trained_beside: list[nn.Parameter] = []
         self.checkpoint_parts = {"": model}
+        self.factors: dict[str, float] = {}
 
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         return []
-
-    def factors(self, iteration: int) -> dict[str, float]:
-        return {}
 
     def start_from_weights(self) -> None:
         pass
@@ -179,7 +178,7 @@ class Distiller(nn.Module):
         self.schedules = schedules or {}
         self.max_iter = max_iter
         self.balance = balance
-        self._resting: set[str] = set()
+        self._factors: dict[str, float] = {}
         self._has_trainer = False
         # In a tuple the teacher is no submodule, whatever it is.
         self._hidden = (teacher,)
@@ -227,11 +226,9 @@ class Distiller(nn.Module):
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         return [hook for head in self.distill_heads.values() for hook in head.build_hooks(cfg)]
 
-    def factors(self, iteration: int) -> dict[str, float]:
-        factors = {name: schedule(iteration) for name, schedule in self.schedules.items()}
-        if self.balance is not None:
-            factors = self.balance.factors(factors)
-        return {_short_name(name): factor for name, factor in factors.items()}
+    @property
+    def factors(self) -> dict[str, float]:
+        return {_short_name(name): factor for name, factor in self._factors.items()}
 
     def start_from_weights(self) -> None:
         """Copy ``DISTILL.INHERIT`` from the teacher over the student's own weights, and log it.
@@ -263,7 +260,7 @@ class Distiller(nn.Module):
         optimiser with momentum or weight decay would move them.
         """
         for name, head in self.distill_heads.items():
-            if name in self._resting:
+            if not self._factors.get(name, 1):
                 head.zero_grad(set_to_none=True)
 
     def state_dict_of_training(self) -> dict[str, Any]:
@@ -311,7 +308,6 @@ class Distiller(nn.Module):
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         iteration = get_event_storage().iter
         factors = {name: self.schedules[name](iteration) for name in self.distill_heads}
-        self._resting = {name for name, factor in factors.items() if not factor}
         terms: dict[str, Tensor] = {}
         if any(factors.values()):
             batch = Batch.from_inputs(
@@ -339,6 +335,7 @@ class Distiller(nn.Module):
                     terms[_loss_name(name, term)] = loss if factor == 1 else loss * factor
             student.release()
             teacher.release()
+        self._factors = factors
         self.taps.clear()
         return terms
 

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -34,38 +35,42 @@ class _Step(NamedTuple):
     names: tuple[str, ...]
     losses: Tensor  # (len(names),), float32, on the device
     data_time: float
+    factors: dict[str, float]
 
 
 class _Read(NamedTuple):
     iteration: int
     losses: dict[str, float]
     data_time: float
+    factors: dict[str, float]
 
 
 class LossLog:
-    """Losses of steps that were not read yet, and how they are read.
+    """Losses of steps that were not read yet, and how they are read."""
 
-    Args:
-        factors: iteration -> head -> factor of its terms, which are called ``loss_kd_<head>...``.
-    """
-
-    def __init__(self, factors: Callable[[int], dict[str, float]] = lambda iteration: {}):
-        self._factors = factors
+    def __init__(self) -> None:
         self._steps: list[_Step] = []
         self._outweighed = Outweighed()
 
     def __len__(self) -> int:
         return len(self._steps)
 
-    def add(self, iteration: int, losses: dict[str, Tensor], data_time: float) -> None:
+    def add(
+        self,
+        iteration: int,
+        losses: dict[str, Tensor],
+        data_time: float,
+        factors: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Note the losses of a step, without waiting for them.
 
         Args:
             losses: scalars by name.
             data_time: seconds that the step waited for its data.
+            factors: head -> factor of its terms, which are called ``loss_kd_<head>...``.
         """
         values = torch.stack([loss.detach().float() for loss in losses.values()])
-        self._steps.append(_Step(iteration, tuple(losses), values, data_time))
+        self._steps.append(_Step(iteration, tuple(losses), values, data_time, dict(factors)))
 
     def flush(self) -> float:
         """Read what was noted, and log its mean over the ranks. All ranks take part.
@@ -84,7 +89,7 @@ class LossLog:
             for step in steps:
                 _check(step)
             if comm.is_main_process():
-                _log(steps, self._factors(steps[0].iteration))
+                _log(steps)
                 self._warn(steps[0].iteration)
         return seconds
 
@@ -122,7 +127,12 @@ class LossLog:
         sizes = [len(step.names) for step in steps]
         rows = torch.cat([step.losses for step in steps]).cpu().split(sizes)
         return [
-            _Read(step.iteration, dict(zip(step.names, row.tolist(), strict=True)), step.data_time)
+            _Read(
+                step.iteration,
+                dict(zip(step.names, row.tolist(), strict=True)),
+                step.data_time,
+                step.factors,
+            )
             for step, row in zip(steps, rows, strict=True)
         ]
 
@@ -133,14 +143,10 @@ def _check(step: _Read) -> None:
             raise LossError.of(name, value, step.iteration)
 
 
-def _log(ranks: tuple[_Read, ...], factors: dict[str, float]) -> None:
-    """Log one step, seen by all ranks, in the storage of the training.
-
-    Args:
-        factors: of the heads, by the name that their terms begin with.
-    """
+def _log(ranks: tuple[_Read, ...]) -> None:
+    """Log one step, seen by all ranks, in the storage of the training."""
     storage = get_event_storage()
-    names = ranks[0].losses
+    names, factors = ranks[0].losses, ranks[0].factors
     mean = {name: sum(rank.losses[name] for rank in ranks) / len(ranks) for name in names}
     # Detectron2 repeats the last values of a term for ever: one that is not computed is zero.
     known = [name for name, history in storage.histories().items() if isinstance(history, _Means)]

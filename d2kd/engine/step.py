@@ -58,7 +58,7 @@ class StepTrainer(TrainerBase):
         self.seed = seed
         self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None
         self.cost = TrainingCost()
-        self.losses = LossLog(self.moments.factors)
+        self.losses = LossLog()
         self._data: list[dict] = []
 
     def run_step(self) -> None:
@@ -82,7 +82,7 @@ class StepTrainer(TrainerBase):
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.losses.add(self.iter, losses, data_time)
+        self.losses.add(self.iter, losses, data_time, self.moments.factors)
         self.cost.add_step(time.perf_counter() - start, device)
 
     def read_losses(self) -> None:

@@ -95,12 +95,12 @@ def test_sums_add_up_in_every_file(tmp_path, caplog):
     printer = CommonMetricPrinter(100)
     printer.logger = logging.getLogger("of_the_test")
     caplog.set_level(logging.INFO)
-    log, writers = LossLog(factors_of), [JSONWriter(str(tmp_path / "metrics.json")), printer]
+    log, writers = LossLog(), [JSONWriter(str(tmp_path / "metrics.json")), printer]
     writers.append(TensorboardXWriter(str(tmp_path)))
     with EventStorage(0) as storage:
         for iteration in range(33):
             storage.iter = iteration
-            log.add(iteration, uneven(iteration), 0.0)
+            log.add(iteration, uneven(iteration), 0.0, factors_of(iteration))
             if iteration in (6, 12, 32):
                 log.flush()
                 for writer in writers:

@@ -63,6 +63,7 @@ def test_the_end_of_training(job, capsys):
     metrics = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     logged = set().union(*metrics)
     assert {"loss_kd_feature_mimic", "loss_kd_logits_cls"} <= logged
+    assert {"total_kd_loss/logits", "kd_loss_factor/feature_mimic"} <= logged
     log = (out / "log.txt").read_text()
     assert re.search(r"total_loss: \S+  total_detection_loss: \S+  total_kd_loss: \S+  loss_", log)
     if not torch.cuda.is_available():
