@@ -162,7 +162,7 @@ class Agreement:
         alone = sure & ~overlap.any(0) if len(truth.classes) else sure
         one.extra = [int(b) for b in np.flatnonzero(alone) if b not in used]
         certain = [b for _, b in (*one.other_class, *one.displaced)] + one.extra
-        strength = float(found.scores[certain].sum()) + 0.5 * len(one.missed)
+        strength = float(found.scores[certain].sum()) + 0.25 * len(one.missed)
         one.weight = strength / np.sqrt(1 + len(truth.classes))
         return one
 
