@@ -18,7 +18,7 @@ MATCH = 0.5
 # A detection and an annotation of one class are one object where centres and sides differ by less
 # than this part of the box; boxes that differ by more than the next, and by far more than boxes
 # usually do here, are displaced.
-_SAME_OBJECT, _DISPLACED, _FAR_MORE = 1.0, 0.2, 5.0
+_SAME_OBJECT, _DISPLACED, _FAR_MORE = 1.0, 0.2, 2.5
 _BINS = 10
 
 
