@@ -63,7 +63,7 @@ class BalanceOptions(Options):
         "divided by the number of heads, unless the head has a SHARE.",
     )
     period: int = key(
-        50,
+        100,
         COUNT,
         "Iterations between two measurements; iterations 0, 1, 2, 4, 8, ... are measured too.",
     )
@@ -171,9 +171,10 @@ def gradient_lengths(
     table = torch.stack(rows)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(table)
-    values = iter((table.sqrt() / scale).tolist())
-    if not table.isfinite().all():
+    found = (table.sqrt() / scale).tolist()
+    if not all(math.isfinite(value) for row in found for value in row):
         return None
+    values = iter(found)
     first, own, single = next(values), {}, {}
     for name, terms in heads.items():
         single[name] = {term: next(values) for term in terms}

@@ -129,6 +129,21 @@ def test_nothing_to_measure():
     assert balance.factors({"A": 3.0}) == {"A": 3.0}
 
 
+def test_float16_is_scaled():
+    """Gradients that float16 does not have are measured; at an overflow the scale falls, and the
+    measurement is left out."""
+    x = torch.zeros(4, requires_grad=True)
+    low = x.half() * 1  # whose gradient is float16
+    losses = {"loss": low.float()[0] * 1e-7}
+    balance = make({"A": 0.2})
+    for norm, scale in ((2e-7, 2.0**16), (100.0, 2.0**12)):
+        with EventStorage(0), torch.autocast("cpu", torch.float16):
+            heads = {"A": {"": low.float()[1] * norm}}
+            balance.measure(0, {"A": 1.0}, losses, heads, {8: low}, nn.Linear(1, 1))
+        assert balance.state_dict()["scale"] == scale
+        assert balance.factors({"A": 1.0})["A"] == pytest.approx(0.2 / 0.8 / 2, rel=1e-2)
+
+
 # --- what is chosen -----------------------------------------------------------------------------
 
 

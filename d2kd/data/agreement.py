@@ -18,7 +18,7 @@ MATCH = 0.5
 # A detection and an annotation of one class are one object where centres and sides differ by less
 # than this part of the box; boxes that differ by more than the next, and by far more than boxes
 # usually do here, are displaced.
-_SAME_OBJECT, _DISPLACED, _FAR_MORE = 1.0, 0.2, 5.0
+_SAME_OBJECT, _DISPLACED, _FAR_MORE = 1.0, 0.2, 2.5
 _BINS = 10
 
 
@@ -162,7 +162,7 @@ class Agreement:
         alone = sure & ~overlap.any(0) if len(truth.classes) else sure
         one.extra = [int(b) for b in np.flatnonzero(alone) if b not in used]
         certain = [b for _, b in (*one.other_class, *one.displaced)] + one.extra
-        strength = float(found.scores[certain].sum()) + 0.5 * len(one.missed)
+        strength = float(found.scores[certain].sum()) + 0.25 * len(one.missed)
         one.weight = strength / np.sqrt(1 + len(truth.classes))
         return one
 

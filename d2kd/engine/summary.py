@@ -52,7 +52,11 @@ def summarise(
     lines = [table] if table else []
     heads = cfg.DISTILL.HEADS if cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
     if heads:
-        parts = [f"{name} x {cfg.DISTILL[node_name(name)].WEIGHT:g}" for name in heads]
+        chosen = cfg.DISTILL.BALANCE.ENABLED and cfg.DISTILL.BALANCE.FREEZE_ITER
+        parts = [
+            f"{name} balanced" if chosen else f"{name} x {cfg.DISTILL[node_name(name)].WEIGHT:g}"
+            for name in heads
+        ]
         lines.append(f"distilled: {', '.join(parts)}   from: {cfg.DISTILL.TEACHER.CONFIG_FILE}")
     else:
         lines.append("distilled: nothing (a baseline)")

@@ -42,7 +42,7 @@ METRICS = (
 Detect = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 # What is worth saying. Shares are parts of one, AP is in points.
-_DISPLACED, _EXTRA, _MISCALIBRATED = 0.02, 0.1, 0.15
+_DISPLACED, _EXTRA, _MISCALIBRATED = 0.03, 0.1, 0.15
 _RARELY_FOUND, _WEAK, _LEARNT_BY_HEART, _WORSE = 0.2, 5.0, 25.0, 2.0
 _AT_LEAST = 5  # objects, to say something of a class
 _NAMED = 6
