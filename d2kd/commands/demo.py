@@ -21,7 +21,7 @@ from pathlib import Path
 from ..arguments import CommandParser, folder_to_write, natural
 from ..compare.comparison import Comparison
 from ..compare.pictures import pick_records, save_picture
-from ..compare.processes import run_in_order
+from ..compare.processes import run_in_order, stopping_by_sigterm
 from ..compare.suite import Arm, Suite, as_list, read_suite, uses_teacher, weights_of
 from ..compare.tables import Table, by_arm, error_text, mean_of, paired_gains, prepared, read_lines
 from ..config_files import resolve_config_file
@@ -29,6 +29,7 @@ from ..config_paths import SHIPPED
 from ..data.files import dataset_root
 from ..data.photographs import ANIMALS, convert, json_path
 from ..engine.setup import merged_config
+from ..errors import ConfigError
 
 TWICE, DISTILLED = "baseline x2", "DSIG"  # labels in the suites
 METRICS = ("AP", "AP50", "AP75")
@@ -60,7 +61,11 @@ def demo_suite(data: str, output: Path, opts: dict) -> Suite:
 
 
 def train(comparison: Comparison, seeds: list[int]) -> None:
-    """All trainings, two at a time; those that need no teacher do not wait for it."""
+    """All trainings, two at a time; those that need no teacher do not wait for it.
+
+    Raises:
+        ConfigError: of the first that failed, when all others are done.
+    """
     teacher, runs = comparison.suite.prepared[0], comparison.runs(seeds=seeds)
     comparison.check(runs)
     comparison.output.mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,9 @@ def train(comparison: Comparison, seeds: list[int]) -> None:
         return task[0] is teacher or not distils or weights.is_file()
 
     tasks = [(teacher, 0), *runs]
-    run_in_order(tasks, work, jobs=2, ready=ready, processes=comparison.processes)
+    failed = run_in_order(tasks, work, jobs=2, ready=ready, processes=comparison.processes)
+    if failed:
+        raise ConfigError(failed[0][1])
     comparison.save()
 
 
@@ -172,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ConfigError: in one line.
+        KeyboardInterrupt: says how to go on.
     """
     parser = CommandParser(description=__doc__)
     parser.add_argument("--photos", type=Path, metavar="CLONE", help=f"of {ANIMALS.repository}")
@@ -188,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
     threads = max((os.cpu_count() or 2) // 2, 1)
     comparison = Comparison(demo_suite(data, output, opts), output, jobs=2, threads=threads)
-    train(comparison, args.seeds)
+    with stopping_by_sigterm("stopped; the same command goes on, finished trainings are kept"):
+        train(comparison, args.seeds)
     lines = read_lines(output / "results.jsonl")
     picture = output / "detections.jpg"
     draw(comparison, args.seeds[0], picture)

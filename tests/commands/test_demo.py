@@ -121,6 +121,6 @@ def test_the_committed_demo_keeps_its_promise():
         [run["results"]["bbox"]["AP"] for run in arms[label].values()]
         for label in ("baseline", demo.DISTILLED)
     )
-    assert min(alone) >= 15 and min(distilled) > max(alone)
+    assert len(alone) >= 3 and min(alone) >= 15 and min(distilled) > max(alone)
     assert paired_gains(arms[demo.DISTILLED], arms["baseline"]).mean() > max(alone) - min(alone)
     assert prepared(lines)[0]["results"]["bbox"]["AP"] > max(distilled)
