@@ -200,7 +200,7 @@ def ap_table(lines: list[dict], task: str) -> Table:
 
 def gain_table(lines: list[dict], task: str) -> Table | None:
     """What each method gains over the control of equal time, else over the baseline, with Holm's
-    correction for the number of methods; None without methods."""
+    correction for the number of methods; None where no method has two seeds."""
     arms, baseline = by_arm(lines), lines[0]["baseline"]
     methods = {
         label: runs
@@ -220,7 +220,8 @@ def gain_table(lines: list[dict], task: str) -> Table | None:
         cells += ["-" if np.isnan(p) else f"{p:.3f}", "-" if np.isnan(least) else f"{least:.1f}"]
         rows.append([label, references[label], str(len(values)), *cells])
     headers = ["arm", "against", "seeds", "gain in AP", "p", "detectable"]
-    return Table(f"{TASKS[task]}: gains, tested", headers, rows) if rows else None
+    is_tested = any(len(values) > 1 for values in gains)
+    return Table(f"{TASKS[task]}: gains, tested", headers, rows) if is_tested else None
 
 
 def reference_of(label: str, arms: dict[str, dict[int, dict]], baseline: str) -> str:

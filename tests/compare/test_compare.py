@@ -637,6 +637,8 @@ def test_the_reference_of_a_gain():
     table = tables.gain_table(lines, "bbox")
     # 1.5, 3.5, 0.5 over 'long': mean 1.8, variance 2.33, error 0.88, t 2.079, p 0.173; 4.303 x 0.88
     assert table.rows == [["kd", "long", "3", "+1.8 ± 3.8", "0.173", "4.7"]]
+    single = [line for line in lines if line.get("seed", 0) == 0]
+    assert tables.gain_table(single, "bbox") is None
     arms = tables.by_arm(lines)
     assert tables.reference_of("kd", {"alone": arms["alone"]}, "alone") == "alone"
     for name, same in (("timed", "other"), ("own", "kd")):
