@@ -32,7 +32,7 @@ REAL = (
     "-m d2kd check --config-file gone.yaml",
     "-m d2kd compare --suite suites/baseline.yaml",
     "-m d2kd convert gone.pth out.pkl",
-    "-m d2kd demo --output list",
+    "-m d2kd demo --output file",
     "-m d2kd prototypes show gone.pth",
     "tools/install_detectron2.py --nonsense",
     "datasets/prepare_bccd.py gone",
