@@ -46,12 +46,15 @@ REPLACED = {
     "_build_weighted_sampler",
     "_get_train_datasets_repeat_factors",
     "DatasetMapperTTA.from_config",
+}
+# What no training or evaluation calls: a predictor, and the model of TEST.AUG.
+ELSEWHERE = {
+    "DefaultPredictor.__init__",
+    "DefaultPredictor.__call__",
     "GeneralizedRCNNWithTTA.__init__",
     "GeneralizedRCNNWithTTA._inference_one_image",
     "GeneralizedRCNNWithTTA._merge_detections",
 }
-# What a user calls after a training, with plain Detectron2.
-AFTERWARDS = {"DefaultPredictor.__init__", "DefaultPredictor.__call__"}
 
 PROPOSALS, AUGMENTATION = ("MODEL.LOAD_PROPOSALS", True), ("TEST.AUG.ENABLED", True)
 SUBSET = ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler")
@@ -125,7 +128,7 @@ def read_by() -> dict[str, set[str]]:
 
 def test_every_function_that_reads_keys_is_known(read_by):
     """One that a newer Detectron2 brings is seen here; those of the table are there."""
-    known = {*CALLED, *REPLACED, *AFTERWARDS}
+    known = {*CALLED, *REPLACED, *ELSEWHERE}
     names = {name.removesuffix(".clip_grad_value") for name in read_by}
     assert names - known == set()
     assert len(names) >= 20 and "DefaultTrainer.build_hooks" in names
@@ -142,7 +145,7 @@ def test_every_key_is_honoured_or_refused(read_by):
     honoured = set().union(*(read_by.get(name, set()) for name in CALLED))
     honoured |= {key for text in sources(PACKAGE) for _, key in keys_in(text)}
     assert {"SEED", "CUDNN_BENCHMARK", "TEST.PRECISE_BN.ENABLED", "SOLVER.NESTEROV"} <= honoured
-    every = set().union(*(keys for name, keys in read_by.items() if name not in AFTERWARDS))
+    every = set().union(*(keys for name, keys in read_by.items() if name not in ELSEWHERE))
     assert sorted(every - honoured - REFUSED.keys()) == []
 
 

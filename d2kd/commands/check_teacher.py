@@ -32,7 +32,7 @@ from detectron2.structures import Instances
 from tabulate import tabulate
 from torch import nn
 
-from ..arguments import CommandParser, natural
+from ..arguments import CommandParser, folder_to_write, natural
 from ..compare.pictures import GREEN, RED, WHITE, draw, sheet, write_label
 from ..config import student_config
 from ..data.agreement import Boxes, Disagreement
@@ -65,7 +65,13 @@ def build_parser() -> CommandParser:
         default=0.5,
         help="score from which a detection contradicts an annotation (default: 0.5)",
     )
-    add("--output", default="teacher_check", metavar="FOLDER", help="default: %(default)s")
+    add(
+        "--output",
+        type=folder_to_write,
+        default="teacher_check",
+        metavar="FOLDER",
+        help="default: %(default)s",
+    )
     add_import_argument(parser)
     return parser
 
@@ -85,15 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = build_parser().parse_command(argv)
     cfg = _read_config(args)
-    if os.path.exists(args.output) and not os.path.isdir(args.output):
-        raise ConfigError(f"--output: '{args.output}' is not a folder")
     datasets = {"train": cfg.DATASETS.TRAIN[:1], "val": cfg.DATASETS.TEST[:1]}
     names = {split: found[0] for split, found in datasets.items() if found}
     results = _examine_all(cfg, names, args)
     text = page(cfg, results)
     print(text)
-    os.makedirs(args.output, exist_ok=True)
-    _write_files(args.output, text, results)
+    args.output.mkdir(parents=True, exist_ok=True)
+    _write_files(str(args.output), text, results)
 
 
 def _examine_all(cfg: CfgNode, names: dict[str, str], args: argparse.Namespace) -> Results:

@@ -38,7 +38,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
-from ..arguments import CommandParser, positive
+from ..arguments import CommandParser, folder_to_write, positive
 from ..compare.suite import as_list, stretched
 from ..config import student_config
 from ..config_files import foreign_teacher, merge_overrides
@@ -572,7 +572,9 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--heads", default="", metavar="A,B", help="default: the student's DISTILL.HEADS, else SSIM"
     )
-    parser.add_argument("--out", default="output/distill", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=folder_to_write, default="output/distill", help="default: %(default)s"
+    )
     parser.add_argument("--iterations", type=positive, help="of either training; schedules scale")
     parser.add_argument("--batch", type=positive, help="images in a step; learning rates scale")
     parser.add_argument("--num-gpus", type=positive, default=1, help="default: %(default)s")
@@ -587,7 +589,7 @@ def _run(args: argparse.Namespace) -> None:
         args.teacher,
         args.data,
         heads=[name.strip() for name in args.heads.split(",") if name.strip()],
-        out=args.out,
+        out=str(args.out),
         iterations=args.iterations,
         batch=args.batch,
         num_gpus=args.num_gpus,

@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import CommandParser, positive
+from ..arguments import CommandParser, folder_to_write, positive
 from ..engine.setup import add_import_argument, import_user_module
 from .candidates import BALANCED, Pair, named_heads
 from .choice import Choice, Limits
@@ -44,7 +44,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--seeds", type=_several, default=3, help="of the confirmation; at least 2")
     parser.add_argument("--task", choices=list(TASKS), default="bbox", help="whose AP decides")
-    parser.add_argument("--output", type=Path, help="default: output/choose/<config>")
+    parser.add_argument("--output", type=folder_to_write, help="default: output/choose/<config>")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run")
     parser.add_argument(

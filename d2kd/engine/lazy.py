@@ -261,7 +261,7 @@ class _LazyParts:
 
 
 class _LazyStudentHook(StudentHook):
-    """Writes the student's weights, and a LazyConfig of the student alone, which Detectron2's
+    """Writes the student's weights, and a LazyConfig of the student itself, which Detectron2's
     ``LazyConfig.load`` reads."""
 
     def save(self) -> None:

@@ -32,7 +32,7 @@ REAL = (
     "-m d2kd check --config-file gone.yaml",
     "-m d2kd compare --suite suites/baseline.yaml",
     "-m d2kd convert gone.pth out.pkl",
-    "-m d2kd demo --output list",
+    "-m d2kd demo --output file",
     "-m d2kd prototypes show gone.pth",
     "tools/install_detectron2.py --nonsense",
     "datasets/prepare_bccd.py gone",
@@ -53,7 +53,9 @@ def log(tmp_path) -> Path:
 def words(line: str) -> list[str]:
     """The words of a command line of the tables."""
     coco = r"DATASETS.COCO_FORMAT [['golden_train','data/\1.json','images']]"
-    line = re.sub(r"\{coco:(\w+)\}", coco, line.replace("{config}", CONFIG_FILE))
+    distil = "distill --student config.yaml --teacher teacher.yaml"
+    line = line.replace("{config}", CONFIG_FILE).replace("{distil}", distil)
+    line = re.sub(r"\{coco:(\w+)\}", coco, line)
     lists = r"(?<= )([\[(][^ ]*[\])])(?= |$)"  # keep the quotes of their names
     return shlex.split(re.sub(lists, r'"\1"', line))
 
