@@ -29,7 +29,7 @@ from pycocotools.coco import COCO
 from d2kd import ConfigError, add_distillation_config
 from d2kd.data import bccd, builtin, digits
 from d2kd.data.custom import check_datasets, register_coco_format_datasets
-from d2kd.data.digits_render import TRAIN_COLUMNS, VAL_COLUMNS, Material
+from d2kd.data.digits_render import TRAIN_COLUMNS, VAL_COLUMNS, Look, Material
 from d2kd.data.files import build_directory, dataset_root
 from d2kd.data.polygons import mask_to_polygons
 
@@ -126,7 +126,7 @@ def test_a_bigger_dataset_begins_with_the_smaller_one(made, tmp_path):
 
 def test_train_and_val_share_no_scan_and_no_photograph_pixel():
     """The two splits together use each scan once, and disjoint columns of each photograph."""
-    train, val = Material.load("train"), Material.load("val")
+    train, val = (Material.load(split, Look()) for split in ("train", "val"))
     assert len(train.scans) + len(val.scans) == 1797
     assert not {s.tobytes() for s in train.scans} & {s.tobytes() for s in val.scans}
     for name, columns in TRAIN_COLUMNS.items():
