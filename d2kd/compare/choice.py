@@ -336,7 +336,7 @@ class Choice:
         least = detectable_gain([gains], len(gains))
         return Verdict(
             False,
-            f"NO GAIN: {winner}, the best of {len(self.opts)} candidates, has {gain_text(gains)} "
+            f"NO GAIN: {winner}, the best of {len(self.opts)}, has {gain_text(gains)} "
             f"AP over the baseline in equal time; {len(gains)} seeds show a gain of {least:.1f} AP "
             "in 80 % of cases",
             winner,
@@ -366,7 +366,7 @@ class Choice:
                 tables,
             ]
         table = self.table()
-        if table.headers[1:]:
+        if table.rows:
             parts.append(f"## {table.title}\n\n{table.markdown()}\n\n{_NOTES}\n")
         if self.state["refused"]:
             lines = (f"* {plain_markdown(why)}" for why in self.state["refused"].values())

@@ -278,6 +278,7 @@ def test_few_candidates(pair, monkeypatch, count):
     assert work.run().beats
     rungs = [name for name in work.state["stages"] if name.startswith("rung")]
     assert len(rungs) == math.ceil(math.log2(count))
+    assert ("candidates" in Path("out/choose.md").read_text()) == (count > 1)
 
 
 def test_a_wrong_early_rung_is_outvoted(pair, monkeypatch):
@@ -453,7 +454,7 @@ def test_equal_time_counts(pair, monkeypatch):
     world.time_gain = 2.0
     verdict = choice(pair, weights=["1"]).run()
     assert verdict.winner == "PKD" and not verdict.beats
-    assert verdict.text.startswith("NO GAIN: PKD, the best of 5 candidates, has ")
+    assert verdict.text.startswith("NO GAIN: PKD, the best of 5, has ")
     assert "3 seeds show a gain of" in verdict.text
     assert Path("out/winner.yaml").read_text().startswith("# NO GAIN: PKD")
 
