@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=folder_to_write, help="default: output/demo, output/demo_animals"
     )
-    parser.add_argument("--seeds", type=natural, nargs="+", default=[1])
+    parser.add_argument("--seeds", type=natural, nargs="+", default=[2])
     args = parser.parse_command(argv)
     data = "animals" if args.photos else "digits"
     output = args.output or Path("output/demo" if data == "digits" else "output/demo_animals")
