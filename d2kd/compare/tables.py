@@ -195,7 +195,7 @@ def ap_table(lines: list[dict], task: str) -> Table:
         if task in line["results"]:
             values = [[of_task(line, task, metric)] for metric in METRICS]
             rows.append([line["role"], "", *map(error_text, values), ""])
-    return Table(TASKS[task], ["arm", "seeds", *METRICS, "gain in AP"], rows)
+    return Table(TASKS[task], ["run", "seeds", *METRICS, "gain in AP"], rows)
 
 
 def gain_table(lines: list[dict], task: str) -> Table | None:
@@ -219,7 +219,7 @@ def gain_table(lines: list[dict], task: str) -> Table | None:
         cells = [f"{values.mean():+.1f}{interval}" if len(values) else "-"]
         cells += ["-" if np.isnan(p) else f"{p:.3f}", "-" if np.isnan(least) else f"{least:.1f}"]
         rows.append([label, references[label], str(len(values)), *cells])
-    headers = ["arm", "against", "seeds", "gain in AP", "p", "detectable"]
+    headers = ["run", "against", "seeds", "gain in AP", "p", "detectable"]
     is_tested = any(len(values) > 1 for values in gains)
     return Table(f"{TASKS[task]}: gains, tested", headers, rows) if is_tested else None
 
@@ -254,7 +254,7 @@ def cost_table(lines: list[dict]) -> Table:
         rows.append([label, *("-" if cell == "nan" else cell for cell in cells)])
     kinds = {run.get("memory_of", "?") for runs in arms.values() for run in runs.values()}
     memory = "/".join(sorted(kinds))
-    headers = ["arm", "iterations", "ms per step", "x baseline", "minutes", f"MiB ({memory})"]
+    headers = ["run", "iterations", "ms per step", "x baseline", "minutes", f"MiB ({memory})"]
     return Table("Cost", [*headers, "parameters added"], rows)
 
 

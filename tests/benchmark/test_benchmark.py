@@ -105,7 +105,7 @@ def test_rows_of_another_machine_are_refused(tmp_path):
         (["--heads", "SSIN"], "unknown head 'SSIN'; valid: "),
         (["--heads", "SSIM DISTILL.SSIM.WEIGTH 1"], "no config key 'DISTILL.SSIM.WEIGTH'; close"),
         (["--repeats", "0"], "--repeats: '0' must be a whole number of at least 1"),
-        (["--json", "."], "--json . is a folder"),
+        (["--json", "."], "--json: '.' is a folder"),
         (["--json", "other.json"], "other.json is no file of d2kd benchmark"),
         (["--heads", "SSIM", "DISTILL.SSIM.WEIGHT"], "DISTILL.SSIM.WEIGHT has no value"),
     ],
