@@ -72,7 +72,8 @@ EXPECTED = Rule(
     "it must be a list of [task, metric, value, tolerance]",
 )
 DEVICE = Rule(
-    lambda value: re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", value) is not None,
+    # "meta" builds a model without its memory.
+    lambda value: re.fullmatch(r"cpu|meta|mps|(cuda|xpu)(:\d+)?", value) is not None,
     "valid: cpu, cuda, cuda:0, cuda:1, ...",
 )
 

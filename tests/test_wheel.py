@@ -103,7 +103,8 @@ def test_it_knows_its_suites(installed, tmp_path):
     """A shipped suite has a name; a mistake in the command is one line."""
     words = ["--suite", "suites/digits_ssim_ablation.yaml", "--arms", "none"]
     done = installed.run("d2kd", "compare", *words, cwd=tmp_path)
-    assert done.stderr.splitlines()[-1].startswith("error: --arms: no arm 'none'; valid: 'alone'")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: --arms: no arm 'none'; valid: 'baseline'")
     assert not list(tmp_path.iterdir())
 
 

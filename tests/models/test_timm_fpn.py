@@ -316,7 +316,8 @@ def test_training_and_resuming(teacher_files, tmp_path, digits_root, fetches):
     train_net.main(["--config-file", config, "DISTILL.TEACHER.CHECK", "False"])
     train_net.main(["--config-file", config, "--resume", "SOLVER.MAX_ITER", "3"])
     weights = str(tmp_path / "out" / "student_final.pth")
-    train_net.main(["--config-file", config, "--eval-only", "MODEL.WEIGHTS", weights])
+    test = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", "('digits_tiny_val',)"]
+    train_net.main(["--config-file", config, "--eval-only", *test])
     assert fetches == [LIGHT]
 
 
