@@ -240,10 +240,10 @@ def test_nan_loss(job, whole):
     def prepare():
         add = LossLog.add
 
-        def with_nan(self, iteration, losses, data_time):
+        def with_nan(self, iteration, losses, *rest):
             if iteration >= 2:
                 losses = {**losses, "loss_kd_ssim": losses["loss_kd_ssim"] * torch.nan}
-            add(self, iteration, losses, data_time)
+            add(self, iteration, losses, *rest)
 
         LossLog.add = with_nan
 
@@ -263,8 +263,8 @@ def test_nan_explains_what_follows_from_it(job):
     def prepare():
         add = LossLog.add
 
-        def with_inf(self, iteration, losses, data_time):
-            add(self, iteration, {**losses, "loss_cls": losses["loss_cls"] / 0.0}, data_time)
+        def with_inf(self, iteration, losses, *rest):
+            add(self, iteration, {**losses, "loss_cls": losses["loss_cls"] / 0.0}, *rest)
 
         LossLog.add = with_inf
         at(1, lambda: (_ for _ in ()).throw(FloatingPointError("Predicted boxes contain NaN")))

@@ -33,12 +33,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "own_trainer.md"
 def _forget_keys():
     """Keys that a test adds to all configs are gone after it, and so is what default_setup logs."""
     known = list(CONFIG_FUNCTIONS)
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "d2kd")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
     CONFIG_FUNCTIONS[:] = known
-    for name in ("detectron2", "fvcore", "d2kd"):
-        logger = logging.getLogger(name)
-        logger.handlers[:], logger.propagate = [], True
-        logger.setLevel(logging.NOTSET)
+    for logger, (handlers, logger.propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 def set_up(student, tmp_path, iterations=2):

@@ -90,7 +90,8 @@ def test_a_training_of_version_0_1_goes_on(tmp_path):
     """
     write_inputs(tmp_path)
     shutil.copytree(RUN, tmp_path / OUTPUT)
-    train(tmp_path, RUN / "config.yaml", "--resume")
+    for iterations in ("4", "5", "6"):
+        train(tmp_path, RUN / "config.yaml", "--resume", "SOLVER.MAX_ITER", iterations)
     golden, found = json.loads(CONTINUATION.read_text()), outcome(tmp_path / OUTPUT)
     assert {"distill_heads.SSIM", "distill_heads.FeatureMimic"} <= golden["change"].keys()
     for kind in ("losses", "change"):

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import cv2
 import numpy as np
@@ -79,12 +80,14 @@ def outcome(output: Path) -> dict:
     """What iterations 3 to 5 did, from the output folder of the whole or the resumed training.
 
     Returns:
-        ``losses``: each loss as logged last, the median of the iterations since the process began;
+        ``losses``: the median of each loss over the iterations, each of which was logged by a
+        process of its own (what is logged is a mean since the process began);
         ``change``: summed absolute change of the weights since the checkpoint, and ``momentum``:
         summed absolute momenta, both by part of the model.
     """
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    losses = {k: v for k, v in lines[-1].items() if k.startswith("loss_") or k == "total_loss"}
+    names = [name for name in lines[-1] if name.startswith("loss_") or name == "total_loss"]
+    losses = {name: median(line[name] for line in lines[-3:]) for name in names}
     paths = RUN / CHECKPOINT, output / FINAL
     before, after = (torch.load(path, map_location="cpu") for path in paths)
     assert before["model"].keys() == after["model"].keys()
