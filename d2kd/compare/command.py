@@ -11,6 +11,9 @@ order, with the same augmentation and the same initial weights of the student. A
 stopped goes on where its last checkpoint is, a finished one is kept, one of other settings is
 refused: one JSON line each in OUTPUT/results.jsonl, whose tables, plots and pictures are in
 OUTPUT/report.html and report.md. KEY VALUE pairs override keys of all runs.
+
+--ray trains on the machines of a Ray cluster. They need the same files under the same paths (the
+working directory, OUTPUT, data, weights), as on a network file system, and the same environment.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ..engine.setup import add_import_argument, import_user_module
 from ..errors import ConfigError
 from .comparison import Comparison
 from .processes import stopping_by_sigterm
+from .ray_processes import AUTO, RayProcesses
 from .report import write_report
 from .suite import Suite, read_suite, suite_of_configs
 from .tables import read_lines
@@ -47,10 +51,19 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("--arms", nargs="+", help="train only these arms of the suite")
     parser.add_argument("--output", type=folder_to_write, help="default: output/compare[/<suite>]")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
+    parser.add_argument(
+        "--jobs", type=positive, help="runs at a time; default: 1, or what the cluster holds"
+    )
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run")
     parser.add_argument(
         "--keep-checkpoints", action="store_true", help="also those before the end of a run"
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const=AUTO,
+        metavar="ADDRESS",
+        help="train on the Ray cluster at HOST:PORT; default: RAY_ADDRESS, or this machine's",
     )
     add_import_argument(parser)
     return parser
@@ -95,14 +108,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.imports:
         import_user_module(name)
     suite = suite_of(args)
+    cluster = RayProcesses(args.ray, args.threads) if args.ray else None
     with stopping_by_sigterm(f"stopped; the same command goes on, finished runs are in {output}"):
         comparison = Comparison(
             suite,
             output,
-            jobs=args.jobs,
+            jobs=args.jobs or (cluster.room if cluster else 1),
             threads=args.threads,
             keep_checkpoints=args.keep_checkpoints,
             imports=args.imports,
+            processes=cluster,
         )
         failed = comparison.run(args.arms, args.seeds)
     print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl, report.md and report.html")

@@ -19,7 +19,8 @@ from ..engine.setup import merged_config, read_config
 from ..engine.trainer import DistillTrainer
 from ..errors import ConfigError
 from ..files import read_json, write_json, write_text
-from .processes import Devices, Processes, run_in_order, run_stage
+from .processes import Devices, LocalProcesses, run_in_order
+from .ray_processes import RayProcesses
 from .receipts import complete_receipts
 from .suite import (
     Arm,
@@ -48,6 +49,7 @@ class Comparison:
         jobs: runs at a time; ``threads``: CPU threads of each.
         keep_checkpoints: leave a finished run's checkpoints of the way.
         imports: modules that the trainings import first.
+        processes: where trainings run; default: on this machine.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class Comparison:
         threads: int,
         keep_checkpoints: bool = False,
         imports: Sequence[str] = (),
+        processes: RayProcesses | None = None,
     ):
         self.suite, self.output, self.jobs, self.threads = suite, output, jobs, threads
         self.keep_checkpoints = keep_checkpoints
         self.imports = [f"--import={name}" for name in imports]
-        self.processes, self.devices = Processes(), Devices(jobs)
+        self.processes = processes or LocalProcesses(jobs)
 
     # --- what there is to do -----------------------------------------------------------------
 
@@ -238,19 +241,8 @@ class Comparison:
         return [*train, *as_list(opts)]
 
     def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
-        environment = self.devices.take()
-        try:
-            run_stage(
-                name,
-                command,
-                folder / "results.json",
-                self.output / "logs",
-                threads,
-                environment=environment,
-                processes=self.processes,
-            )
-        finally:
-            self.devices.give_back(environment)
+        logs = self.output / "logs"
+        self.processes.run_stage(name, command, folder / "results.json", logs, threads)
         if not self.keep_checkpoints:
             for path in folder.glob("model_[0-9]*.pth"):
                 path.unlink()

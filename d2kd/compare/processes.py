@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,36 @@ def run_stage(
     environment: dict[str, str] | None = None,
     processes: Processes | None = None,
 ) -> None:
-    """Run ``python command`` in the working directory, showing its progress, unless the file
-    ``done`` is there already.
+    """Run ``python command`` in the working directory, printing its progress, unless the file
+    ``done`` is there already. The arguments are those of :func:`stage_lines`."""
+    lines = stage_lines(
+        name, command, done, logs, threads, environment=environment, processes=processes
+    )
+    with contextlib.closing(lines):
+        for line in lines:
+            print(line, flush=True)
+
+
+def stage_lines(
+    name: str,
+    command: list[str],
+    done: Path,
+    logs: Path,
+    threads: int,
+    *,
+    environment: dict[str, str] | None = None,
+    processes: Processes | None = None,
+) -> Generator[str]:
+    """Run ``python command`` in the working directory, unless the file ``done`` is there already.
 
     Args:
         logs: folder for the full output.
         threads: CPU threads of the process.
         environment: further variables of the process.
         processes: where to enlist the process.
+
+    Yields:
+        What to show of its progress.
 
     Raises:
         StageFailed: it failed, or another process works on it; names the log.
@@ -106,21 +128,26 @@ def run_stage(
     # Beside what it makes, which others may make too: suites share teachers.
     with lock_file(done.parent / f".{done.name}.lock", name) as lock:
         if done.exists():
-            print(f"{name}: done before", flush=True)
+            yield f"{name}: done before"
             return
         start = time.perf_counter()
-        print(f"{name} ...", flush=True)
-        code, last = _run_logged(name, command, log, environment, lock, processes or Processes())
+        yield f"{name} ..."
+        code, last = yield from _run_logged(
+            name, command, log, environment, lock, processes or Processes()
+        )
     if code != 0 or not done.exists():
         reason = last.removeprefix("error: ")[:200]
         raise StageFailed(f"{name} failed ({reason}); its output is in {log}")
-    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    yield f"{name}: {time.perf_counter() - start:.0f} s"
 
 
 def _run_logged(
     name: str, command: list[str], log: Path, environment: dict, lock, processes: Processes
-) -> tuple[int, str]:
-    """Run ``python command`` with its output in ``log``, showing its progress.
+) -> Generator[str, None, tuple[int, str]]:
+    """Run ``python command`` with its output in ``log``.
+
+    Yields:
+        Its progress.
 
     Returns:
         Exit status, and the last line.
@@ -141,8 +168,8 @@ def _run_logged(
                 last = line.strip() or last
                 progress = progress_of(line)
                 if progress:
-                    print(f"  {name}: {progress}", flush=True)
-        except BaseException:  # Ctrl-C in this thread
+                    yield f"  {name}: {progress}"
+        except BaseException:  # Ctrl-C in this thread, or the reader has gone
             process.terminate()
             raise
         finally:
@@ -265,3 +292,25 @@ class Devices:
     def give_back(self, environment: dict[str, str]) -> None:
         for name in environment.values():
             self._free.put(name)
+
+
+class LocalProcesses(Processes):
+    """Stages that run on this machine, over its GPUs if there are any.
+
+    Args:
+        jobs: how many there are at a time.
+    """
+
+    def __init__(self, jobs: int):
+        super().__init__()
+        self._devices = Devices(jobs)
+
+    def run_stage(
+        self, name: str, command: list[str], done: Path, logs: Path, threads: int
+    ) -> None:
+        """Run one, as :func:`run_stage` does."""
+        environment = self._devices.take()
+        try:
+            run_stage(name, command, done, logs, threads, environment=environment, processes=self)
+        finally:
+            self._devices.give_back(environment)

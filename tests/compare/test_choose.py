@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from d2kd import ConfigError, cli
 from d2kd.compare import candidates as candidates_
 from d2kd.compare import choice as choices
-from d2kd.compare import choose
+from d2kd.compare import choose, processes
 from d2kd.compare import comparison as comparisons
 from d2kd.compare import report as reports
 from d2kd.compare.candidates import Pair
@@ -86,7 +86,7 @@ class World:
         self.fails: set[str] = set()
         self.teacher_ap = teacher_ap
         monkeypatch.setattr(choices.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(comparisons, "run_stage", self.run_stage)
+        monkeypatch.setattr(processes, "run_stage", self.run_stage)
         monkeypatch.setattr(reports, "draw_pictures", lambda *_: {})
         monkeypatch.setattr(candidates_, "check_teacher", self.check_teacher)
         if not checks:  # which take most of the time
@@ -504,7 +504,7 @@ def test_a_real_choice(pair, monkeypatch, capsys):
     with NO GAIN, and also where the user insists on it."""
     monkeypatch.setattr(choices, "MIN_ITERATIONS", 2)
     monkeypatch.setattr(choices, "PROBE_ITERATIONS", 2)
-    monkeypatch.setattr(comparisons, "run_stage", in_a_fork)
+    monkeypatch.setattr(processes, "run_stage", in_a_fork)
     arguments = ["--config-file", "student.yaml", "--teacher", "teacher.yaml", "--heads", "SSIM"]
     arguments += ["--teacher-weights", "random", "--weights", "1", "3", "--seeds", "2"]
     arguments += ["--jobs", "2", "--minutes", "0.01", "--output", "out", "SOLVER.MAX_ITER", "4"]

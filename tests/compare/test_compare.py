@@ -374,7 +374,7 @@ def test_failed_runs_are_reported(tmp_path, monkeypatch):
         own = "iterations", "step_seconds", "hook_seconds", "train_seconds", "results"
         done.write_text(json.dumps({key: fake_lines()[2][key] for key in own}))
 
-    monkeypatch.setattr(comparisons, "run_stage", run_stage)
+    monkeypatch.setattr(processes, "run_stage", run_stage)
     monkeypatch.setattr(comparisons.Comparison, "check", lambda *_: None)
     monkeypatch.setattr(reports, "draw_pictures", lambda *_: {})
     (tmp_path / "suite.yaml").write_text(ARMS)
