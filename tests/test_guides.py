@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import d2kd
 from d2kd import ExportedDetector, cli
-from d2kd.commands import distill as module
 from d2kd.compare.comparison import Comparison
 from d2kd.compare.suite import read_suite
 from d2kd.engine.setup import merged_config
@@ -76,7 +76,7 @@ def test_the_quickstart(workplace, monkeypatch, capsys):
     first, light, compare = commands("quickstart.md")
     weights = coco_weights(workplace / "coco.pth")
     teacher = ["DISTILL.TEACHER.OPTS", str([*SMALL, *SHORT])]
-    monkeypatch.setattr(module.model_zoo, "get_checkpoint_url", lambda name: weights)
+    monkeypatch.setattr(model_zoo, "get_checkpoint_url", lambda name: weights)
     words = [*first[1:], "--iterations", "2", "--batch", "2", *map(str, SMALL + SHORT), *teacher]
     cli.main(words)
     out = workplace / "output/mine"

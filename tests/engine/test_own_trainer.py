@@ -31,10 +31,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "own_trainer.md"
 
 @pytest.fixture(autouse=True)
 def _forget_keys():
-    """Keys that a test adds to all configs are gone after it, and so is what default_setup logs."""
+    """Keys that a test adds to all configs are gone after it, and so is what default_setup logs;
+    a program begins without logging."""
     known = list(CONFIG_FUNCTIONS)
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "d2kd")]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers[:], logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
     yield
     CONFIG_FUNCTIONS[:] = known
     for logger, (handlers, logger.propagate, level) in zip(loggers, before, strict=True):
