@@ -25,6 +25,8 @@ from ..detectors import write_config
 from ..golden.training import training_config, write_inputs
 
 CONFIG, OUTPUT = "config.yaml", "output"
+# For train_net.py in a process of its own: the tests' head has keys in each config that they write.
+TOY_HEAD = ("--import", "tests.toy_head")
 DATASET = "golden_train"
 
 

@@ -14,7 +14,7 @@ import torch
 
 from d2kd.engine.loss_log import LossLog
 
-from .children import CONFIG, OUTPUT, write_job
+from .children import CONFIG, OUTPUT, TOY_HEAD, write_job
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROOT = Path(__file__).parents[2]
@@ -42,9 +42,9 @@ def run(folder: Path, *argv: str, launcher: tuple[str, ...] = ()) -> None:
     """train_net.py in a process of its own: a fork cannot use the GPU."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     opts = ["MODEL.DEVICE", "cuda", "DISTILL.TEACHER.CHECK", "False", "DATASETS.TEST", "()"]
-    command = [sys.executable, *launcher, str(ROOT / "train_net.py"), "--config-file", CONFIG]
+    command = [sys.executable, *launcher, str(ROOT / "train_net.py"), *TOY_HEAD]
     done = subprocess.run(
-        [*command, *argv, *opts], cwd=folder, env=environment, capture_output=True, text=True
+        [*command, "--config-file", CONFIG, *argv, *opts], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
