@@ -43,9 +43,8 @@ def run(folder: Path, *argv: str, launcher: tuple[str, ...] = ()) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     opts = ["MODEL.DEVICE", "cuda", "DISTILL.TEACHER.CHECK", "False", "DATASETS.TEST", "()"]
     command = [sys.executable, *launcher, str(ROOT / "train_net.py"), *TOY_HEAD]
-    done = subprocess.run(
-        [*command, "--config-file", CONFIG, *argv, *opts], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    command += ["--config-file", CONFIG, *argv, *opts]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
