@@ -151,9 +151,9 @@ def _find_config(where: str, name: str, folder: Path) -> str:
     """
     if not isinstance(name, str):
         raise ConfigError(f"{where}: config is {name!r}; it must be the name of a YAML file")
-    beside = None if find_file(name) else find_file(name, [folder])
+    in_folder = None if find_file(name) else find_file(name, [folder])
     resolve_config_file(name, f"{where}: config", [folder])
-    return os.path.abspath(beside) if beside else name
+    return os.path.abspath(in_folder) if in_folder else name
 
 
 def _opts(where: str, entry: dict, folder: Path) -> dict:
@@ -169,12 +169,12 @@ def _opts(where: str, entry: dict, folder: Path) -> dict:
             raise ConfigError(
                 f"{where}: opts: {key} is empty (null); leave it out, or give a value"
             )
-    beside = {
+    in_folder = {
         key: absolute_path(value, [folder])
         for key, value in opts.items()
         if key in PATH_KEYS and isinstance(value, str) and not find_file(value)
     }
-    return {**opts, **beside}
+    return {**opts, **in_folder}
 
 
 def weights_of(prepared: Arm) -> str:
