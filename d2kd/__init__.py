@@ -39,6 +39,7 @@ try:
     from .heads import DistillHead, build_head
     from .heads.adapters import Adapters, build_adapters, pair_levels
     from .heads.needs import Need
+    from .heads.pyramid import PyramidHead, PyramidOptions
     from .heads.sketch import Sketch
     from .keys import (
         COUNT,
@@ -96,6 +97,8 @@ __all__ = [
     "Need",
     "Options",
     "Pixels",
+    "PyramidHead",
+    "PyramidOptions",
     "Rule",
     "Schedule",
     "Sketch",

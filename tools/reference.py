@@ -23,7 +23,7 @@ SECTIONS = {
     "Writing a head": (
         *("DistillHead", "DISTILL_HEAD_REGISTRY", "Need", "build_head", "Batch", "FeatureBundle"),
         *("DetectorSpec", "describe_detector", "Adapters", "build_adapters", "pair_levels"),
-        *("full_precision", "connected_zero", "Sketch"),
+        *("PyramidHead", "PyramidOptions", "full_precision", "connected_zero", "Sketch"),
     ),
     "Writing a detector part": (
         *("DetectorPart", "DETECTOR_PART_REGISTRY", "View", "StudentStep", "TeacherStep", "Facts"),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from ..detectors.bundle import Batch, FeatureBundle
-from ..detectors.spec import DetectorSpec
+from ..detectors.bundle import Batch
 from ..keys import key, one_of
 from ..losses.mimic import DISTANCES, pyramid_mimic_loss
 from ..losses.rescale import RESCALE_SCOPES
 from ..registry import DISTILL_HEAD_REGISTRY
-from .adapters import Adapters
-from .base import DistillHead
-from .pyramid import PyramidOptions, adapted_levels, build_pyramid_adapters
+from .pyramid import PyramidHead, PyramidOptions
 
 
 @dataclass(frozen=True)
@@ -39,37 +33,12 @@ class FeatureMimicOptions(PyramidOptions):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class FeatureMimic(DistillHead):
-    """The student's pyramid mimics the teacher's, element by element.
-
-    Args:
-        options: the values of ``DISTILL.FEATURE_MIMIC``.
-        strides: pyramid levels to compare.
-        adapters: from the student's channels to the teacher's, by stride.
-    """
-
-    reads = ("pyramid",)
+class FeatureMimic(PyramidHead):
+    """The student's pyramid mimics the teacher's, element by element."""
 
     Options = FeatureMimicOptions
 
-    @configurable
-    def __init__(self, *, options: FeatureMimicOptions, strides: Sequence[int], adapters: Adapters):
-        super().__init__()
-        self.strides = tuple(strides)
-        self.adapters = adapters
-        self.distance = options.distance
-        self.rescale = None if options.rescale == "none" else options.rescale
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        strides, adapters = build_pyramid_adapters(options, student_spec, teacher_spec)
-        return {"options": options, "strides": strides, "adapters": adapters}
-
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
-        students, teachers = adapted_levels(student, teacher, self.strides, self.adapters)
-        return {"": pyramid_mimic_loss(students, teachers, self.distance, self.rescale)}
+    def compare(self, students: list[Tensor], teachers: list[Tensor], batch: Batch) -> Tensor:
+        options = self.options
+        rescale = None if options.rescale == "none" else options.rescale
+        return pyramid_mimic_loss(students, teachers, options.distance, rescale)

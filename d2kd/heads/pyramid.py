@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from ..config import HeadOptions
-from ..detectors.bundle import FeatureBundle
+from ..detectors.bundle import Batch, FeatureBundle
 from ..detectors.spec import DetectorSpec
 from ..keys import key, one_of
 from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
+from .base import DistillHead
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,6 @@ class PyramidOptions(HeadOptions):
         'Its first weights: "default" (PyTorch\'s), "identity" (starts as no adapter, where '
         'channels agree) or "small" (near zero).',
     )
-
-
-def build_pyramid_adapters(
-    options: PyramidOptions, student: DetectorSpec, teacher: DetectorSpec
-) -> tuple[tuple[int, ...], Adapters]:
-    """Strides and 1x1 adapters that ``STRIDES``, ``ADAPTER`` and ``ADAPTER_INIT`` ask for.
-
-    "auto" puts an adapter where channels differ, and on every level where the detectors are of
-    different kinds: another meta-architecture, or another number of box-head stages.
-
-    Raises:
-        ConfigError: a stride that is not in both pyramids, or an unknown or impossible mode.
-    """
-    strides = pair_levels(student, teacher, options.strides)
-    kinds = [(spec.meta_arch, spec.num_stages) for spec in (student, teacher)]
-    mode = "always" if options.adapter == "auto" and kinds[0] != kinds[1] else options.adapter
-    return strides, build_adapters(student, teacher, strides, mode=mode, init=options.adapter_init)
 
 
 def adapted_levels(
@@ -79,3 +66,50 @@ def resized_like(mine: Tensor, theirs: Tensor) -> Tensor:
     if mine.shape[-2:] == (height, width):
         return mine
     return F.interpolate(mine, (height, width), mode="bilinear", align_corners=False)
+
+
+class PyramidHead(DistillHead):
+    """A head of one term that compares whole levels; a subclass defines :meth:`compare`.
+
+    "auto" of ``ADAPTER`` puts an adapter where channels differ, and on every level where the
+    detectors are of different kinds: another meta-architecture, or another number of box stages.
+
+    Args:
+        options: the head's ``Options``.
+        strides: pyramid levels to compare.
+        adapters: from the student's channels to the teacher's, by stride.
+    """
+
+    Options: type[PyramidOptions] = PyramidOptions
+    reads = ("pyramid",)
+
+    @configurable
+    def __init__(self, *, options: Any, strides: Sequence[int], adapters: Adapters):
+        super().__init__()
+        self.options = options
+        self.strides = tuple(strides)
+        self.adapters = adapters
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        options = cls.read_options(cfg)
+        strides = pair_levels(student_spec, teacher_spec, options.strides)
+        one_kind = student_spec.meta_arch == teacher_spec.meta_arch
+        one_kind &= student_spec.num_stages == teacher_spec.num_stages
+        mode = "always" if options.adapter == "auto" and not one_kind else options.adapter
+        adapters = build_adapters(
+            student_spec, teacher_spec, strides, mode=mode, init=options.adapter_init
+        )
+        return {"options": options, "strides": strides, "adapters": adapters}
+
+    def forward(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> dict[str, Tensor]:
+        levels = adapted_levels(student, teacher, self.strides, self.adapters)
+        return {"": self.compare(*levels, batch)}
+
+    @abstractmethod
+    def compare(self, students: list[Tensor], teachers: list[Tensor], batch: Batch) -> Tensor:
+        """The loss, a scalar, of levels (B, C_teacher, H, W), fine to coarse."""

@@ -5,23 +5,17 @@ De Rijk et al., "Structural Knowledge Distillation for Object Detection", NeurIP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from ..detectors.bundle import Batch, FeatureBundle
-from ..detectors.spec import DetectorSpec
+from ..detectors.bundle import Batch
 from ..keys import NOT_NEGATIVE, POSITIVE, Rule, key, one_of
 from ..losses.ssim import RESCALE_SCOPES, median_patch_std, pyramid_ssim_loss
 from ..registry import DISTILL_HEAD_REGISTRY
-from .adapters import Adapters
-from .base import DistillHead
-from .pyramid import PyramidOptions, adapted_levels, build_pyramid_adapters
+from .pyramid import PyramidHead, PyramidOptions
 
 
 @dataclass(frozen=True)
@@ -84,46 +78,21 @@ class SSIMOptions(PyramidOptions):
 
 
 @DISTILL_HEAD_REGISTRY.register()
-class SSIM(DistillHead):
+class SSIM(PyramidHead):
     """Structural distillation of the pyramid, on all positions, without boxes or masks.
-
-    Args:
-        options: the values of ``DISTILL.SSIM``.
-        strides: pyramid levels to compare.
-        adapters: from the student's channels to the teacher's, by stride.
 
     Every ``STATS_PERIOD`` iterations it notes how much contrast the teacher's rescaled patches
     have, as ``ssim/teacher_std_<stride>``.
     """
 
-    reads = ("pyramid",)
-
     Options = SSIMOptions
 
-    @configurable
-    def __init__(self, *, options: SSIMOptions, strides: Sequence[int], adapters: Adapters):
-        super().__init__()
-        self.options = options
-        self.strides = tuple(strides)
-        self.adapters = adapters
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        strides, adapters = build_pyramid_adapters(options, student_spec, teacher_spec)
-        return {"options": options, "strides": strides, "adapters": adapters}
-
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
-        students, teachers = adapted_levels(student, teacher, self.strides, self.adapters)
+    def compare(self, students: list[Tensor], teachers: list[Tensor], batch: Batch) -> Tensor:
         # The iterations after which Detectron2 writes its metrics.
         options = self.options
         if options.stats_period and (batch.iteration + 1) % options.stats_period == 0:
             self._log_contrast(teachers)
-        loss = pyramid_ssim_loss(
+        return pyramid_ssim_loss(
             students,
             teachers,
             rescale=options.rescale,
@@ -134,7 +103,6 @@ class SSIM(DistillHead):
             k1=options.k1,
             k2=options.k2,
         )
-        return {"": loss}
 
     def _log_contrast(self, teachers: list[Tensor]) -> None:
         """Note the median local standard deviation of each rescaled level of the teacher."""

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 # (profile, two-stage student) -> weights of L_PR, L_IR and L_INS. "code": the released code; of its
 # one-stage weights the first and the last stand in commented lines. "paper": the same strength of
-# gradient at a typical gap, see docs/methods/drkd.md; the paper's own were not read by us.
+# gradient at a typical gap, see docs/methods/drkd.md; the paper's own are not known to us.
 DEFAULT_WEIGHTS = {
     ("code", True): (1e-3, 4e-3, 2.4e-3),
     ("code", False): (4e-3, 5e-3, 6e-3),
