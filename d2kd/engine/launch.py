@@ -223,7 +223,7 @@ def _process(local_rank: int, job: _Job) -> None:
         lost = getattr(error, "is_of_another_process", False)
         job.messages.put((rank, lost, str(error)))
         raise SystemExit(1) from error
-    dist.destroy_process_group()
+    _leave()
 
 
 def _join(local_rank: int, rank: int, job: _Job) -> None:
@@ -266,6 +266,13 @@ def _prepare(local_rank: int, processes: int, backend: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(local_rank)
     comm.synchronize()
+
+
+def _leave() -> None:
+    """Leave the group when all have done their work: one that left earlier would break the
+    connections of those that still use them, and may abort."""
+    comm.synchronize()
+    dist.destroy_process_group()
 
 
 def _end_processes(context: ProcessContext) -> None:
@@ -313,5 +320,5 @@ def _join_torchrun(main: Callable, args: argparse.Namespace) -> Any:
         ) from error
     _prepare(local_rank, processes, backend)
     result = main(args)
-    dist.destroy_process_group()
+    _leave()
     return result

@@ -30,6 +30,7 @@ from d2kd.compare.choice import BASELINE, CONTROL, Choice, Limits
 from d2kd.compare.processes import StageFailed, lock_file
 from d2kd.engine.identity import changed_settings
 from d2kd.engine.setup import merged_config
+from d2kd.files import write_json
 
 from ..detectors import detector_config
 
@@ -112,7 +113,7 @@ class World:
         iterations = cfg.SOLVER.MAX_ITER
         seconds = iterations * self.STEP * ratio
         self.now += seconds + self.OVERHEAD
-        done.write_text(json.dumps(self.results(label, cfg, seconds)))
+        write_json(self.results(label, cfg, seconds), done)  # other threads read it
 
     def results(self, label: str, cfg: CfgNode, seconds: float) -> dict:
         noise = random.Random(f"{label} {cfg.SEED}").gauss(0, self.noise)
