@@ -3,8 +3,10 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 # These are for the command line: PHOTOS=clone lets the demo train on photographs, VENV=folder puts
-# d2kd's own environment elsewhere, PYTHON=interpreter uses an environment of yours, as it is.
+# d2kd's own environment elsewhere, PYTHON=interpreter uses an environment of yours, as it is, JOBS=4
+# runs the tests in four processes.
 VENV := .venv
+JOBS := 2
 PYTHON := $(VENV)/bin/python
 
 # The stamp's name holds what the set-up depends on, so a change of it calls for a new set-up,
@@ -25,6 +27,7 @@ help:
 	@echo
 	@echo 'PHOTOS=clone    make demo: on photographs of animals, from a clone of the repository'
 	@echo '                that datasets/README.md names'
+	@echo 'JOBS=number     make test: in that many processes (2)'
 	@echo 'VENV=folder     set up and use that folder instead of .venv'
 	@echo 'PYTHON=python   use an environment of your own, as it is, and set nothing up; it needs'
 	@echo "                pip install -e '.[dev,eval,export,lite,timm]' && d2kd install-detectron2"
@@ -44,7 +47,7 @@ lint: ready
 
 # pytest's closing line is the last one that this prints.
 test: lint
-	@'$(PYTHON)' -m pytest
+	@'$(PYTHON)' -m pytest -n $(JOBS) --dist loadfile
 
 demo: ready
 	@'$(PYTHON)' -m d2kd demo$(if $(PHOTOS), --photos '$(PHOTOS)')
