@@ -138,6 +138,9 @@ def test_the_balanced_training_of_the_docs(tmp_path, digits_root):
 def test_the_check_of_a_teacher_of_the_docs(tmp_path, digits_root, monkeypatch, capsys):
     """It runs as printed, and what the page names is there."""
     monkeypatch.chdir(tmp_path)
+    student = tmp_path / "output/mine/student.yaml"  # of the quickstart
+    student.parent.mkdir(parents=True)
+    student.write_text(f"_BASE_: {ROOT}/configs/digits/faster_rcnn_R18_distill.yaml\n")
     cli.main([*documented("check_teacher.md", "check-teacher"), *SMALL])
     assert "on 16 of 16 images of 'digits_tiny_train' (train)" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "teacher_check").iterdir()}

@@ -65,7 +65,8 @@ from .distill_configs import (
 DEFAULT_HEADS = ("SSIM",)
 CHECKPOINTS = 10  # at least, in a training
 SEED = 1  # where the config has none: what is done can be repeated
-SUITE = """# What distillation gains over the same training without it: d2kd compare --suite {path}
+SUITE = """# What distillation gains over the same training without it:
+#   {command}
 title: {title}
 baseline: baseline
 seeds: [1, 2, 3]
@@ -286,7 +287,11 @@ class Plan:
             write_text(as_yaml(cfg), path)
         suite = os.path.join(self.out, "gain.yaml")
         title = json.dumps(f"Distilled by {', '.join(self.student.DISTILL.HEADS)}")
-        write_text(SUITE.format(title=title, path=shown(suite)), suite)
+        write_text(SUITE.format(title=title, command=self._compare()), suite)
+
+    def _compare(self) -> str:
+        gain = shown(os.path.join(self.out, "gain"))
+        return f"d2kd compare --suite {gain}.yaml --output {gain}"
 
     def words(self) -> str:
         """What will be done, a line for the data and for each training."""
@@ -341,7 +346,7 @@ class Plan:
             f"Weights, config and receipt are in `{shown(result.folder)}`.\n\n"
             "Whether distillation helped cannot be seen from one run. This trains the same student "
             "without it, from three seeds, and for the same time:\n\n```bash\n"
-            f"d2kd compare --suite {shown(os.path.join(self.out, 'gain.yaml'))}\n```\n\n"
+            f"{self._compare()}\n```\n\n"
             "The same trainings again, each into another `OUTPUT_DIR`:\n\n```bash\n"
             + "\n".join(f"{line} OUTPUT_DIR again" for line in again)
             + f"\n```\n\nThe student as a file for deployment, with its latency:\n\n```bash\n"
