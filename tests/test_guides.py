@@ -96,7 +96,8 @@ def test_the_quickstart(workplace, monkeypatch, capsys):
     capsys.readouterr()
     exec(compile(python, "quickstart.md", "exec"), {})
     assert capsys.readouterr().out.rstrip().endswith("output/light_drkd/student/student_final.pth")
-    comparison = Comparison(read_suite(Path(compare[compare.index("--suite") + 1])), workplace / "gain", jobs=1, threads=1)
+    suite = read_suite(Path(compare[compare.index("--suite") + 1]))
+    comparison = Comparison(suite, workplace / "gain", jobs=1, threads=1)
     comparison.check(comparison.runs())
 
 

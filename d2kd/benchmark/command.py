@@ -12,7 +12,7 @@ For each pair of detectors and each list of heads it times, interleaved in one r
 * full: forward, backward and update of the Distiller;
 * inference: the teacher's whole inference, for comparison.
 
-overhead = full / (student + teacher), from the medians. The FLOP bound is the same ratio of
+overhead = full / (student + teacher), from the medians. The FLOP ratio is the same ratio of
 floating-point operations (products and convolutions, forward and backward). Memory is what a step
 needs at its peak beyond what is held before it, gradients included. Operators are those that would
 launch a kernel on a GPU, waits the places of d2kd at which the host would wait for it; on a GPU the

@@ -19,7 +19,7 @@ SETTING = (
 )
 GROWTH = {"size": "px", "batch": "images", "objects": "objects"}
 NOT_MEASURED = "Not measured."
-# Where overhead is promised, and what by each method: two-stage, dense.
+# The limit of the overhead of each method: two-stage, one-stage.
 PROMISED_AT = {"student": 18, "teacher": 50, "size": 320, "batch": 2}
 BOUNDS = {
     "FeatureMimic": (1.07, 1.07),
@@ -143,9 +143,9 @@ def main_table(data: dict) -> str:
         "teacher part ms": _milliseconds("teacher"),
         "full step ms": _milliseconds("full"),
         "overhead": lambda row: f"{row['overhead']:.2f}",
-        "promised": lambda row: _number(bound(row), 2),
+        "limit": lambda row: _number(bound(row), 2),
         "full / student": lambda row: f"{row['seconds']['full'] / row['seconds']['student']:.2f}",
-        "FLOP bound": lambda row: _number(flop_bound(row), 2),
+        "FLOP ratio": lambda row: _number(flop_bound(row), 2),
         "heads GFLOP": _head_gflops,
         "images/s": lambda row: f"{row['images_per_second']:.2f}",
         "of teacher inference": lambda row: f"{100 * row['teacher_share_of_inference']:.0f} %",
@@ -166,7 +166,7 @@ def main_table(data: dict) -> str:
 
 
 def cost_table(data: dict) -> str:
-    """Overhead of all methods in one line each, a column a pair, with what is promised."""
+    """Overhead of all methods in one line each, a column a pair, with its limit."""
     rows = main_rows(data)
     pairs = list(dict.fromkeys(map(pair_name, rows)))
     cells: dict[str, dict[str, str]] = {}
@@ -254,7 +254,7 @@ def profile_table(data: dict) -> str:
         "pair": pair_name,
         "heads": label,
         "overhead": lambda row: f"{row['overhead']:.2f}",
-        "FLOP bound": lambda row: _number(flop_bound(row), 2),
+        "FLOP ratio": lambda row: _number(flop_bound(row), 2),
         "heads GFLOP": _head_gflops,
         "added": lambda row: f"{row['parameters_added'] / 1e6:.2f} M",
         **{f"{name} ms": phase(name) for name in ("forward", "backward", "update")},
@@ -284,7 +284,7 @@ def setting_line(data: dict) -> str:
 
 
 def plot(data: dict, path: str) -> None:
-    """Bars of overhead with what is promised and the FLOP bound, and curves of growth below."""
+    """Bars of overhead with its limit and the FLOP ratio, and curves of growth below."""
     rows = main_rows(data)
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     grown = [name for name in GROWTH if len({row[name] for row in data["rows"]}) > 1]
@@ -308,8 +308,8 @@ def _draw_bars(axis, arch: str, rows: list[dict]) -> None:
     places = range(len(rows))
     axis.barh(places, [row["overhead"] - 1 for row in rows], left=1, color="#4c72b0", height=0.6)
     for name, value, style in (
-        ("promised", bound, {"marker": "|", "s": 150, "c": "#c44e52"}),
-        ("FLOP bound", flop_bound, {"marker": "D", "s": 20, "c": "#222222"}),
+        ("limit", bound, {"marker": "|", "s": 150, "c": "#c44e52"}),
+        ("FLOP ratio", flop_bound, {"marker": "D", "s": 20, "c": "#222222"}),
     ):
         found = [(value(row), place) for place, row in zip(places, rows, strict=True) if value(row)]
         if found:

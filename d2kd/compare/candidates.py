@@ -169,7 +169,7 @@ def examine(pair: Pair, heads: Sequence[str], output: Path) -> Served:
             refused[name] = str(error)
     served = [name for name in heads if name not in refused]
     if not served:
-        raise ConfigError(f"the pair can serve no head: {next(iter(refused.values()))}")
+        raise ConfigError(f"no head fits the pair: {next(iter(refused.values()))}")
     results = check_teacher(cfg, teacher, DistillTrainer)
     del student, teacher
     torch.cuda.empty_cache()  # the trainings need that memory

@@ -116,7 +116,8 @@ class Choice:
         difference = first_difference(self.state.get("settings", {}), settings)
         if difference and self.state["stages"].keys() - {PROBE}:
             raise ConfigError(
-                f"{output} holds a choice of other settings: {difference}; give another --output"
+                f"{output} holds a choice made with other settings: {difference}; "
+                "give another --output"
             )
         if difference or not self.state:
             served = examine(pair, heads, output)
@@ -337,7 +338,7 @@ class Choice:
         return Verdict(
             False,
             f"NO GAIN: {winner}, the best of {len(self.opts)}, has {gain_text(gains)} "
-            f"AP over the baseline in equal time; {len(gains)} seeds show a gain of {least:.1f} AP "
+            f"AP over the baseline in equal time; {len(gains)} seeds would detect {least:.1f} AP "
             "in 80 % of cases",
             winner,
         )

@@ -123,4 +123,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{write_report(output)}\n\nwrote {output}/results.jsonl, report.md and report.html")
     if failed:
         each = "; ".join(why if run in why else f"{run}: {why}" for run, why in failed.items())
-        raise ConfigError(f"{len(failed)} runs failed, and the same command tries again: {each}")
+        raise ConfigError(f"{len(failed)} runs failed; the same command tries again: {each}")

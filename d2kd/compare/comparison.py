@@ -156,8 +156,8 @@ class Comparison:
             opts["DISTILL.TEACHER.WEIGHTS"] = RANDOM_WEIGHTS  # not read yet
         elif uses_teacher(cfg) and weights.endswith(".pth") and not PathManager.exists(weights):
             raise ConfigError(
-                f"DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is "
-                f"not what the suite's teacher writes ({made[0] if made else 'it has none'})"
+                f"DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is not what the suite's "
+                f"teacher writes ({made[0] if made else 'the suite trains none'})"
             )
         read_config(
             SimpleNamespace(
@@ -316,7 +316,7 @@ def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
     made_with = read_json(folder / "settings.json", ["settings"])["settings"]
     difference = first_difference(made_with, settings)
     if difference:
-        raise ConfigError(f"{folder} is a run of other settings: {difference}; {remedy}")
+        raise ConfigError(f"{folder} was made with other settings: {difference}; {remedy}")
 
 
 def _check_continuable(weights: Path, is_own: bool) -> None:

@@ -89,7 +89,7 @@ class RayProcesses:
         finally:
             self._end([actor])
         if not _is_seen(done, _SEEN_WITHIN):
-            raise StageFailed(f"{name} failed ({done}, of another machine, is not seen here)")
+            raise StageFailed(f"{name} failed ({done} of another machine is not visible here)")
 
     def _threads(self, wanted: int) -> int:
         # What is prepared before the runs asks for the threads of all of them together.

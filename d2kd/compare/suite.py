@@ -191,7 +191,7 @@ def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
         Path(config).stem: Arm(Path(config).stem, config, tuple(seeds), opts) for config in configs
     }
     if len(arms) < len(configs):
-        raise ConfigError("--configs: two configs of one name; name them apart in a suite")
+        raise ConfigError("--configs: two configs share a name; use a suite with labels")
     suite = Suite("", next(iter(arms)), arms)
     check_suite(suite, "--configs")
     return suite
@@ -220,15 +220,15 @@ def check_suite(suite: Suite, where: str) -> None:
         base, other = suite.arms[suite.baseline], suite.arms.get(arm.same_time_as)
         if other is None or other.same_time_as:
             raise ConfigError(
-                f"{place}: same_time_as '{arm.same_time_as}' is no arm with a time of its own; "
-                f"valid: {known}"
+                f"{place}: same_time_as '{arm.same_time_as}' is no arm, or one with "
+                f"same_time_as itself; valid: {known}"
             )
         if arm is base:
             raise ConfigError(f"{place}: the baseline's time is its own; remove same_time_as")
         if (arm.config, arm.opts) != (base.config, base.opts) or arm.times != 1:
             raise ConfigError(
                 f"{place}: same_time_as needs the config and opts of the baseline "
-                f"'{base.label}', whose time per step it goes by, and no times"
+                f"'{base.label}'; remove times"
             )
 
 
@@ -250,7 +250,7 @@ def _is_number(value, kinds: tuple[type, ...] = (int, float)) -> bool:
 def _seeds(where: str, seeds) -> tuple[int, ...]:
     good = isinstance(seeds, list) and all(_is_number(s, (int,)) and s >= 0 for s in seeds)
     if not seeds or not good:
-        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of numbers from 0 on")
+        raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers from 0")
     return tuple(dict.fromkeys(seeds))
 
 

@@ -47,7 +47,7 @@ def check_files(table: Table, root: str, use: Use) -> Iterator[Finding]:
         yield from findings(missing, text, remedy, example)
     yield from findings(
         repeated(names),
-        "images have a file that another image has",
+        "images share their file with another",
         "the objects of one are background in the other",
         example,
         fatal=False,
@@ -96,7 +96,7 @@ def judge_headers(table: Table, headers: Mapping[int, Header | str]) -> Iterator
         (unreadable, "cannot be read", "repair or remove them"),
         (
             deep,
-            "have more than 8 bits per channel, of which Detectron2 would make white images",
+            "have more than 8 bits per channel, which Detectron2 turns white",
             "convert them to 8 bits",
         ),
         (other_size, "have another size than the JSON says", "mend 'width' and 'height' there"),

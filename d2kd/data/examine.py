@@ -127,6 +127,6 @@ def _compare_images(
             if use.train and {name, report.name} <= answers.keys():
                 both = loading.shared_images(answers[name], answers[report.name])
                 if both:
-                    text = f"{plural(len(both), 'image')} are trained on, too, in '{name}'"
-                    remedy = "its AP says nothing about other images"
+                    text = f"{plural(len(both), 'image')} are also trained on in '{name}'"
+                    remedy = "its AP is not one for unseen images"
                     report.findings.append(Finding(text, remedy, some(map(os.path.basename, both))))

@@ -154,8 +154,8 @@ def explain_unreadable(record: dict, deep_only: bool = False) -> str:
         return "" if deep_only else f"image {path} cannot be read ({first_line(error)})"
     if header.deep:
         return (
-            f"image {path} has more than 8 bits per channel (mode {header.mode}), of which "
-            "Detectron2 would make a white image: convert it to 8 bits"
+            f"image {path} has more than 8 bits per channel (mode {header.mode}), which "
+            "Detectron2 turns white: convert it to 8 bits"
         )
     stated = record.get("width"), record.get("height")
     if not deep_only and None not in stated and stated != header.seen_size:

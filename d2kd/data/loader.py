@@ -168,7 +168,7 @@ def validate_loader_config(cfg: CfgNode, world_size: int) -> None:
     """
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} does not divide by the "
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by the "
             f"{world_size} processes"
         )
     if cfg.DATALOADER.SAMPLER_TRAIN not in SAMPLERS:

@@ -90,8 +90,8 @@ def check_sizes(
     root = np.sqrt(np.maximum(sides, 0).prod(axis=1))
     tenth, half, most = np.quantile(root, (0.1, 0.5, 0.9))
     yield Finding(
-        f"objects in training: square roots of areas {tenth:.0f}, {half:.0f}, {most:.0f} px (10 %, "
-        "50 %, 90 %)"
+        f"objects in training: 10 %, 50 % and 90 % of their sizes (root of the area) are "
+        f"{tenth:.0f}, {half:.0f} and {most:.0f} px"
     )
     larger = "larger images (INPUT.MIN_SIZE_TRAIN, INPUT.MAX_SIZE_TRAIN)"
     if strides:
@@ -109,5 +109,5 @@ def check_sizes(
             yield Finding(
                 f"{far:,} of {len(root):,} objects have no anchor of IoU {_POSITIVE_IOU} at their "
                 "centre",
-                "MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS like your objects, or " + larger,
+                "fit MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS to your objects, or " + larger,
             )

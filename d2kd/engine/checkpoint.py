@@ -179,7 +179,7 @@ def _unfit_words(path: str, result, absent: list[str]) -> str:
             f"{tuple(wanted)} in the model"
         )
     has = _some(list(result.unexpected_keys)) or "no weights"
-    hint = "" if "?" in path else "; '?matching_heuristics=True' behind the path matches by ends"
+    hint = "" if "?" in path else "; add '?matching_heuristics=True' to match name endings"
     return (
         f"MODEL.WEIGHTS '{shown(path)}' does not fit the model: it has {has}; the model has "
         f"{_some(absent)}{hint}"

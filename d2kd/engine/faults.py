@@ -137,7 +137,7 @@ def _words(error: Exception, batch: str) -> str:
     if worker:
         how = f"was killed by signal {worker[2]}" if worker[2] else "ended unexpectedly"
         return (
-            f"a data loading worker {how}, which for lack of memory is usual: lower "
+            f"a data loading worker {how}, usually for lack of memory: lower "
             "DATALOADER.NUM_WORKERS, or free memory (of /dev/shm, too)"
         )
     if isinstance(error, FloatingPointError):  # of Detectron2, which looks at its proposals

@@ -159,11 +159,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             was, is_now = (_value(s[key]) if key in s else "its default" for s in (old, new))
             changes.append(f"{key} is {is_now} (was {was})")
     if same_teacher(before.get("teacher"), now["teacher"]) is False:
-        changes.append(f"the teacher is another ({shown(now['teacher']['config_file'])})")
+        changes.append(f"the teacher changed ({shown(now['teacher']['config_file'])})")
     for name, data in now["data"].items():
         was = (before.get("data") or {}).get(name) or {}
         if was.get("sha256") and data["sha256"] and was["sha256"] != data["sha256"]:
-            changes.append(f"the annotations of '{name}' are others")
+            changes.append(f"the annotations of '{name}' changed")
     return changes
 
 

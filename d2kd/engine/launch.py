@@ -122,7 +122,8 @@ def _end(words: str, code: int) -> NoReturn:
 def _check_counts(args: argparse.Namespace) -> None:
     if args.num_gpus < 0 or args.num_machines < 1:
         raise ConfigError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: both must be positive"
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: at least 0 and "
+            "1 are needed"
         )
     if not 0 <= args.machine_rank < args.num_machines:
         raise ConfigError(

@@ -86,7 +86,7 @@ def prepare(
     given = lazy.get("train", {})
     unread = ", ".join(key for key in given if key not in TRAIN)
     if unread:
-        logger.warning("%s: of 'train', nothing reads %s", path, unread)
+        logger.warning("%s: keys of 'train' that are not used: %s", path, unread)
     lazy.train = OmegaConf.merge(DictConfig(TRAIN, flags={"allow_objects": True}), given)
     override_lazy(lazy, args.opts, "a.b=c", trusted=True, free=("model.heads.",))
     train = not args.eval_only

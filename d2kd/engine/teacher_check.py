@@ -61,7 +61,7 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
             logger.warning(words, name, known, len(names))
             continue
         if names and known == len(teacher.class_names or ()) and names != teacher.class_names:
-            words = "Not checking the teacher on %s: its classes are others, or in another order"
+            words = "Not checking the teacher on %s: its classes differ, or their order"
             logger.warning(words, name)
             continue
         logger.info("Checking the teacher on %s (DISTILL.TEACHER.CHECK)", name)

@@ -192,13 +192,13 @@ def _of_classes(splits: list[Examined]) -> list[str]:
         this, other = names[wrong.name], names[wrong.taken_for]
         if wrong.swapped and wrong.taken_for not in told:
             said.append(
-                f"the classes '{this}' and '{other}' are swapped in the teacher: it takes "
-                f"{wrong.share:.0%} of the '{this}' that it finds for '{other}', and the other way "
+                f"the classes '{this}' and '{other}' are swapped in the teacher: it labels "
+                f"{wrong.share:.0%} of the '{this}' that it finds as '{other}', and the other way "
                 "round. Is the order of its classes the dataset's?"
             )
         elif not wrong.swapped:
             said.append(
-                f"the teacher takes {wrong.share:.0%} of the '{this}' that it finds for '{other}'"
+                f"the teacher labels {wrong.share:.0%} of the '{this}' that it finds as '{other}'"
             )
         told.add(wrong.name)
     objects, right = confusion.sum(1), confusion.diagonal()
@@ -221,8 +221,8 @@ def _of_boxes(split: str, examined: Examined) -> list[str]:
     if displaced >= _AT_LEAST and displaced > _DISPLACED * paired:
         said.append(
             f"{split}: {displaced / paired:.1%} of the annotations ({displaced} of {paired} that "
-            f"the teacher is sure of) lie off its box by more than {agreement.limit:.2f} of the "
-            "box: shifted annotations, or a teacher that places boxes badly; the sheet shows which"
+            f"the teacher is sure of) differ from its box by more than {agreement.limit:.2f} of "
+            "its size: shifted annotations, or a teacher with bad boxes; the sheet shows which"
         )
     objects = int(examined.objects.sum())
     extra = sum(len(one.extra) for one in agreement.disagreements())
@@ -238,7 +238,7 @@ def _against(teacher: Examined, baseline: Examined, split: str) -> list[str]:
     own, other = teacher.mean_ap[0], baseline.mean_ap[0]
     said = []
     if not own > other:
-        said.append(f"{split}: its AP is {own:.1f}, the baseline's {other:.1f}: it is no teacher")
+        said.append(f"{split}: its AP is {own:.1f}, the baseline's {other:.1f}: too weak to teach")
     gap = teacher.ap[:, 0] - baseline.ap[:, 0]
     worse = [teacher.classes[c] for c in np.argsort(gap) if gap[c] < -_WORSE]
     if worse:

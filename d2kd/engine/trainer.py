@@ -125,7 +125,7 @@ class DistillTrainer(DefaultTrainer):
         if "seed" in inspect.signature(self.build_train_loader).parameters:
             return self.build_train_loader(self.cfg, seed, start)
         if start:
-            logger.warning("build_train_loader(cfg) takes no start: it begins with other images")
+            logger.warning("build_train_loader(cfg) has no 'start': the image order will differ")
         return self.build_train_loader(self.cfg)
 
     @property

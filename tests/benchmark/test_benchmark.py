@@ -85,7 +85,7 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
     benchmark.main([*words, "SSIM", "--teacher-precision", "bf16", "--growth", "--sizes", "320"])
     printed = capsys.readouterr().out
     assert "| 64 px" in printed and "| 0 objects" in printed and "bf16" in printed
-    assert "promised" in printed and "RoIAlign ms" in printed
+    assert "limit" in printed and "RoIAlign ms" in printed
     assert 0 < file.with_suffix(".png").stat().st_size < 150_000
     assert "1.200 (above 1.10)" in report.cost_table(json.loads(file.read_text()))
 

@@ -45,7 +45,7 @@ def test_the_command_on_a_good_dataset(parts, capsys):
     before = parts.files()
     out, error = run_check(parts, capsys, "--sheet", str(sheet))
     assert error == ""
-    assert "objects in training: square roots of areas" in out
+    assert "objects in training: 10 %, 50 % and 90 % of their sizes" in out
     assert re.search("dataset 'v': .*4 images, 12 annotations: nothing to say", out)
     assert f"wrote {sheet}" in out and Image.open(sheet).size == (6 * 320, 2 * 338)
     new = {path.name for path in parts.files() - before}

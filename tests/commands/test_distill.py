@@ -197,7 +197,7 @@ def test_a_teacher_of_another_library(tmp_path, data, free_port):
         ({"student": "digits/retinanet_R19.yaml"}, "neither a file nor a model-zoo name; close"),
         ({"student": "my_student.py"}, "is a LazyConfig, which d2kd train reads"),
         ({"teacher": get_cfg()}, "the config has no DISTILL"),
-        ({"num_gpus": 3, "batch": 4}, "IMS_PER_BATCH 4 does not divide by the 3 processes"),
+        ({"num_gpus": 3, "batch": 4}, "IMS_PER_BATCH 4 is not divisible by the 3 processes"),
     ],
 )
 def test_mistakes_come_before_anything_is_written(changes, message, data, tmp_path):

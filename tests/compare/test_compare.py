@@ -123,7 +123,7 @@ def test_bad_command_lines(tmp_path):
         (["--suite", str(path), "--opts", "SOLVER.MAX_ITR", "3"], "close: SOLVER.MAX_ITER"),
         (["--suite", str(path), "--opts", "SEED"], "KEY VALUE"),
         (["--configs", "gone.yaml"], "'gone.yaml' is neither a file"),
-        (["--configs", STUDENT, STUDENT], "two configs of one name"),
+        (["--configs", STUDENT, STUDENT], "two configs share a name"),
         (["--suite", str(path), "--arms", "as long as wide"], "needs a run of 'alone'"),
         (["--suite", "gone_suite.yaml"], "gone_suite.yaml"),
         (["--suite", str(path), "--jobs", "0"], "'0' must be a whole number of at least 1"),

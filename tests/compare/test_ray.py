@@ -137,7 +137,7 @@ def test_files_that_are_not_shared(tmp_path, disconnected, monkeypatch):
         running.run_stage(name, command, gone / done.name, logs, threads)
     assert not gone.exists() and not done.exists()
     monkeypatch.setattr(ray_processes, "_is_seen", lambda *_: False)  # here, not there
-    with pytest.raises(ConfigError, match=f"{done}, of another machine, is not seen here"):
+    with pytest.raises(ConfigError, match=f"{done} of another machine is not visible here"):
         running.run_stage(name, command, done, logs, threads)
     assert done.exists()
 

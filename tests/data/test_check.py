@@ -575,7 +575,7 @@ SAID = {
     "a file twice": (
         one("images", file_name="train_1.png"),
         {},
-        "1 of 6 images have a file that another image has",
+        "1 of 6 images share their file with another",
     ),
     "out of the folder": (leave_folder, {}, "2 of 6 image names lead out of the image directory"),
     "other order in val": (same_names_other_ids, {}, "another order of ids.*; matched by name"),
@@ -651,7 +651,7 @@ def test_names_that_come_back_into_the_folder_stay_in_it(parts):
 def test_images_that_are_trained_on_and_evaluated(parts):
     """A test set that shares images with the training set is named."""
     parts.val = copy.deepcopy(parts.train)
-    assert "6 images are trained on, too, in 't'" in spoken(parts)
+    assert "6 images are also trained on in 't'" in spoken(parts)
 
 
 def test_a_root_that_the_model_counts_is_a_class(parts):

@@ -117,7 +117,7 @@ def test_a_machine_that_never_joins(free_port, capfd):
     [
         (["--num-machines", "2"], "--num-machines needs --dist-url: the address of machine 0"),
         (["--machine-rank", "1"], "--machine-rank 1 must be from 0 to 0, for --num-machines 1"),
-        (["--num-gpus", "-1"], "--num-gpus -1 --num-machines 1: both must be positive"),
+        (["--num-gpus", "-1"], "--num-gpus -1 --num-machines 1: at least 0 and 1 are needed"),
         (["--num-gpus", "2", "--dist-timeout", "0"], "--dist-timeout 0.0: it must be positive"),
     ],
 )

@@ -171,7 +171,7 @@ def test_resuming_with_another_teacher(run):
     opts = ["--resume", *LONGER, "DISTILL.TEACHER.CHECK", "True"]
     outcome = train(run, *opts, "DISTILL.TEACHER.OPTS", "['MODEL.PIXEL_STD', [9.0, 9.0, 9.0]]")
     assert outcome.code == 0
-    assert "the teacher is another (teacher.yaml)" in outcome.text
+    assert "the teacher changed (teacher.yaml)" in outcome.text
     assert "Checking the teacher" in outcome.text
     assert json.loads((run / OUTPUT / "teacher_results.json").read_text()) != json.loads(before)
     assert "resumed at iteration 6 with other settings: DISTILL.TEACHER.OPTS is" in outcome.text
@@ -194,7 +194,7 @@ def test_resuming_with_another_head_or_data(run):
     for words in (
         "DISTILL.SSIM.WEIGHT is 2.0 (was its default)",
         "SOLVER.MAX_ITER is 8 (was 6)",
-        "the annotations of 'golden_train' are others",
+        "the annotations of 'golden_train' changed",
     ):
         assert words in outcome.text
 
@@ -321,9 +321,9 @@ def test_differences_in_words():
     assert differences(about({"OUTPUT_DIR": "a"}), about({"MODEL.DEVICE": "cpu"})) == []
     assert differences(about(), about({"SEED": 3})) == ["SEED is 3 (was its default)"]
     assert differences(about({"SEED": 3}), about()) == ["SEED is its default (was 3)"]
-    assert differences(about(sha="x"), about()) == ["the teacher is another (t.yaml)"]
+    assert differences(about(sha="x"), about()) == ["the teacher changed (t.yaml)"]
     assert differences(about(sha=None), about()) == differences(about(), about(sha=None)) == []
-    assert differences(about(data="x"), about()) == ["the annotations of 't' are others"]
+    assert differences(about(data="x"), about()) == ["the annotations of 't' changed"]
     assert differences(about(data=None), about()) == differences(about(), about(data=None)) == []
     assert differences({"settings": {}}, about()) == []
 

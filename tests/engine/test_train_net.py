@@ -272,7 +272,7 @@ def test_a_mistake_that_processes_find_is_one_line(job, tmp_path, free_port):
     with pytest.raises(SystemExit, match="^error: .*Logits") as stop:
         train_net.main(["--config-file", config_file, *processes, *opts])
     assert "\n" not in str(stop.value) and not out.exists()
-    with pytest.raises(SystemExit, match="IMS_PER_BATCH 2 does not divide by the 4 processes"):
+    with pytest.raises(SystemExit, match="IMS_PER_BATCH 2 is not divisible by the 4 processes"):
         processes[3] = "4"
         train_net.main(["--config-file", config_file, *processes, "OUTPUT_DIR", str(out)])
 

@@ -143,13 +143,13 @@ CROSS = torch.tensor([[0.0, 1, 0], [1, 2, 1], [0, 1, 0]])
     + [(0.1, CROSS.tolist())],
 )
 def test_small_grid(psi, expected):
-    """Oracle 1: counts of two anchor shapes on a 3 x 3 grid at three thresholds."""
+    """Counts of two anchor shapes on a 3 x 3 grid at three thresholds."""
     masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], MaskRule(iou_ratio=psi))
     assert masks[10].tolist() == [expected]
 
 
 def test_duplicated_object():
-    """Oracle 2: an object given twice doubles the mask, unless it is capped at K."""
+    """An object given twice doubles the mask, unless it is capped at K."""
     boxes = CENTRE.repeat(2, 1)
     masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [boxes], MaskRule(iou_ratio=0.1))
     assert masks[10][0].tolist() == (2 * CROSS).tolist()
@@ -160,14 +160,14 @@ def test_duplicated_object():
 
 
 def test_object_between_anchors():
-    """Oracle 3: two anchors that share an object half and half are both near it."""
+    """Two anchors that share an object half and half are both near it."""
     anchors = {10: grid([(10, 10)], 3, 3, 10, 0.5)}
     masks = multi_value_masks(anchors, THREE_BY_THREE, [torch.tensor([[5.0, 10, 15, 20]])])
     assert masks[10][0].tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0]]
 
 
 def test_iou_values():
-    """Oracle 4: the ``iou`` kind gives 1 at the centre and 1/9 at its four neighbours."""
+    """The ``iou`` kind gives 1 at the centre and 1/9 at its four neighbours."""
     masks = multi_value_masks(TWO_SHAPES, THREE_BY_THREE, [CENTRE], MaskRule("iou", 0.1))
     expected = torch.tensor([[0, 1 / 9, 0], [1 / 9, 1, 1 / 9], [0, 1 / 9, 0]])
     torch.testing.assert_close(masks[10][0], expected)
@@ -175,7 +175,7 @@ def test_iou_values():
 
 @pytest.mark.parametrize("detector, box, expected", TABLE)
 def test_reference_table(detector, box, expected):
-    """Oracle 6: the six boxes of section 3.1 on an 800 x 1344 image, exactly."""
+    """The six boxes of section 3.1 on an 800 x 1344 image, exactly."""
     anchors, sizes = mmdetection_levels(detector)
     masks = multi_value_masks(anchors, sizes, [torch.tensor([box], dtype=torch.float32)])
     found = [(int((m > 0).sum()), int(m.max()), int(m.sum())) for m in masks.values()]

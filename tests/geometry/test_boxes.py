@@ -27,8 +27,8 @@ def loop_cells(box, size, stride, far_cell):
     return axes
 
 
-def test_crop_mean_oracle_9():
-    """Oracle 9: the crop average takes the far cells, the mask does not."""
+def test_crop_mean():
+    """The crop average takes the far cells, the mask does not."""
     feature = torch.arange(16.0).view(1, 1, 4, 4)
     box = torch.tensor([[[4.0, 4.0, 20.0, 12.0]]])
     assert crop_means(feature, box, 8).item() == 3.0
@@ -38,8 +38,8 @@ def test_crop_mean_oracle_9():
     assert torch.equal(mask, expected)
 
 
-def test_level_rule_oracle_12():
-    """Oracle 12: sizes in pixels and their level of five."""
+def test_level_rule():
+    """Sizes in pixels and their level of five."""
     sides = torch.tensor([110.0, 111.0, 223.0, 895.0])
     boxes = torch.stack([sides * 0 + 7, sides * 0 + 3, sides + 7, sides + 3], dim=1)
     assert assign_levels(boxes, 5).tolist() == [0, 1, 2, 4]

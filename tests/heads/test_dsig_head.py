@@ -197,7 +197,7 @@ def test_default_strength_is_the_published_one():
 )
 @pytest.mark.parametrize("scale", [1.0, 0.0], ids=["random features", "zero features"])
 def test_degenerate_rois(labels, scale):
-    """Oracle 10 through the head: all terms and gradients are finite, no gradient is None."""
+    """Through the head: all terms and gradients are finite, no gradient is None."""
     bundles = make_bundles(labels, scale=scale)
     terms = run_head(make_head(), bundles)
     assert terms.keys() == TWO_STAGE_TERMS

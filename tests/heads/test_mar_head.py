@@ -65,7 +65,7 @@ def replace_boxes(batch: list[dict], boxes: torch.Tensor) -> list[dict]:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients(distiller, arch):
-    """Oracle 14: adapters, FPN and class tower learn from MAR alone; the teacher does not."""
+    """Adapters, FPN and class tower learn from MAR alone; the teacher does not."""
     model = distiller(arch)
     losses = run_step(model, make_batch())
     backward(model, {name: losses[name] for name in TERMS})

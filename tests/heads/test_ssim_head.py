@@ -105,7 +105,7 @@ def test_adapters_are_for_pairs_that_need_them():
 
 
 def test_adapter_and_student_get_gradients():
-    """Oracle 13: the adapter and the student learn; the teacher's features do not."""
+    """The adapter and the student learn; the teacher's features do not."""
     student, teacher = make_bundle("student"), make_bundle("teacher", 6, seed=1)
     head = make_head(teacher=make_spec("teacher", 6))
     run_head(head, student, teacher).backward()

@@ -107,16 +107,16 @@ def test_gradcheck():
     )
 
 
-def test_oracle_6_relation_matrices():
-    """Oracle 6: the squared differences of the two relation matrices sum to 0.266954."""
+def test_relation_matrices():
+    """The squared differences of the two relation matrices sum to 0.266954."""
     student = torch.tensor([[[0.622459, 0.377541], [0.377541, 0.622459]]], dtype=torch.float64)
     teacher = torch.tensor([[[0.880797, 0.119203], [0.119203, 0.880797]]], dtype=torch.float64)
     loss = relation_matrix_loss([student], [teacher], torch.tensor([2]))
     assert loss.item() * 2**2 == pytest.approx(0.266954, abs=2e-6)
 
 
-def test_oracle_10_norm_has_unit_gradient():
-    """Oracle 10: the gradient's norm is 1 for any gap and 0, not NaN, for none."""
+def test_norm_has_unit_gradient():
+    """The gradient's norm is 1 for any gap and 0, not NaN, for none."""
     for scale in (1e-6, 1.0, 1e6):
         gap = (torch.randn(2, 3, 4, 4) * scale).requires_grad_()
         (gradient,) = torch.autograd.grad(pixel_loss([gap]), gap)
@@ -133,8 +133,8 @@ def test_oracle_10_norm_has_unit_gradient():
 
 
 @pytest.mark.parametrize(("profile", "factor"), [("code", 2), ("paper", 4)])
-def test_oracle_10_doubled_gap(profile, factor):
-    """Oracle 10: twice the gap is twice the loss, four times in profile paper."""
+def test_doubled_gap(profile, factor):
+    """Twice the gap is twice the loss, four times in profile paper."""
     gap, image_index = torch.randn(4, 3, 2, 2), torch.tensor([0, 0, 1, 1])
     assert pixel_loss([2 * gap], profile).item() == pytest.approx(
         factor * pixel_loss([gap], profile).item(), rel=1e-5
@@ -145,8 +145,8 @@ def test_oracle_10_doubled_gap(profile, factor):
 
 
 @TWO_PROFILES
-def test_oracle_8_no_instances(profile):
-    """Oracle 8: without any instance the loss is 0 and every gradient is zero, not None."""
+def test_no_instances(profile):
+    """Without any instance the loss is 0 and every gradient is zero, not None."""
     gaps = [torch.zeros(0, 3, 2, 2, requires_grad=True) for _ in range(2)]
     loss = instance_loss(gaps, torch.zeros(0, dtype=torch.long), 2, profile)
     loss.backward()

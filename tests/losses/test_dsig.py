@@ -161,7 +161,7 @@ def test_nodes_of_which_all_are_foreground(counts):
 
 
 def test_node_values():
-    """Oracle 4: MSE 1 of zeros against ones; two images add 1 + 3 whatever their node counts."""
+    """MSE 1 of zeros against ones; two images add 1 + 3 whatever their node counts."""
     zeros, index = torch.zeros(5, 2, 3, 3), torch.zeros(5, dtype=torch.long)
     everything = torch.ones(5, dtype=torch.bool)
     loss, _ = node_losses(zeros, zeros + 1, everything, index, 1, image_reduction="sum")
@@ -177,7 +177,7 @@ def test_node_values():
 
 
 def test_adaptive_background_weight():
-    """Oracle 5: omega of (32, 480) is 0.5, of (128, 384) 2.5, without foreground 0."""
+    """Omega of (32, 480) is 0.5, of (128, 384) 2.5, without foreground 0."""
     omega = dsig.adaptive_background_weight(
         torch.tensor([32.0, 128.0, 0.0]), torch.tensor([480.0, 384.0, 512.0]), ALPHA
     )
@@ -204,7 +204,7 @@ def test_omega_is_finite_without_background():
 
 
 def test_mining():
-    """Oracle 6: hardness of four teacher rows, and which of them reach the threshold 0.6."""
+    """Hardness of four teacher rows, and which of them reach the threshold 0.6."""
     logits = torch.tensor(
         [[0.0, 0.0, 0.0], [0.0, 0.0, 2.0], [1.0, 0.0, 1.2], [0.0, 0.0, -1.0]]
     ).double()
@@ -217,7 +217,7 @@ def test_mining():
 
 
 def test_mining_limits():
-    """Oracle 6: a threshold met exactly keeps; 0 keeps all background, infinity none."""
+    """A threshold met exactly keeps; 0 keeps all background, infinity none."""
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     foreground = torch.tensor([True, False, False, True, False, False])
     exact = dsig.background_hardness(logits)[1].item()
@@ -232,7 +232,7 @@ def test_mining_limits():
 
 
 def test_edge_value():
-    """Oracle 1: sum of squared errors 2.3431458, mean 0.2603495, loss half of it."""
+    """Sum of squared errors 2.3431458, mean 0.2603495, loss half of it."""
     teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).double()
     student = torch.tensor([[1.0, 0.0]] * 3).double()
     error = (dsig.cosine_graph(student[None]) - dsig.cosine_graph(teacher[None])).square()
@@ -243,7 +243,7 @@ def test_edge_value():
 
 
 def test_edge_gradient():
-    """Oracle 2: loss 2/9 and its gradient, from the table and from the closed form."""
+    """Loss 2/9 and its gradient, from the table and from the closed form."""
     teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).double()
     student = torch.tensor([[2.0, 1.0], [0.5, -1.0], [1.0, 3.0]]).double().requires_grad_()
     loss = one_image_edge_loss(student, teacher)
@@ -289,7 +289,7 @@ def test_nodes_without_edges_change_nothing():
 
 
 def test_edge_invariances():
-    """Oracle 3: node scale, joint order, and a rotation of either network change nothing."""
+    """Node scale, joint order, and a rotation of either network change nothing."""
     generator = torch.Generator().manual_seed(5)
     student, teacher = torch.randn(2, 7, 5, generator=generator).double()
     expected = one_image_edge_loss(student, teacher)
@@ -308,7 +308,7 @@ def test_edge_invariances():
 
 
 def test_edge_gradient_is_tangential():
-    """Oracle 3: the gradient of a node is orthogonal to it, as its length does not matter."""
+    """The gradient of a node is orthogonal to it, as its length does not matter."""
     student, teacher, _, _ = random_batch([(8, 0)], seed=6)
     student.requires_grad_()
     one_image_edge_loss(student, teacher).backward()
@@ -316,7 +316,7 @@ def test_edge_gradient_is_tangential():
 
 
 def test_node_losses_know_only_the_order_invariance():
-    """Oracle 3: a permutation in an image changes no node term; scale and rotation do."""
+    """A permutation in an image changes no node term; scale and rotation do."""
     student, teacher, foreground, index = random_batch([(3, 4), (2, 2)], seed=7)
     losses = node_losses(student, teacher, foreground, index, 2)
     order = torch.randperm(len(student), generator=torch.Generator().manual_seed(8))
@@ -331,7 +331,7 @@ def test_node_losses_know_only_the_order_invariance():
 
 
 def test_mining_threshold_moves_only_edges():
-    """Oracle 6: T_mine changes the edge term; node terms do not depend on it."""
+    """T_mine changes the edge term; node terms do not depend on it."""
     student, teacher, foreground, index = random_batch([(3, 9)], seed=9)
     logits = torch.randn(12, 4, generator=torch.Generator().manual_seed(9))
     chosen = {t: dsig.nodes_with_edges(logits, foreground, t) for t in (0.0, 1.2, math.inf)}
@@ -347,7 +347,7 @@ def test_mining_threshold_moves_only_edges():
 
 
 def test_class_logit_value():
-    """Oracle 7: KL 0.0588915, element mean 0.0196305, times weight 3 the KL again."""
+    """KL 0.0588915, element mean 0.0196305, times weight 3 the KL again."""
     student = torch.zeros(1, 3).double()
     teacher = torch.tensor([[math.log(2.0), 0.0, 0.0]]).double()
     loss = dsig.class_logit_loss(student, teacher).item()
@@ -372,7 +372,7 @@ def test_class_logit_loss_equals_the_loops(temperature):
 
 
 def test_box_delta_value():
-    """Oracle 8: one foreground of four RoIs with a gap of 0.8 gives 0.2; other columns are free."""
+    """One foreground of four RoIs with a gap of 0.8 gives 0.2; other columns are free."""
     num_classes, labels = 3, torch.tensor([3, 1, 3, 3])
     generator = torch.Generator().manual_seed(11)
     student, teacher = torch.randn(2, 4, 4 * num_classes, generator=generator)
@@ -385,7 +385,7 @@ def test_box_delta_value():
 
 
 def test_identity():
-    """Oracle 9: with student = teacher every term is 0 and no term has a gradient."""
+    """With student = teacher every term is 0 and no term has a gradient."""
     nodes, _, foreground, index = random_batch([(5, 4), (3, 0)], seed=12)
     nodes = nodes.float().requires_grad_()
     twin = nodes.detach().clone()
@@ -407,7 +407,7 @@ def test_identity():
 @pytest.mark.parametrize("counts", [[(0, 4)], [(4, 0)], [(1, 0)], [(0, 0)], [(0, 0), (1, 1)]])
 @pytest.mark.parametrize("scale", [1.0, 0.0])
 def test_degenerate_graphs(counts, scale):
-    """Oracle 10: no foreground, no background, one node, no node, zero features: all finite."""
+    """No foreground, no background, one node, no node, zero features: all finite."""
     student, teacher, foreground, index = random_batch(counts, seed=13)
     student = (scale * student).float().requires_grad_()
     losses = [
@@ -421,7 +421,7 @@ def test_degenerate_graphs(counts, scale):
 
 
 def test_one_node_and_zero_nodes_have_no_edges():
-    """Oracle 10: one node has edge loss 0; a zero node has zero edges and a zero gradient."""
+    """One node has edge loss 0; a zero node has zero edges and a zero gradient."""
     student, teacher, _, _ = random_batch([(4, 0)], seed=14)
     assert one_image_edge_loss(student[:1], teacher[:1]).item() == 0.0
 
@@ -450,7 +450,7 @@ def test_duplicate_boxes():
 
 
 def test_only_the_student_gets_gradients():
-    """Oracle 11: teacher features and logits, and so mining and omega, are constants."""
+    """Teacher features and logits, and so mining and omega, are constants."""
     student, teacher, foreground, index = random_batch([(3, 4), (1, 2)], seed=16)
     student.requires_grad_()
     teacher.requires_grad_()
@@ -467,7 +467,7 @@ def test_only_the_student_gets_gradients():
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_batch_splitting(reduction):
-    """Oracle 12: a batch of two images is the sum, or the mean, of the images alone."""
+    """A batch of two images is the sum, or the mean, of the images alone."""
     student, teacher, foreground, index = random_batch([(3, 5), (4, 2)], seed=17)
 
     def terms(rows, num_images):

@@ -78,8 +78,8 @@ def global_term(student, teacher, labels, valid, student_bank, teacher_bank, pre
     return cosine_global_loss(*responses, r, valid, present), r
 
 
-def test_reliability_and_global_loss_oracle_7():
-    """Oracle 7: one box, two prototypes of its class."""
+def test_reliability_and_global_loss():
+    """One box, two prototypes of its class."""
     teacher_bank = torch.tensor([[[1.0, 0], [0, 1]]])
     student_bank = torch.tensor([[[1.0, 0], [1, 1]]])
     teacher, student = torch.tensor([[3.0, 4]]), torch.tensor([[2.0, 0]])
@@ -96,8 +96,8 @@ def test_reliability_and_global_loss_oracle_7():
     assert 5 * attenuation(0, 24) * loss.item() == pytest.approx(0.1349033, abs=1e-6)
 
 
-def test_fixed_point_oracle_8():
-    """Oracle 8: a rotated and rescaled student is perfect: r = 1, no loss and no gradient."""
+def test_fixed_point():
+    """A rotated and rescaled student is perfect: r = 1, no loss and no gradient."""
     _, teacher, labels, valid, _, teacher_bank, present = random_case()
     turn = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64)).Q
     student = (3 * teacher @ turn).requires_grad_()
@@ -110,8 +110,8 @@ def test_fixed_point_oracle_8():
     assert student.grad.abs().max().item() < 1e-12
 
 
-def test_gradients_oracle_8():
-    """Oracle 8: the loss ignores the length of features, and only the student gets a gradient."""
+def test_gradients():
+    """The loss ignores the length of features, and only the student gets a gradient."""
     student, teacher, labels, valid, student_bank, teacher_bank, present = random_case()
     for tensor in (student, teacher, student_bank, teacher_bank):
         tensor.requires_grad_()
@@ -124,8 +124,8 @@ def test_gradients_oracle_8():
     assert teacher.grad is None and student_bank.grad is None and teacher_bank.grad is None
 
 
-def test_decoupled_loss_oracle_10():
-    """Oracle 10: foreground and background of one row; scaling all weights changes nothing."""
+def test_decoupled_loss():
+    """Foreground and background of one row; scaling all weights changes nothing."""
     student = torch.zeros(1, 1, 1, 4)
     teacher = torch.tensor([1.0, 1, 2, 2]).view(1, 1, 1, 4)
 
@@ -139,8 +139,8 @@ def test_decoupled_loss_oracle_10():
         assert losses(scale, scale, 0.0, 0.0)[0].item() == pytest.approx(0.5)
 
 
-def test_soft_label_oracle_11():
-    """Oracle 11: three logits, temperature 2, with and without a reliability of 0.8."""
+def test_soft_label():
+    """Three logits, temperature 2, with and without a reliability of 0.8."""
     student, teacher = torch.zeros(1, 3), torch.tensor([[2 * math.log(2), 0, 0]])
     valid = torch.tensor([True])
     loss = soft_label_loss(student, teacher, torch.ones(1), valid, 2.0)
@@ -150,8 +150,8 @@ def test_soft_label_oracle_11():
     assert weighted.item() == pytest.approx(0.0628176, abs=1e-6)
 
 
-def test_attenuation_oracle_12():
-    """Oracle 12: linear from one to nearly zero."""
+def test_attenuation():
+    """Linear from one to nearly zero."""
     values = [attenuation(epoch, 24) for epoch in (0, 12, 23)]
     assert values == pytest.approx([1, 0.5, 0.0416667], abs=1e-6)
 

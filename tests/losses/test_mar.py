@@ -27,7 +27,7 @@ def relation_of_map(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor
 FORMS = (relation_loss, relation_of_map)
 EACH_FORM = pytest.mark.parametrize("loss_of", FORMS, ids=["direct", "gram"])
 
-CROSS = torch.tensor([[[0.0, 1, 0], [1, 2, 1], [0, 1, 0]]])  # (1, 3, 3), the mask of oracle 5
+CROSS = torch.tensor([[[0.0, 1, 0], [1, 2, 1], [0, 1, 0]]])  # (1, 3, 3), a mask
 
 
 def mask_loss_by_loops(student, teacher, masks, background_weight) -> float:
@@ -82,20 +82,20 @@ def pixels_at(*degrees: float) -> Tensor:
 
 
 def test_constant_gap():
-    """Oracle 5: a constant gap of 2 costs 2, whatever the mask's values."""
+    """A constant gap of 2 costs 2, whatever the mask's values."""
     gap = torch.full((1, 1, 3, 3), 2.0)
     assert mask_guided_loss([gap], [torch.zeros_like(gap)], [CROSS]).item() == pytest.approx(2.0)
 
 
 def test_gap_in_the_centre():
-    """Oracle 5: a gap of 3 at the centre only costs 2 * 9 / (2 * 6) = 1.5."""
+    """A gap of 3 at the centre only costs 2 * 9 / (2 * 6) = 1.5."""
     gap = torch.zeros(1, 1, 3, 3)
     gap[..., 1, 1] = 3
     assert mask_guided_loss([gap], [torch.zeros_like(gap)], [CROSS]).item() == pytest.approx(1.5)
 
 
 def test_gap_outside_the_mask():
-    """Oracle 5: a gap outside the mask costs nothing without the background term."""
+    """A gap outside the mask costs nothing without the background term."""
     gap = torch.zeros(1, 1, 3, 3)
     gap[..., 0, 0] = 5
     zeros = torch.zeros_like(gap)
@@ -105,7 +105,7 @@ def test_gap_outside_the_mask():
 
 
 def test_doubled_mask():
-    """Oracle 2: a mask twice as large gives the same loss."""
+    """A mask twice as large gives the same loss."""
     features, target = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     mask = CROSS.expand(2, -1, -1)
     once = mask_guided_loss([features], [target], [mask])
@@ -129,7 +129,7 @@ def test_mask_loss_by_loops(background_weight):
 
 
 def test_no_objects():
-    """Oracle 7: empty masks give a loss of zero and gradients of zero, not None."""
+    """Empty masks give a loss of zero and gradients of zero, not None."""
     features = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = mask_guided_loss([features], [torch.randn(2, 3, 4, 4)], [torch.zeros(2, 4, 4)])
     loss.backward()
@@ -138,14 +138,14 @@ def test_no_objects():
 
 
 def test_two_pixels():
-    """Oracle 8: orthogonal against equal costs 0.5, opposite against equal costs 2."""
+    """Orthogonal against equal costs 0.5, opposite against equal costs 2."""
     equal = pixels_at(0, 0)
     assert relation_loss(pixels_at(0, 90), equal).item() == pytest.approx(0.5)
     assert relation_loss(pixels_at(0, 180), equal).item() == pytest.approx(2.0)
 
 
 def test_three_pixels():
-    """Oracle 9: pixels at 0, 60 and 90 degrees against equal ones cost 0.2817665."""
+    """Pixels at 0, 60 and 90 degrees against equal ones cost 0.2817665."""
     loss = relation_loss(pixels_at(0, 60, 90), pixels_at(0, 0, 0))
     assert loss.item() == pytest.approx(0.2817665, abs=1e-7)
     expected = (2 * 0.25 + 2 * 1 + 2 * (1 - math.sqrt(0.75)) ** 2) / 9
@@ -154,7 +154,7 @@ def test_three_pixels():
 
 @pytest.mark.parametrize("mode, expected", [("balanced", 0.5), ("uniform", 0.375)])
 def test_balanced_weights(mode, expected):
-    """Oracle 10: one object pixel of four counts half when balanced, a quarter when uniform."""
+    """One object pixel of four counts half when balanced, a quarter when uniform."""
     weights = pixel_weights(torch.tensor([[3.0, 0, 0, 0]], dtype=torch.float64), [4], mode)
     if mode == "balanced":
         torch.testing.assert_close(weights, torch.tensor([[3.0, 1, 1, 1]]).double() / 6)
@@ -169,7 +169,7 @@ def test_weights_without_one_side():
 
 
 def test_gram_equals_direct():
-    """Oracle 11: both forms agree, in value and gradient, for Cs = 16, Ct = 24 and N = 50."""
+    """Both forms agree, in value and gradient, for Cs = 16, Ct = 24 and N = 50."""
     student, teacher = random_groups(3, 16, 50, 1), random_groups(3, 24, 50, 2)
     scale = random_weights(3, 50).sqrt().unsqueeze(1)
     gradients = []
@@ -215,7 +215,7 @@ def test_gram_in_float32():
 @EACH_FORM
 @pytest.mark.parametrize("pixels", [5, 40])
 def test_invariances(pixels, loss_of):
-    """Oracle 12: channel rotation and pixel scale change nothing; student and teacher commute."""
+    """Channel rotation and pixel scale change nothing; student and teacher commute."""
     student, teacher = random_groups(2, 8, pixels, 1), random_groups(2, 8, pixels, 2)
     weights = random_weights(2, pixels)
     value = loss_of(student, teacher, weights)
@@ -229,7 +229,7 @@ def test_invariances(pixels, loss_of):
 @EACH_FORM
 @pytest.mark.parametrize("pixels", [5, 40])
 def test_gradient_is_tangential(pixels, loss_of):
-    """Oracle 12: the gradient of a pixel is orthogonal to it; identical maps have none."""
+    """The gradient of a pixel is orthogonal to it; identical maps have none."""
     student = random_groups(2, 8, pixels, 1).requires_grad_()
     teacher, weights = random_groups(2, 8, pixels, 2), random_weights(2, pixels)
     (gradient,) = torch.autograd.grad(loss_of(student, teacher, weights), student)
@@ -244,7 +244,7 @@ def test_gradient_is_tangential(pixels, loss_of):
 @EACH_FORM
 @pytest.mark.parametrize("pixels", [5, 40])
 def test_zero_features(pixels, loss_of):
-    """Oracle 13: all-zero, or partly zero, student maps have finite losses and gradients."""
+    """All-zero, or partly zero, student maps have finite losses and gradients."""
     for keep in (0, 1):
         student = torch.randn(2, 8, pixels)
         student[:, :, keep:] = 0
@@ -323,7 +323,7 @@ def test_no_groups():
 
 
 def test_teacher_is_constant():
-    """Oracle 14: neither loss sends a gradient to the teacher; both reach the student."""
+    """Neither loss sends a gradient to the teacher; both reach the student."""
     student, teacher = (torch.randn(1, 4, 3, 3, requires_grad=True) for _ in range(2))
     loss = mask_guided_loss([student], [teacher], [CROSS])
     loss = loss + relation_loss(student.flatten(2), teacher.flatten(2))

@@ -87,7 +87,7 @@ def reference_loss(student: Tensor, teacher: Tensor, scope: str = "image") -> Te
 
 
 def test_window():
-    """Oracle 1: the window sums to 1, its centre is 0.26601172, its energy 0.18813419."""
+    """The window sums to 1, its centre is 0.26601172, its energy 0.18813419."""
     window = gaussian_window(11, 1.5)
     assert window.sum().item() == pytest.approx(1, abs=1e-15)
     assert window[5].item() == pytest.approx(0.26601172, abs=1e-8)
@@ -97,7 +97,7 @@ def test_window():
 
 
 def test_equal_maps_have_no_loss_and_no_gradient():
-    """Oracle 2: s = t gives loss 0 and gradient 0."""
+    """S = t gives loss 0 and gradient 0."""
     student = random_maps(2, 3, 16, 12)[0].requires_grad_()
     loss = ssim_loss(student, student.detach().clone())
     (gradient,) = torch.autograd.grad(loss, student)
@@ -106,7 +106,7 @@ def test_equal_maps_have_no_loss_and_no_gradient():
 
 
 def test_symmetry_and_range():
-    """Oracle 2: the loss is symmetric and within [0, 1]."""
+    """The loss is symmetric and within [0, 1]."""
     s, t = random_maps(2, 3, 16, 12)
     assert ssim_loss(s, t).item() == pytest.approx(ssim_loss(t, s).item(), abs=1e-15)
     assert 0 < ssim_loss(s, t) < 1
@@ -114,7 +114,7 @@ def test_symmetry_and_range():
 
 
 def test_constant_maps():
-    """Oracle 3: 0.2 against 0.8 gives SSIM 0.4706661, loss 0.2646670."""
+    """0.2 against 0.8 gives SSIM 0.4706661, loss 0.2646670."""
     s = torch.full((1, 2, 12, 12), 0.2, dtype=torch.float64)
     t = torch.full_like(s, 0.8)
     assert ssim_map(s, t).mean().item() == pytest.approx(0.4706661, abs=1e-7)
@@ -122,7 +122,7 @@ def test_constant_maps():
 
 
 def test_impulse_against_nothing():
-    """Oracle 4: statistics at the centre, SSIM 1 six positions away, mean loss 0.0327695."""
+    """Statistics at the centre, SSIM 1 six positions away, mean loss 0.0327695."""
     s, t = impulse(), torch.zeros(1, 1, 31, 31, dtype=torch.float64)
     mu_s, _, var_s, _, _ = (x[0, 0, 15, 15].item() for x in patch_statistics(s, t))
     luminance, contrast, structure = (x[0, 0, 15, 15].item() for x in ssim_factors(s, t))
@@ -137,7 +137,7 @@ def test_impulse_against_nothing():
 
 
 def test_shifted_impulse_is_worse_than_a_missing_one():
-    """Oracle 5: factors at the centre and mean loss 0.0390120 for a shift by one position."""
+    """Factors at the centre and mean loss 0.0390120 for a shift by one position."""
     s, t = impulse(), impulse(column=16)
     luminance, contrast, structure = (x[0, 0, 15, 15].item() for x in ssim_factors(s, t))
     merged = ssim_map(s, t, (0, 1, 1))[0, 0, 15, 15].item()
@@ -151,7 +151,7 @@ def test_shifted_impulse_is_worse_than_a_missing_one():
 
 
 def test_inverted_checkerboard():
-    """Oracle 6: l = c = 1, k = -0.9964065 inside, loss 0.9982032."""
+    """L = c = 1, k = -0.9964065 inside, loss 0.9982032."""
     s = checkerboard()
     luminance, contrast, structure = (x[0, 0, 16, 16].item() for x in ssim_factors(s, 1 - s))
     assert luminance == pytest.approx(1, abs=1e-6)
@@ -162,7 +162,7 @@ def test_inverted_checkerboard():
 
 
 def test_checkerboard_of_half_contrast():
-    """Oracle 7: l = k = 1, c = 0.8005743, loss 0.0997128."""
+    """L = k = 1, c = 0.8005743, loss 0.0997128."""
     s = checkerboard()
     t = 0.25 + 0.5 * s
     luminance, contrast, structure = (x[0, 0, 16, 16].item() for x in ssim_factors(s, t))
@@ -172,7 +172,7 @@ def test_checkerboard_of_half_contrast():
 
 
 def test_brighter_checkerboard():
-    """Oracle 8: c = k = 1, l = 0.8000640, loss 0.0999680."""
+    """C = k = 1, l = 0.8000640, loss 0.0999680."""
     s = 0.5 * checkerboard()
     luminance, contrast, structure = (x[0, 0, 16, 16].item() for x in ssim_factors(s, s + 0.25))
     assert (contrast, structure) == (pytest.approx(1, abs=1e-6), pytest.approx(1, abs=1e-6))
@@ -181,7 +181,7 @@ def test_brighter_checkerboard():
 
 
 def test_affine_invariance_and_gradient_identities():
-    """Oracle 9: L(aS + b, T) = L(S, T); the gradient is orthogonal to shift and scale."""
+    """L(aS + b, T) = L(S, T); the gradient is orthogonal to shift and scale."""
     student, teacher = random_maps(2, 3, 16, 12)
     loss = ssim_loss(student, teacher)
     assert abs(ssim_loss(3.7 * student - 11, teacher) - loss) < 1e-12
@@ -199,7 +199,7 @@ def test_affine_invariance_and_gradient_identities():
 
 @pytest.mark.parametrize("size", [(7, 11), (6, 6), (5, 8), (4, 6), (3, 3), (1, 1), (1, 9)])
 def test_small_maps(size):
-    """Oracle 10: reflection down to 6 rows, replication below, both equal to the slow reference."""
+    """Reflection down to 6 rows, replication below, both equal to the slow reference."""
     student, teacher = random_maps(2, 3, *size)
     student.requires_grad_()
     loss = ssim_loss(student, teacher)
@@ -209,7 +209,7 @@ def test_small_maps(size):
 
 
 def test_merged_form_equals_three_factors():
-    """Oracle 11: l * (c*k merged) = l * c * k wherever the variances are above 1e-6."""
+    """L * (c*k merged) = l * c * k wherever the variances are above 1e-6."""
     s, t = (min_max_rescale(x) for x in random_maps(2, 3, 20, 24))
     _, _, var_s, var_t, _ = patch_statistics(s, t)
     textured = (var_s > 1e-6) & (var_t > 1e-6)
@@ -222,7 +222,7 @@ def test_merged_form_equals_three_factors():
 @pytest.mark.parametrize("size", [(6, 6), (7, 11), (33, 20)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_the_library_formula(size, dtype):
-    """Oracle 12: equal to the image-library formula on [0, 1] maps to 1e-5, written here again."""
+    """Equal to the image-library formula on [0, 1] maps to 1e-5, written here again."""
     generator = torch.Generator().manual_seed(1)
     s = torch.rand(2, 3, *size, dtype=dtype, generator=generator)
     t = torch.rand(2, 3, *size, dtype=dtype, generator=generator)
@@ -232,7 +232,7 @@ def test_equals_the_library_formula(size, dtype):
 
 
 def test_levels_add_up_and_images_average():
-    """Oracle 13: five equal levels give five times the loss, a doubled batch the same loss."""
+    """Five equal levels give five times the loss, a doubled batch the same loss."""
     student, teacher = random_maps(2, 3, 12, 16)
     single = ssim_loss(student, teacher)
     five = pyramid_ssim_loss([student] * 5, [teacher] * 5)
@@ -242,7 +242,7 @@ def test_levels_add_up_and_images_average():
 
 
 def test_gradient_reaches_student_and_adapter_only():
-    """Oracle 13: adapter and student receive a gradient, the teacher none."""
+    """Adapter and student receive a gradient, the teacher none."""
     student, teacher = (x.float().requires_grad_() for x in random_maps(2, 4, 9, 10))
     adapter = nn.Conv2d(4, 4, 1)
     ssim_loss(adapter(student), teacher).backward()

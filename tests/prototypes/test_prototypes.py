@@ -68,8 +68,8 @@ def naive_pursuit(teacher, student, candidates, count, alpha):
     return picks, costs
 
 
-def test_coupled_coefficients_oracle_1():
-    """Oracle 1: p = (1, 0) at three couplings, and both identities on random products."""
+def test_coupled_coefficients():
+    """P = (1, 0) at three couplings, and both identities on random products."""
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     for alpha, expected in ((10, (11 / 21, 10 / 21)), (0, (1, 0)), (math.inf, (0.5, 0.5))):
         assert coupled_coefficients(one, zero, alpha) == pytest.approx(expected)
@@ -81,8 +81,8 @@ def test_coupled_coefficients_oracle_1():
 
 
 @pytest.mark.parametrize("alpha, gains, choice", [(0, (2.0, 1.28), 0), (10, (4 / 42, 1.28), 1)])
-def test_coupling_decides_oracle_2(alpha, gains, choice):
-    """Oracle 2: products (1, -1) win without coupling, (0.8, 0.8) with it."""
+def test_coupling_decides(alpha, gains, choice):
+    """Products (1, -1) win without coupling, (0.8, 0.8) with it."""
     for (p_t, p_s), gain in zip(((1.0, -1.0), (0.8, 0.8)), gains, strict=True):
         w_t, w_s = coupled_coefficients(torch.tensor(p_t), torch.tensor(p_s), alpha)
         left = (p_t - w_t) ** 2 + (p_s - w_s) ** 2 + alpha * (w_t - w_s) ** 2
@@ -101,8 +101,8 @@ def test_coupling_decides_oracle_2(alpha, gains, choice):
         (0, (3.5, 3.5, 3.0), (6, 2.5, 0.75, 0.375)),
     ],
 )
-def test_toy_pursuit_oracle_3(alpha, first, costs):
-    """Oracle 3: three objects, picks 0, 2, 1 with these costs; the tie of 0 and 1 goes to 0."""
+def test_toy_pursuit(alpha, first, costs):
+    """Three objects, picks 0, 2, 1 with these costs; the tie of 0 and 1 goes to 0."""
     teacher, student = unit([[1, 0], [0, 1], [1, 1]]), unit([[1, 0], [1, 0], [0, 1]])
     assert matching_pursuit(teacher, student, torch.arange(3), 3, alpha) == [0, 2, 1]
     picks, loop_costs = naive_pursuit(teacher, student, [0, 1, 2], 3, alpha)
@@ -113,8 +113,8 @@ def test_toy_pursuit_oracle_3(alpha, first, costs):
         assert start - after == pytest.approx(gain, abs=1e-6)
 
 
-def test_degenerate_pursuit_oracle_4():
-    """Oracle 4: duplicates explain each other, and the density rule falls back to >=."""
+def test_degenerate_pursuit():
+    """Duplicates explain each other, and the density rule falls back to >=."""
     rows = unit([[1, 0], [1, 0], [0, 1]])
     assert matching_pursuit(rows, rows, torch.arange(3), 3) == [0, 2]
     assert naive_pursuit(rows, rows, [0, 1, 2], 2, 10)[1][1:] == pytest.approx([2.0, 0.0])
@@ -122,8 +122,8 @@ def test_degenerate_pursuit_oracle_4():
     assert dense_candidates(rows, rows).tolist() == [0, 1]
 
 
-def test_density_oracle_5():
-    """Oracle 5: densities of five rows, the threshold at index 2 leaves two."""
+def test_density():
+    """Densities of five rows, the threshold at index 2 leaves two."""
     rows = unit([[1, 0], [1, 0.05], [1, 0.1], [1, -0.05], [0, 1]])
     expected = (3.997229, 3.997207, 3.984981, 3.984953, 1.0)
     assert density(rows).tolist() == pytest.approx(expected, abs=1e-6)
@@ -141,7 +141,7 @@ def test_density_in_blocks():
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 10.0, 1000.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_fast_pursuit_equals_naive(alpha, seed):
-    """Oracle 6: the fast form makes the naive form's choices, and the cost falls monotonically."""
+    """The fast form makes the naive form's choices, and the cost falls monotonically."""
     teacher, student = map(unit, random_pair(60, seed=seed))
     candidates = dense_candidates(teacher, student)
     picks, costs = naive_pursuit(teacher, student, candidates.tolist(), 10, alpha)
@@ -165,8 +165,8 @@ def test_float32_pursuit_is_as_good():
     assert cost.item() == pytest.approx(best[-1], rel=1e-4)
 
 
-def test_selection_invariances_oracle_6():
-    """Oracle 6: rescaled objects, rotated spaces, swapped spaces and permuted objects."""
+def test_selection_invariances():
+    """Rescaled objects, rotated spaces, swapped spaces and permuted objects."""
     teacher, student = random_pair(80)
     chosen = select_prototypes(teacher, student, 10)
     assert len(chosen) == len(set(chosen)) == 10

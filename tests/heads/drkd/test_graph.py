@@ -65,7 +65,7 @@ def random_graph_unit(channels=3, nodes=2, **kwargs) -> GraphUnit:
 
 
 def example_graph_unit(mix: float = 0.0, normalize: bool = False) -> GraphUnit:
-    """The unit of oracle 1: one channel, one node, weights one."""
+    """A unit to compute by hand: one channel, one node, weights one."""
     unit = GraphUnit(1, 1, normalize=normalize).double().eval()
     with torch.no_grad():
         for layer in (unit.state, unit.projection, unit.mix_nodes):
@@ -151,8 +151,8 @@ def test_graph_unit_gradients_equal_brute_force(phi):
 
 
 @BOTH_EVALUATIONS
-def test_oracle_1_graph_unit(phi):
-    """Oracle 1: a unit small enough to compute by hand."""
+def test_graph_unit(phi):
+    """A unit small enough to compute by hand."""
     expected = torch.tensor([[[[5.99975, 11.9995]]]], dtype=torch.float64)
     torch.testing.assert_close(phi(example_graph_unit(), EXAMPLE_MAP), expected, rtol=0, atol=1e-6)
     expected = torch.tensor([[[[3.499875, 6.99975]]]], dtype=torch.float64)
@@ -164,8 +164,8 @@ def test_oracle_1_graph_unit(phi):
 
 
 @BOTH_EVALUATIONS
-def test_oracle_2_node_mixing(phi):
-    """Oracle 2: mixing over nodes with -1 cancels the nodes, with +0.2 it strengthens them."""
+def test_node_mixing(phi):
+    """Mixing over nodes with -1 cancels the nodes, with +0.2 it strengthens them."""
     assert torch.equal(phi(example_graph_unit(mix=-1), EXAMPLE_MAP), EXAMPLE_MAP)
     expected = torch.tensor([[[[6.9997, 13.9994]]]], dtype=torch.float64)
     actual = phi(example_graph_unit(mix=0.2), EXAMPLE_MAP)
@@ -173,16 +173,16 @@ def test_oracle_2_node_mixing(phi):
 
 
 @BOTH_EVALUATIONS
-def test_oracle_3_zero_norm_is_identity(phi):
-    """Oracle 3: without batch norm's scale and shift the unit is the identity."""
+def test_zero_norm_is_identity(phi):
+    """Without batch norm's scale and shift the unit is the identity."""
     unit = GraphUnit(3, 2, zero_init_norm=True).double()
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(phi(unit, x), x, rtol=0, atol=1e-14)
 
 
 @BOTH_EVALUATIONS
-def test_oracle_4_permutation_of_pixels(phi):
-    """Oracle 4: the order of the pixels does not matter, so neither do flips."""
+def test_permutation_of_pixels(phi):
+    """The order of the pixels does not matter, so neither do flips."""
     unit = random_graph_unit().eval()
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     order = torch.randperm(20)

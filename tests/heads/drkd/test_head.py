@@ -321,7 +321,7 @@ def equal_sides(**kwargs) -> DRKD:
 
 
 def test_equal_sides_have_no_loss():
-    """Oracle 11 with the whole head: equal features, units and identity adapters."""
+    """With the whole head: equal features, units and identity adapters."""
     head = equal_sides()
     student, _ = make_bundles(4, 4, dtype=torch.float64)
     teacher = FeatureBundle(

@@ -76,7 +76,7 @@ def random_relation_unit(dim=4, relation_filter="learned") -> RelationUnit:
 
 
 def identity_relation_unit(relation_filter: str) -> RelationUnit:
-    """The unit of oracles 5, 6 and 8: two features, all weights the identity, no biases."""
+    """A unit to compute by hand: two features, all weights the identity, no biases."""
     unit = RelationUnit(2, width=2, relation_filter=relation_filter).double()
     with torch.no_grad():
         for layer in (unit.relation.query, unit.relation.key, unit.value, unit.output):
@@ -111,8 +111,8 @@ def test_relation_unit_gradcheck():
 @pytest.mark.parametrize(
     ("relation_filter", "diagonal"), [("uniform", 0.622459), ("none", 0.731059)]
 )
-def test_oracle_5_relation_unit(relation_filter, diagonal):
-    """Oracle 5: identity instances; with F = 1/2 and with F = 1."""
+def test_relation_unit(relation_filter, diagonal):
+    """Identity instances; with F = 1/2 and with F = 1."""
     unit, rows = identity_relation_unit(relation_filter), Ragged([2])
     x = torch.eye(2, dtype=torch.float64)
     relation = torch.tensor([[diagonal, 1 - diagonal], [1 - diagonal, diagonal]]).double()
@@ -120,8 +120,8 @@ def test_oracle_5_relation_unit(relation_filter, diagonal):
     torch.testing.assert_close(refine(unit, x, rows), x + relation, rtol=0, atol=1e-6)
 
 
-def test_oracle_6_matrix_and_feature_form():
-    """Oracle 6: the loss between identity instances and twice those, in both forms."""
+def test_matrix_and_feature_form():
+    """The loss between identity instances and twice those, in both forms."""
     unit, rows = identity_relation_unit("uniform"), Ragged([2])
     one = torch.eye(2, dtype=torch.float64)
     student, teacher = relate(unit, one, rows), relate(unit, 2 * one, rows)
@@ -134,8 +134,8 @@ def test_oracle_6_matrix_and_feature_form():
 
 
 @pytest.mark.parametrize("relation_filter", ["learned", "uniform", "none", "random"])
-def test_oracle_7_rows_and_order(relation_filter):
-    """Oracle 7: rows sum to 1; unless the filter is random, the order of instances is no matter."""
+def test_rows_and_order(relation_filter):
+    """Rows sum to 1; unless the filter is random, the order of instances is no matter."""
     counts, order = [3, 2], torch.tensor([2, 0, 1, 4, 3])
     student_unit = random_relation_unit(relation_filter=relation_filter)
     teacher_unit = random_relation_unit(relation_filter=relation_filter)
@@ -153,8 +153,8 @@ def test_oracle_7_rows_and_order(relation_filter):
     assert torch.allclose(loss, permuted_loss, atol=1e-12) == invariant
 
 
-def test_oracle_8_one_instance():
-    """Oracle 8: a lone instance relates to itself only; queries and keys get no gradient."""
+def test_one_instance():
+    """A lone instance relates to itself only; queries and keys get no gradient."""
     unit, rows = identity_relation_unit("learned"), Ragged([1])
     x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     assert relate(unit, x, rows).tolist() == [[[1.0]]]
@@ -168,8 +168,8 @@ def test_oracle_8_one_instance():
 
 @pytest.mark.parametrize("counts", [[0], [0, 0]])
 @pytest.mark.parametrize("relation_filter", ["learned", "uniform", "none", "random"])
-def test_oracle_8_no_instances(relation_filter, counts):
-    """Oracle 8: without instances the loss is 0 and every parameter gets a zero gradient."""
+def test_no_instances(relation_filter, counts):
+    """Without instances the loss is 0 and every parameter gets a zero gradient."""
     unit, rows = RelationUnit(4, relation_filter=relation_filter), Ragged(counts)
     x = torch.zeros(0, 4, requires_grad=True)
     loss = instance_loss([refine(unit, x, rows)], rows.image_index, len(counts))
@@ -284,16 +284,16 @@ def test_parameter_counts():
             assert sum(p.numel() for p in unit.parameters()) == count
 
 
-def test_oracle_11_equal_sides_have_no_loss():
-    """Oracle 11: equal instances and equal units: the loss is 0."""
+def test_equal_sides_have_no_loss():
+    """Equal instances and equal units: the loss is 0."""
     unit, rows = random_relation_unit(9), Ragged([2, 1])
     x = torch.randn(3, 9, dtype=torch.float64)
     mine, theirs = refine_instances([unit, unit], [x, x], rows)
     assert instance_loss([mine - theirs], rows.image_index, 2).item() < 1e-12
 
 
-def test_oracle_9_roi_align():
-    """Oracle 9: pooling without half-pixel shift, and with at least one cell per box."""
+def test_roi_align():
+    """Pooling without half-pixel shift, and with at least one cell per box."""
     ramp = torch.arange(16.0).expand(1, 1, 16, 16).contiguous()
     spec = DetectorSpec("student", "GeneralizedRCNN", {4: 1}, frozenset({"pyramid"}))
     bundle = FeatureBundle(spec, pyramid={4: ramp})

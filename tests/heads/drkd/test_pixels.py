@@ -187,16 +187,16 @@ def test_half_precision_gradients():
 
 
 @pytest.mark.parametrize("size", [(1, 2), (5, 5)])
-def test_oracle_11_equal_sides_have_no_loss(size):
-    """Oracle 11: equal features, equal units and identity adapters: the loss is 0."""
+def test_equal_sides_have_no_loss(size):
+    """Equal features, equal units and identity adapters: the loss is 0."""
     unit, x = random_graph_unit(4), torch.randn(2, 4, *size, dtype=torch.float64)
     squared = squared_gap(unit, unit, identity_adapter(4).double(), x, x)
     assert pixel_relation_loss(squared[None], [x.numel()]).item() == 0
 
 
 @SMALL_AND_LARGE
-def test_oracle_12_where_gradients_go(size):
-    """Oracle 12: to the student's map, the adapter and the units of both sides; not to T."""
+def test_where_gradients_go(size):
+    """To the student's map, the adapter and the units of both sides; not to T."""
     units = [GraphUnit(4, 16), GraphUnit(4, 16)]  # enough nodes that some pass the ReLU
     adapter = nn.Conv2d(4, 4, 1)
     student, teacher = (torch.randn(2, 4, *size, requires_grad=True) for _ in range(2))
