@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from d2kd.benchmark import evaluation, gradients, selection
+from d2kd.benchmark import balance_starts, evaluation, gradients, selection
 from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
 from d2kd.compare import plots
@@ -71,6 +71,7 @@ def render_gains(*paths: Path) -> str:
 
 RENDER = {
     "benchmark": render_benchmark,
+    "balance_starts": of_json(balance_starts.markdown),
     "gradients": of_json(gradients.markdown),
     "evaluation": of_json(evaluation.markdown),
     "growth": of_json(benchmark.growth_table),

@@ -28,7 +28,8 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
-    """Bars of the paired gains in AP with 95 % intervals, each with the cost of a step.
+    """Bars of the paired gains in AP with 95 % intervals and the gain of each seed, each with the
+    cost of a step. A bar of one seed, which has no interval, is hatched.
 
     Args:
         times: whether the machine was idle enough to show that cost.
@@ -43,12 +44,9 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
     ]
     if not tasks:
         return False
+    height = 0.42 * len(arms) + 1
     figure, axes = plt.subplots(
-        1,
-        len(tasks),
-        figsize=(4.2 * len(tasks) + 2, 0.42 * len(arms) + 1),
-        squeeze=False,
-        sharey=True,
+        len(tasks), 1, figsize=(6.2, height * len(tasks)), squeeze=False, layout="constrained"
     )
     colours = [CONTROL if is_control(next(iter(r.values()))) else METHOD for r in arms.values()]
     labels = list(arms)
@@ -56,18 +54,21 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
         alone = mean_of(base, "step_seconds")
         costs = [mean_of(runs, "step_seconds") / alone for runs in arms.values()]
         labels = [f"{label}  ({cost:.2f}x a step)" for label, cost in zip(arms, costs, strict=True)]
-    for axis, task in zip(axes[0], tasks, strict=True):
+    for axis, task in zip(axes[:, 0], tasks, strict=True):
         gains = [paired_gains(runs, base, task) for runs in arms.values()]
         means = [g.mean() if len(g) else 0.0 for g in gains]
         errors = [half_interval(g) for g in gains]  # NaN, so no bar, with one seed
-        axis.barh(labels, means, xerr=errors, color=colours, height=0.62, capsize=3)
-        for row, group in enumerate(gains):
-            axis.plot(group, [row] * len(group), "o", color="black", markersize=2.5, alpha=0.6)
+        bars = axis.barh(labels, means, xerr=errors, color=colours, height=0.62, capsize=3)
+        for row, (bar, group) in enumerate(zip(bars, gains, strict=True)):
+            if len(group) == 1:
+                bar.set(facecolor="white", edgecolor=colours[row], hatch="///")
+            points = {"markersize": 5, "markeredgecolor": "black", "zorder": 3}
+            axis.plot(group, [row] * len(group), "o", color="white", **points)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel(f"gain in {TASK_NAMES[task]} over '{baseline}'")
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].invert_yaxis()
+        axis.invert_yaxis()
     save(figure, path)
     return True
 

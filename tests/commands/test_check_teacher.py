@@ -131,8 +131,8 @@ def test_swapped_classes_are_the_first_finding(parts, capsys):
     oracle.swap = (0, 1)
     lines = check(parts, capsys, detect=oracle)
     assert re.fullmatch(
-        r"1\. the classes 'nut' and 'bolt' are swapped in the teacher: it takes \d\d% of the 'nut' "
-        r"that it finds as 'bolt', and the other way round\. Is the order .*",
+        r"1\. the classes 'nut' and 'bolt' are swapped in the teacher: it labels \d\d% of the "
+        r"'nut' that it finds as 'bolt', and the other way round\. Is the order .*",
         lines[3],
     )
     assert not any("'ring'" in line for line in lines[3:8])

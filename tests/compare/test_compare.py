@@ -241,7 +241,7 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
     # What was trained with other settings is no teacher of this suite, whatever its folder says.
     longer = text.replace("{MODEL.WEIGHTS", "{SOLVER.MAX_ITER: 9, MODEL.WEIGHTS", 1)
     with pytest.raises(
-        ConfigError, match="teacher is a run of other.*MAX_ITER.*is 9; name another"
+        ConfigError, match="teacher was made with other.*MAX_ITER.*is 9; name another"
     ):
         comparison(tmp_path, longer).run([])
     (made / "teacher" / "settings.json").unlink()
@@ -297,7 +297,7 @@ def test_other_settings_are_refused(tmp_path):
         if not done:
             (folder / "results.json").unlink()
         other = comparison(tmp_path, opts={"SOLVER.BASE_LR": "0.5"})
-        with pytest.raises(ConfigError, match=r"alone_1 is .*SOLVER.BASE_LR was 0.001 and is 0.5"):
+        with pytest.raises(ConfigError, match=r"alone_1 was .*SOLVER.BASE_LR was 0.001 and is 0.5"):
             other.check_kept_runs()
         with pytest.raises(ConfigError, match="SOLVER.BASE_LR"):
             other.train(other.suite.arms["alone"], 1)
