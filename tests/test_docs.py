@@ -25,7 +25,7 @@ from d2kd.config_paths import SHIPPED
 from d2kd.engine import train as train_net
 from d2kd.keys import node_at
 from d2kd.registry import node_name
-from tools import reference, site, update_docs
+from tools import choosing, reference, site, update_docs
 
 from .detectors import detector_config, distiller_config, write_config
 
@@ -229,6 +229,35 @@ def test_docstrings_become_markdown():
     assert reference.written(("a", 1.0, None)) == '["a", 1.0, None]'
 
 
+def test_choice_against_a_full_comparison(tmp_path):
+    """Heads in the order of the choice: who went further, then who gained more; a head counts with
+    its best candidate."""
+    rungs = {
+        "rung 1": {"iterations": 10, "gains": {"A": [1.0], "A x3": [3.0], "B": [2.0], "C": []}},
+        "rung 2": {"iterations": 20, "gains": {"B": [4.0]}},
+        "confirmation": {"iterations": 40, "gains": {"B": [9.0, 9.0]}},
+    }
+    verdict = {"text": "B BEATS", "beats": True, "winner": "B"}
+    state = {"candidates": ["A", "A x3", "B", "C"], "stages": rungs, "verdict": verdict}
+    path = tmp_path / "choose.json"
+    path.write_text(json.dumps({**state, "teacher": {}, "seconds": 90.0, "settings": {"K": "v"}}))
+    assert "settings" not in choosing.copied(path)
+    line = {"suite": "s", "baseline": "base", "role": "student", "config": "c", "opts": {}}
+    line |= {"times": 1, "same_time_as": "", "threads": 1, "folder": "f", "iterations": 9}
+    gains = {"base": 0.0, "A": 5.0, "B": 4.0, "C": 1.0}
+    lines = [
+        {**line, "step_seconds": 1.0, "arm": arm, "seed": s, "results": {"bbox": {"AP": 9 + gain}}}
+        for arm, gain in gains.items()
+        for s in (1, 2)
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    text = choosing.markdown(path, results)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:4]]
+    assert [row[:4] for row in rows] == [["B", "B", "+3.3", "2"], ["A", "A x3", "+3.0", "1"]]
+    assert "`B BEATS` (2 minutes)" in text and "is A; " in text and "is -1.00." in text
+
+
 def test_results_are_copied(tmp_path, monkeypatch):
     """--copy brings results.jsonl without this machine's paths, and pictures that a page has."""
     for folder in ("docs/results", "docs/images", "out/suite"):
@@ -248,6 +277,10 @@ def test_results_are_copied(tmp_path, monkeypatch):
     (out / "results.jsonl").write_text(json.dumps({"config": "/elsewhere/a.yaml"}) + "\n")
     with pytest.raises(SystemExit, match="names /elsewhere/a.yaml"):
         update_docs.copy_results(out)
+    (out / "choose.json").write_text(json.dumps(dict.fromkeys(choosing.KEPT, 1) | {"settings": 2}))
+    update_docs.copy_results(out)
+    kept = json.loads((tmp_path / "docs/results/choose_suite.json").read_text())
+    assert kept == dict.fromkeys(choosing.KEPT, 1)
 
 
 def test_pages_are_short():

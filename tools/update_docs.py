@@ -9,8 +9,10 @@ A measured table stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end 
 ``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of d2kd benchmark
 --json), ``gradients`` and ``evaluation`` (of d2kd.benchmark's modules of these names),
 ``selection`` (of d2kd prototypes time --json), ``refresh`` (prototypes.json of a training
-with Global Knowledge), ``compare`` (results.jsonl of d2kd compare), ``gains`` (several of them),
-``demo`` (results.jsonl of d2kd demo) or ``published`` (a folder of configs, of which
+with Global Knowledge), ``compare`` (results.jsonl of d2kd compare), ``gains`` (several of
+them), ``choose`` (choose.json of d2kd choose, and results.jsonl of a comparison of the same
+heads), ``balance_starts`` (of d2kd.benchmark.balance_starts), ``demo`` (results.jsonl of d2kd
+demo) or ``published`` (a folder of configs, of which
 tools/published.py makes a table). ``--copy`` first brings results, and the pictures that a page
 shows, from the folder of a comparison or of the demo. docs/api.md and docs/config.md are made
 by tools/reference.py.
@@ -31,11 +33,12 @@ from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
 from d2kd.compare import plots
 from d2kd.compare import tables as compare
-from d2kd.files import write_text
+from d2kd.files import write_json, write_text
 
 if __package__:  # imported, and not run as a script
-    from . import published, reference
+    from . import choosing, published, reference
 else:
+    import choosing
     import published
     import reference
 
@@ -80,6 +83,7 @@ RENDER = {
     "cost": of_json(benchmark.cost_table),
     "selection": of_json(selection.markdown),
     "refresh": of_json(selection.refresh_markdown),
+    "choose": choosing.markdown,
     "compare": render_compare,
     "gains": render_gains,
     "demo": lambda path: demo.markdown(compare.read_lines(path)),
@@ -114,6 +118,11 @@ def copy_results(folder: Path) -> None:
         SystemExit: there are none, or they name files outside of the clone.
     """
     name = folder.resolve().name
+    if (folder / "choose.json").is_file():
+        write_json(
+            choosing.copied(folder / "choose.json"), ROOT / f"docs/results/choose_{name}.json"
+        )
+        return
     source, target = folder / "results.jsonl", ROOT / f"docs/results/{name}.jsonl"
     if not source.is_file():
         sys.exit(f"error: {folder} holds no results.jsonl")
