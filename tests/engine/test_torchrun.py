@@ -32,7 +32,7 @@ def train(job: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> dict[st
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     return torch.load(job / OUTPUT / "student_final.pth", map_location="cpu")["model"]
 
 
