@@ -51,6 +51,7 @@ BASELINE, CONTROL = "baseline", "baseline, equal time"
 PROBE, CONFIRMATION = "pace", "confirmation"
 PROBE_ITERATIONS = 20
 MIN_ITERATIONS = 40  # of the longest trainings: below that no AP says anything
+MIN_AP = 5.0  # of the baseline: below that gains are mostly noise
 STATE_KEYS = ("settings", "seconds", "candidates", "refused", "teacher", "stages")
 
 
@@ -262,7 +263,9 @@ class Choice:
             waves = math.ceil(len(runs) / limits.jobs)
             trained = np.mean([line["train_seconds"] for line in lines])
             record["overhead"] = max(seconds / waves - float(trained), 0.0)
-        record["gains"] = self.gains(lines)
+        record["gains"], record["baseline"] = self.gains(lines), self.baseline_ap(lines)
+        if name != PROBE and record["baseline"] < MIN_AP:
+            print(_TOO_EARLY.format(record["baseline"]), flush=True)
         self.save()
         return lines
 
@@ -292,8 +295,7 @@ class Choice:
 
     def score(self, label: str) -> float:
         """Mean gain over the rungs so far, each as much as it is long; -inf for one that failed."""
-        rungs = [s for name, s in self.state["stages"].items() if name.startswith("rung ")]
-        rungs = [rung for rung in rungs if label in rung["arms"] and "gains" in rung]
+        rungs = [rung for rung in self.rungs().values() if label in rung["arms"]]
         gains = [np.mean(rung["gains"].get(label) or [-math.inf]) for rung in rungs]
         return float(np.average(gains, weights=[rung["iterations"] for rung in rungs]))
 
@@ -367,8 +369,11 @@ class Choice:
                 tables,
             ]
         table = self.table()
-        if table.rows:
+        if len(table.rows) > 1:
             parts.append(f"## {table.title}\n\n{table.markdown()}\n\n{_NOTES}\n")
+            lowest = min(s.get("baseline", MIN_AP) for s in self.rungs().values())
+            if lowest < MIN_AP:
+                parts.append(_TOO_EARLY.format(lowest) + "\n")
         if self.state["refused"]:
             lines = (f"* {plain_markdown(why)}" for why in self.state["refused"].values())
             parts.append("## What the pair cannot serve\n\n" + "\n".join(lines) + "\n")
@@ -376,16 +381,21 @@ class Choice:
 
     def table(self) -> Table:
         """Gains of all candidates, rung by rung, the best first."""
-        rungs = {n: s for n, s in self.state["stages"].items() if n.startswith("rung ")}
-        rungs = {name: rung for name, rung in rungs.items() if "gains" in rung}
+        rungs = self.rungs()
         depth = {c: sum(c in rung["arms"] for rung in rungs.values()) for c in self.opts}
         labels = sorted(self.ranked(list(self.opts)) if rungs else [], key=depth.get, reverse=True)
-        rows = []
+        bases = [rung.get("baseline") for rung in rungs.values()]
+        rows = [["(baseline: AP)", *("" if ap is None else f"{ap:.1f}" for ap in bases), ""]]
         for label in labels:
             cells = [self._cell(rung, label) for rung in rungs.values()]
             rows.append([label, *cells, f"{self.score(label):+.1f}"])
         headers = [f"{name}: {rung['iterations']} iterations" for name, rung in rungs.items()]
         return Table(f"The {len(labels)} candidates", ["gain in AP", *headers, "mean"], rows)
+
+    def rungs(self) -> dict[str, dict[str, Any]]:
+        """The rungs that are finished, by name."""
+        stages = self.state["stages"].items()
+        return {name: s for name, s in stages if name.startswith("rung ") and "gains" in s}
 
     @staticmethod
     def _cell(rung: dict[str, Any], label: str) -> str:
@@ -401,6 +411,10 @@ def _ap(metrics: dict[str, float | None]) -> float:
     return float(ap) if ap is not None and math.isfinite(ap) else 0.0
 
 
+_TOO_EARLY = (
+    "With a baseline of {:.1f} AP gains are mostly noise: start from a trained student "
+    "(MODEL.WEIGHTS), give more --minutes, or name fewer --heads and --weights."
+)
 _NOTES = (
     "One seed a rung, the same for all of a rung; the better half goes on. A rung's gains chose, "
     "so they flatter the winner; the confirmation has seeds that chose nothing. It has the same "

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import statistics
 from pathlib import Path
 
@@ -269,6 +270,20 @@ def test_what_is_written(pair, monkeypatch):
     assert cfg.DISTILL.TEACHER.CONFIG_FILE == str(Path("teacher.yaml").resolve())
     assert "confirmation/report.html" in page and Path("out/confirmation/report.html").exists()
     assert yaml.safe_load(text)["_BASE_"] == str(Path("student.yaml").resolve())
+
+
+def test_a_baseline_that_has_not_learnt(pair, monkeypatch, capsys):
+    """It is said as soon as a rung shows it, and in the report."""
+    World(monkeypatch, **GAINS)
+    choice(pair).run()
+    text = Path("out/choose.md").read_text()
+    assert "| (baseline: AP) " in text and "mostly noise" not in text + capsys.readouterr().out
+    shutil.rmtree("out")
+    monkeypatch.setattr(choices, "MIN_AP", 50.0)
+    choice(pair).run()
+    words = re.escape("AP gains are mostly noise: start from a trained student (MODEL.WEIGHTS)")
+    assert len(re.findall(rf"With a baseline of \d\d\.\d {words}", capsys.readouterr().out)) > 1
+    assert len(re.findall(words, Path("out/choose.md").read_text())) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
