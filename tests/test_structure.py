@@ -141,3 +141,10 @@ def test_a_module_says_what_it_is_for(module):
     """Each file opens with a docstring."""
     text = modules()[module].read_text()
     assert ast.get_docstring(ast.parse(text)), module
+
+
+def test_the_package_does_not_grow_unseen():
+    """A larger bound is a decision: most of the package is not methods but data, commands and
+    comparisons, and what could go again is easily overlooked."""
+    lines = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
+    assert lines <= 33_000

@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{markdown(lines)}\n")
     print(
         "This is a short budget, on purpose: what distillation gives first is that a student\n"
-        "learns faster. What it gains in long trainings: docs/results.md.\n"
+        "learns faster. What trained students gain: docs/results.md.\n"
         f"Picture: {picture}   figures: {output / 'results.jsonl'}\n"
     )
     comparable = data == "digits" and len(args.seeds) == 1 and not opts
