@@ -230,21 +230,20 @@ def test_docstrings_become_markdown():
 
 
 def test_choice_against_a_full_comparison(tmp_path):
-    """Heads in the order of the choice: who went further, then who gained more; a head counts with
-    its best candidate."""
+    """Candidates in the order of the choice: who went further, then who gained more."""
     rungs = {
-        "rung 1": {"iterations": 10, "gains": {"A": [1.0], "A x3": [3.0], "B": [2.0], "C": []}},
-        "rung 2": {"iterations": 20, "gains": {"B": [4.0]}},
-        "confirmation": {"iterations": 40, "gains": {"B": [9.0, 9.0]}},
+        "rung 1": {"iterations": 10, "gains": {"A": [1.0], "A x3": [3.0], "B balanced": [2.0]}},
+        "rung 2": {"iterations": 20, "gains": {"B balanced": [4.0]}},
+        "confirmation": {"iterations": 40, "gains": {"B balanced": [9.0, 9.0]}},
     }
-    verdict = {"text": "B BEATS", "beats": True, "winner": "B"}
-    state = {"candidates": ["A", "A x3", "B", "C"], "stages": rungs, "verdict": verdict}
+    verdict = {"text": "B BEATS", "beats": True, "winner": "B balanced"}
+    state = {"candidates": ["A", "A x3", "B balanced"], "stages": rungs, "verdict": verdict}
     path = tmp_path / "choose.json"
     path.write_text(json.dumps({**state, "teacher": {}, "seconds": 90.0, "settings": {"K": "v"}}))
     assert "settings" not in choosing.copied(path)
     line = {"suite": "s", "baseline": "base", "role": "student", "config": "c", "opts": {}}
     line |= {"times": 1, "same_time_as": "", "threads": 1, "folder": "f", "iterations": 9}
-    gains = {"base": 0.0, "A": 5.0, "B": 4.0, "C": 1.0}
+    gains = {"base": 0.0, "A": 5.0, "B, balanced": 4.0, "C": 1.0}
     lines = [
         {**line, "step_seconds": 1.0, "arm": arm, "seed": s, "results": {"bbox": {"AP": 9 + gain}}}
         for arm, gain in gains.items()
@@ -254,8 +253,8 @@ def test_choice_against_a_full_comparison(tmp_path):
     results.write_text("".join(json.dumps(row) + "\n" for row in lines))
     text = choosing.markdown(path, results)
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:4]]
-    assert [row[:4] for row in rows] == [["B", "B", "+3.3", "2"], ["A", "A x3", "+3.0", "1"]]
-    assert "`B BEATS` (2 minutes)" in text and "is A; " in text and "is -1.00." in text
+    assert [row[:4] for row in rows] == [["B balanced", "2", "+3.3", "2"], ["A", "1", "+1.0", "2"]]
+    assert "2 minutes: `B BEATS`" in text and "comparison A is" in text and "is -1.00." in text
 
 
 def test_results_are_copied(tmp_path, monkeypatch):

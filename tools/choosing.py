@@ -20,53 +20,34 @@ def copied(path: Path) -> dict:
     return {key: state[key] for key in KEPT}
 
 
-def head_of(candidate: str) -> str:
-    """ "SSIM x3" and "SSIM balanced" are SSIM."""
-    return candidate.split(" ")[0]
-
-
-def gains_in_rungs(state: dict) -> dict[str, tuple[int, float, str]]:
-    """Head -> rungs that its best candidate was in, its mean gain there, and its name."""
+def in_rungs(state: dict, candidate: str) -> tuple[int, float]:
+    """In how many rungs a candidate was, and its mean gain there, each as much as it is long."""
     rungs = [stage for name, stage in state["stages"].items() if name.startswith("rung ")]
-    best: dict[str, tuple[int, float, str]] = {}
-    for candidate in state["candidates"]:
-        inside = [rung for rung in rungs if rung["gains"].get(candidate)]
-        if not inside:
-            continue
-        lengths = [rung["iterations"] for rung in inside]
-        gains = [np.mean(rung["gains"][candidate]) for rung in inside]
-        found = len(inside), float(np.average(gains, weights=lengths)), candidate
-        best[head_of(candidate)] = max(best.get(head_of(candidate), found), found)
-    return best
+    rungs = [rung for rung in rungs if rung["gains"].get(candidate)]
+    gains = [np.mean(rung["gains"][candidate]) for rung in rungs]
+    return len(rungs), float(np.average(gains, weights=[rung["iterations"] for rung in rungs]))
 
 
 def markdown(choice: Path, results: Path) -> str:
-    """Heads in the order of ``choice`` (a choose.json), with their gains in ``results`` (the
-    results.jsonl of d2kd compare), the rank correlation of the two orders, and both winners."""
+    """Candidates of a choose.json that are runs of a comparison too ("SSIM, balanced" there is
+    "SSIM balanced" here), in the order of the choice, with their gains in both, and the rank
+    correlation of the two orders."""
     state, lines = json.loads(choice.read_text()), tables.read_lines(results)
-    arms = tables.by_arm(lines)
-    base = arms[lines[0]["baseline"]]
-    best = gains_in_rungs(state)
-    heads = sorted((h for h in best if h in arms), key=best.get, reverse=True)
-    full = {head: tables.paired_gains(arms[head], base) for head in heads}
+    arms = {label.replace(",", ""): runs for label, runs in tables.by_arm(lines).items()}
+    base = arms.pop(lines[0]["baseline"])
+    found = {c: in_rungs(state, c) for c in state["candidates"] if c in arms}
+    order = sorted(found, key=found.get, reverse=True)
+    full = {candidate: tables.paired_gains(arms[candidate], base) for candidate in order}
     rows = [
-        [head, best[head][2], f"{best[head][1]:+.1f}", best[head][0], tables.gain_text(full[head])]
-        for head in heads
+        [c, found[c][0], f"{found[c][1]:+.1f}", len(full[c]), tables.gain_text(full[c])]
+        for c in order
     ]
-    headers = [
-        "head",
-        "best candidate",
-        "gain in its rungs",
-        "rungs",
-        "gain, full comparison",
-    ]
+    headers = ["candidate", "rungs", "gain in the rungs", "seeds", "gain in the full comparison"]
     table = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-    order = range(len(heads), 0, -1)
-    rank = stats.spearmanr(order, [full[head].mean() for head in heads]).statistic
-    first = max(heads, key=lambda head: full[head].mean())
-    seeds = max(len(gains) for gains in full.values())
+    means = [full[candidate].mean() for candidate in order]
+    rank = stats.spearmanr(range(len(order), 0, -1), means).statistic
     return (
-        f"{table}\n\n`{state['verdict']['text']}` ({state['seconds'] / 60:.0f} minutes). The best "
-        f"head of the full comparison with {seeds} seeds is {first}; Spearman's rank correlation "
-        f"of the two orders is {rank:.2f}."
+        f"{table}\n\nThe verdict, after {state['seconds'] / 60:.0f} minutes: "
+        f"`{state['verdict']['text']}`. In the full comparison {order[int(np.argmax(means))]} is "
+        f"the best of these; Spearman's rank correlation of the two orders is {rank:.2f}."
     )
