@@ -19,13 +19,14 @@ import d2kd
 from d2kd import cli
 from d2kd.arguments import split_overrides
 from d2kd.cli import VERBS
+from d2kd.compare import choosing
 from d2kd.config import add_distillation_config
 from d2kd.config_files import load_config, resolve_config_file
 from d2kd.config_paths import SHIPPED
 from d2kd.engine import train as train_net
 from d2kd.keys import node_at
 from d2kd.registry import node_name
-from tools import choosing, reference, site, update_docs
+from tools import reference, site, update_docs
 
 from .detectors import detector_config, distiller_config, write_config
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Draw the schedules of docs/training.md: the factor of a head's loss over a training.
 
-    python tools/plot_schedules.py
-    python tools/plot_schedules.py --output output/schedules.png
+    python tools/plot_schedules.py [--output output/schedules.png]
 
 Each curve is d2kd's own schedule, read from the config lines above it.
 """

@@ -5,17 +5,10 @@
     python tools/update_docs.py --check  # exit 1 if a page is not what it would be
     python tools/update_docs.py --copy output/compare/digits_retinanet_strong_teacher output/demo
 
-A measured table stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is
-``benchmark``, ``growth``, ``teacher_options``, ``profile`` or ``cost`` (a file of d2kd benchmark
---json), ``gradients`` and ``evaluation`` (of d2kd.benchmark's modules of these names),
-``selection`` (of d2kd prototypes time --json), ``refresh`` (prototypes.json of a training
-with Global Knowledge), ``compare`` (results.jsonl of d2kd compare), ``gains`` (several of
-them), ``choose`` (choose.json of d2kd choose, and results.jsonl of a comparison of the same
-heads), ``balance_starts`` (of d2kd.benchmark.balance_starts), ``demo`` (results.jsonl of d2kd
-demo) or ``published`` (a folder of configs, of which
-tools/published.py makes a table). ``--copy`` first brings results, and the pictures that a page
-shows, from the folder of a comparison or of the demo. docs/api.md and docs/config.md are made
-by tools/reference.py.
+A measured table stands between ``<!-- measured: KIND FILE -->`` and ``<!-- end -->``. KIND is a key
+of ``RENDER``, and FILE what the command that the page shows has written. ``--copy`` first brings
+results, and the pictures that a page shows, from the folder of a comparison, a choice or the demo.
+docs/api.md and docs/config.md are made by tools/reference.py.
 """
 
 from __future__ import annotations
@@ -31,14 +24,13 @@ from pathlib import Path
 from d2kd.benchmark import balance_starts, evaluation, gradients, selection
 from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
-from d2kd.compare import plots
+from d2kd.compare import choosing, plots
 from d2kd.compare import tables as compare
 from d2kd.files import write_json, write_text
 
 if __package__:  # imported, and not run as a script
-    from . import choosing, published, reference
+    from . import published, reference
 else:
-    import choosing
     import published
     import reference
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
-from d2kd.compare import tables
+from . import tables
 
 KEPT = ("candidates", "teacher", "stages", "seconds", "verdict")
 
