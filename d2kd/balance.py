@@ -18,6 +18,7 @@ of the student's backbone.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ _HALF_SCALE, _OVERFLOW_DIVISOR = 2.0**16, 16.0
 _FARTHEST = math.log(10)
 # A weight is printed when it has changed by this factor since it was printed last.
 _PRINTED_CHANGE = 1.25
+DETECTOR = "detector"  # stands for the student's own losses among the heads
 
 Terms = Mapping[str, Tensor]
 # Stride -> tensors at which a gradient is measured; those of a trunk, which has no stride, at 0.
@@ -94,19 +96,24 @@ class Lengths:
         detection: norm of the gradient of the student's own losses at each place.
         heads: head -> that of the sum of its terms, without the head's weight.
         terms: head -> term -> that of one term.
+        cosines: head or "detector" -> another of them -> cosine of the angle between the gradients
+            of both, over all places together; one without a gradient is left out. Below 0 a step
+            for one undoes a part of a step for the other.
     """
 
     strides: tuple[int, ...]
     detection: list[float]
     heads: dict[str, list[float]]
     terms: dict[str, dict[str, list[float]]]
+    cosines: dict[str, dict[str, float]]
 
     def shares(self, factors: Mapping[str, float]) -> dict[str, float]:
         """Part of the gradient that each head makes, its terms being multiplied by its factor."""
         return {name: self._share(own, factors) for name, own in self._weighted(factors).items()}
 
     def details(self, name: str, factors: Mapping[str, float]) -> dict[str, float]:
-        """The head's share at each stride, then that of each of its terms, of several."""
+        """The head's share at each stride, then that of each of its terms, of several, then the
+        cosines."""
         own, found = self._weighted(factors)[name], {}
         if len(own) > 1:
             for at, stride in enumerate(self.strides):
@@ -115,6 +122,8 @@ class Lengths:
             for term, lengths in self.terms[name].items():
                 weighted = [factors[name] * length for length in lengths]
                 found[term] = self._share(weighted, factors)
+        for other, cosine in self.cosines[name].items():
+            found[f"cosine_{other if other == DETECTOR else node_name(other).lower()}"] = cosine
         return found
 
     def _weighted(self, factors: Mapping[str, float]) -> dict[str, list[float]]:
@@ -133,7 +142,8 @@ class Lengths:
 def gradient_lengths(
     detection: Tensor, heads: Mapping[str, Terms], places: Places, scale: float = 1.0
 ) -> Lengths | None:
-    """Norms of the gradients of losses at ``places``, whose graph stays as it is.
+    """Norms of the gradients of losses at ``places`` and the angles between them; the graph stays
+    as it is. The gradients of all heads are in memory at a time.
 
     Args:
         detection: sum of the student's own losses.
@@ -145,6 +155,7 @@ def gradient_lengths(
     """
     tensors = [tensor for place in places.values() for tensor in place]
     sizes = [len(place) for place in places.values()]
+    zero = detection.new_zeros((), dtype=torch.float32)
 
     def gradients(loss: Tensor) -> list[Tensor | None]:
         if not loss.requires_grad:
@@ -153,25 +164,35 @@ def gradient_lengths(
         return list(torch.autograd.grad(loss, tensors, start, retain_graph=True, allow_unused=True))
 
     def squares(found: Sequence[Tensor | None]) -> Tensor:
-        zero = detection.new_zeros((), dtype=torch.float32)
         norms = [
             zero if x is None else torch.linalg.vector_norm(x, dtype=torch.float32) for x in found
         ]
         parts = torch.stack(norms).square().split(sizes)
         return torch.stack([part.sum() for part in parts])
 
-    rows = [squares(gradients(detection))]
-    for terms in heads.values():
+    def products(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor:
+        parts = [
+            zero if x is None or y is None else (x.float() * y.float()).sum()
+            for x, y in zip(one, other, strict=True)
+        ]
+        return torch.stack([part.sum() for part in torch.stack(parts).split(sizes)])
+
+    sums = {DETECTOR: gradients(detection)}
+    rows = [squares(sums[DETECTOR])]
+    for name, terms in heads.items():
         whole: list[Tensor | None] = [None] * len(tensors)
         for loss in terms.values():
             found = gradients(loss)
             rows.append(squares(found))
             whole = [_sum(pair) for pair in zip(whole, found, strict=True)]
         rows.append(squares(whole))
+        sums[name] = whole
+    pairs = list(itertools.combinations(sums, 2))
+    rows += [products(sums[a], sums[b]) for a, b in pairs]
     table = torch.stack(rows)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(table)
-    found = (table.sqrt() / scale).tolist()
+    found = (table[: len(rows) - len(pairs)].sqrt() / scale).tolist()
     if not all(math.isfinite(value) for row in found for value in row):
         return None
     values = iter(found)
@@ -179,7 +200,19 @@ def gradient_lengths(
     for name, terms in heads.items():
         single[name] = {term: next(values) for term in terms}
         own[name] = next(values)
-    return Lengths(tuple(places), first, own, single)
+    dots = (table[len(found) :].sum(dim=1).double() / scale**2).tolist()
+    norms = {name: math.hypot(*lengths) for name, lengths in {DETECTOR: first, **own}.items()}
+    return Lengths(tuple(places), first, own, single, _cosines(pairs, dots, norms))
+
+
+def _cosines(
+    pairs: Iterable[tuple[str, str]], dots: Iterable[float], norms: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {name: {} for name in norms}
+    for (a, b), dot in zip(pairs, dots, strict=True):
+        if norms[a] and norms[b]:
+            found[a][b] = found[b][a] = dot / (norms[a] * norms[b])
+    return found
 
 
 def _sum(tensors: Iterable[Tensor | None]) -> Tensor | None:

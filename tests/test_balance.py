@@ -68,9 +68,31 @@ def test_lengths_by_hand():
         "up": pytest.approx(10 * math.sqrt(26) / whole),
         "down": pytest.approx(30 / whole),
         "none": 0.0,
+        "cosine_detector": pytest.approx(2 / math.sqrt(12 * 17)),
     }
     assert x.grad is None
     assert gradient_lengths(a[0] * math.inf, {}, {4: [a]}) is None
+
+
+def test_angles_by_hand():
+    """At all places together; a head without a gradient has no angle."""
+    x, y = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    a, b = x * 1, y * 1
+    heads = {
+        "DSIG": {"": 3 * a[0] + 4 * b[0]},
+        "GlobalKnowledge": {"one": -a[0], "two": -2 * b[1]},
+        "Idle": {"": torch.zeros(())},
+    }
+    found = gradient_lengths(2 * a.sum(), heads, {4: [a], 8: [b]}, scale=8.0)
+    detector, conflict = 6 / (5 * math.sqrt(8)), -3 / (5 * math.sqrt(5))
+    assert found.cosines["DSIG"] == pytest.approx(
+        {"detector": detector, "GlobalKnowledge": conflict}
+    )
+    assert found.cosines["GlobalKnowledge"]["DSIG"] == pytest.approx(conflict)
+    assert found.cosines["Idle"] == {}
+    details = found.details("DSIG", dict.fromkeys(heads, 1.0))
+    assert details["cosine_detector"] == pytest.approx(detector)
+    assert details["cosine_global_knowledge"] == pytest.approx(conflict)
 
 
 @pytest.mark.parametrize("arch", ["mask", "retinanet"])
@@ -96,7 +118,9 @@ def test_measuring_changes_nothing(arch, teacher_files):
     assert len(shares) == len(heads) + 1 and all(0 < share < 1 for share in shares.values())
     named = [n for n in storage.histories() if n.startswith("balance/drkd/")]
     strides = [f"stride{s}" for s in model.taps.spec.strides]
-    ends = {"weight", "share", "pixel", "relation", "instance", *strides}
+    others = ["detector", *(node_name(head).lower() for head in heads if head != "DRKD")]
+    cosines = [f"cosine_{other}" for other in others]
+    ends = {"weight", "share", "pixel", "relation", "instance", *strides, *cosines}
     assert {name.rpartition("/")[2] for name in named} == ends
 
 
