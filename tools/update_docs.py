@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from d2kd.benchmark import balance_starts, evaluation, gradients, selection
+from d2kd.benchmark import angles, balance_starts, evaluation, gradients, selection
 from d2kd.benchmark import tables as benchmark
 from d2kd.commands import demo
 from d2kd.compare import choosing, plots
@@ -60,11 +60,8 @@ def render_compare(path: Path) -> str:
     return "\n\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in tables)
 
 
-def render_gains(*paths: Path) -> str:
-    return compare.gains_table([compare.read_lines(path) for path in paths]).markdown()
-
-
 RENDER = {
+    "angles": of_json(angles.markdown),
     "benchmark": render_benchmark,
     "balance_starts": of_json(balance_starts.markdown),
     "gradients": of_json(gradients.markdown),
@@ -76,8 +73,9 @@ RENDER = {
     "selection": of_json(selection.markdown),
     "refresh": of_json(selection.refresh_markdown),
     "choose": choosing.markdown,
+    "verdict": of_json(choosing.verdict),
     "compare": render_compare,
-    "gains": render_gains,
+    "gains": lambda *paths: compare.gains_table([*map(compare.read_lines, paths)]).markdown(),
     "demo": lambda path: demo.markdown(compare.read_lines(path)),
     "published": published.markdown,
 }

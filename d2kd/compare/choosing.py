@@ -20,6 +20,11 @@ def copied(path: Path) -> dict:
     return {key: state[key] for key in KEPT}
 
 
+def verdict(state: dict) -> str:
+    """What a choose.json says in the end, and after how long."""
+    return f"After {state['seconds'] / 60:.0f} minutes: `{state['verdict']['text']}`"
+
+
 def in_rungs(state: dict, candidate: str) -> tuple[int, float]:
     """In how many rungs a candidate was, and its mean gain there, each as much as it is long."""
     rungs = [stage for name, stage in state["stages"].items() if name.startswith("rung ")]
