@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, first_line
-from .processes import Processes, StageFailed, stage_lines
+from .processes import Processes, StageFailed
 
 AUTO = "auto"
 # Seconds until a file that another machine has made is seen on a network file system.
@@ -68,7 +68,7 @@ class RayProcesses:
     def run_stage(
         self, name: str, command: list[str], done: Path, logs: Path, threads: int
     ) -> None:
-        """Run one as :func:`~d2kd.compare.processes.run_stage` does, where there is room.
+        """Run one as :class:`~d2kd.compare.processes.LocalProcesses` does, where there is room.
 
         Raises:
             StageFailed: it failed, or its machine did; names the log.
@@ -150,14 +150,8 @@ class _Stage:
                     )
             os.chdir(folder)
             yield f"{name}: on {here}"
-            yield from stage_lines(
-                name,
-                ["-c", _WITH_PARENT, str(os.getpid()), *command],
-                done,
-                logs,
-                threads,
-                processes=self._processes,
-            )
+            command = ["-c", _WITH_PARENT, str(os.getpid()), *command]
+            yield from self._processes.stage_lines(name, command, done, logs, threads)
         finally:
             self._ended.set()
 

@@ -317,13 +317,12 @@ def notes(lines: list[dict]) -> str:
     )
 
 
-def write_markdown(output: Path, pictures: dict[str, str] | None = None) -> str:
+def write_markdown(lines: list[dict], output: Path, pictures: dict[str, str] | None = None) -> str:
     """Write report.md of the runs that finished; returns the tables.
 
     Args:
         pictures: title -> file in ``output``, to be shown after the tables.
     """
-    lines = read_lines(output / "results.jsonl")
     text = markdown(lines)
     title = plain_markdown(lines[0]["suite"] if lines else "") or "Comparison"
     page = f"# {title}\n\n{text}\n"
