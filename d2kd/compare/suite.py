@@ -24,7 +24,6 @@ that d2kd ships.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import re
@@ -35,6 +34,7 @@ from detectron2.config import CfgNode
 
 from ..config_files import foreign_teacher, read_yaml, resolve_config_file
 from ..config_paths import PATH_KEYS, absolute_path, find_file
+from ..engine.identity import file_sha256, flat_config
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..lazy_config import is_lazy
@@ -213,7 +213,7 @@ def check_suite(suite: Suite, where: str) -> None:
             raise ConfigError(f"{place} and '{slugs[arm.slug.lower()]}' would share a folder")
         if not arm.label.strip() or not arm.label.isprintable() or len(arm.slug) > MAX_LABEL:
             raise ConfigError(f"{place}: a label has 1 to {MAX_LABEL} printable characters")
-        if not _is_number(arm.times) or not 0 < arm.times < math.inf:
+        if type(arm.times) not in (int, float) or not 0 < arm.times < math.inf:
             raise ConfigError(f"{place}: times is {arm.times}; it must be a positive number")
         if not arm.same_time_as:
             continue
@@ -243,12 +243,8 @@ def _check_keys(where: str, node, valid: tuple = (), required: tuple = ()) -> No
             raise ConfigError(f"{where}: '{key}' is missing")
 
 
-def _is_number(value, kinds: tuple[type, ...] = (int, float)) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
 def _seeds(where: str, seeds) -> tuple[int, ...]:
-    good = isinstance(seeds, list) and all(_is_number(s, (int,)) and s >= 0 for s in seeds)
+    good = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
     if not seeds or not good:
         raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers from 0")
     return tuple(dict.fromkeys(seeds))
@@ -303,13 +299,12 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
 
     Two runs with equal settings are one run; keys of other heads than its own do not count.
     """
-    flat = _flat(cfg)
     kept = set()
     if uses_teacher(cfg):
         kept = {"HEADS", "INHERIT", "TEACHER", "STUDENT_META_ARCH", *head_nodes(cfg)}
     flat = {
-        key: value
-        for key, value in flat.items()
+        key: str(value)
+        for key, value in flat_config(cfg).items()
         if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
     }
     _set_file(flat, "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
@@ -319,7 +314,8 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
         if is_lazy(node.CONFIG_FILE) or foreign_teacher(node.CONFIG_FILE):
             return flat  # no YAML: its name and OPTS say what it is
         teacher = merged_config(node.CONFIG_FILE, list(node.OPTS))
-        flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
+        own = flat_config(teacher.MODEL, "MODEL.")
+        flat |= {f"teacher's {key}": str(value) for key, value in own.items()}
         if node.WEIGHTS:  # the file says what weights it has; the keys below, what it is
             del flat["DISTILL.TEACHER.CONFIG_FILE"], flat["teacher's MODEL.WEIGHTS"]
     return flat
@@ -332,16 +328,6 @@ def _set_file(flat: dict[str, str], key: str, path: str) -> None:
         del flat[key]
 
 
-def _flat(node: CfgNode, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value)
-    return flat
-
-
 def fingerprint(path: str) -> str:
     """The start of a file's SHA-256; "" where there is no such file."""
     path = (path or "").partition("?")[0]
@@ -352,7 +338,7 @@ def fingerprint(path: str) -> str:
 
 @functools.cache
 def _fingerprint(path: str, changed: int) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def first_difference(old: dict[str, str], new: dict[str, str]) -> str:
