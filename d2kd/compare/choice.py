@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Limits:
     threads: int = 1
     task: str = "bbox"
     any_teacher: bool = False
-    imports: tuple[str, ...] = ()
+    imports: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -157,24 +157,27 @@ class Choice:
         probe = [self.arm(BASELINE, PROBE_ITERATIONS, range(1, limits.jobs + 1))]
         lines = self.stage(PROBE, probe)
         for number in range(1, len(to_do)):
-            if self.is_behind(lines):
-                return self.no_teacher(lines)
+            if verdict := self.teacher_is_behind(lines):
+                return verdict
             name = f"rung {number}"
             iterations = self.length(name, to_do[number - 1 :], lines)
-            labels = [BASELINE, *left]
-            arms = [self.arm(label, iterations, [number]) for label in labels]
+            arms = [self.arm(label, iterations, [number]) for label in (BASELINE, *left)]
             lines = self.stage(name, arms)
             left = self.ranked(left)[: kept_of(len(left))]
-            self._drop_weights(name)
-        if self.is_behind(lines):
-            return self.no_teacher(lines)
+            for path in self.folder(name).glob("*/*.pth"):
+                path.unlink()  # the weights of a hundred runs would fill a disk
+        if verdict := self.teacher_is_behind(lines):
+            return verdict
         (winner,) = left
         iterations = self.length(CONFIRMATION, to_do[-1:], lines)
         seeds = range(len(to_do), len(to_do) + limits.seeds)
         arms = [self.arm(label, iterations, seeds) for label in (BASELINE, winner)]
         control = Arm(CONTROL, arms[0].config, tuple(seeds), arms[0].opts, same_time_as=winner)
         lines = self.stage(CONFIRMATION, [*arms, control])
-        return self.no_teacher(lines) if self.is_behind(lines) else self.judge(lines, winner)
+        return self.teacher_is_behind(lines) or self.judge(lines, winner)
+
+    def folder(self, stage: str) -> Path:
+        return self.output / stage.replace(" ", "_")
 
     def arm(self, label: str, iterations: int, seeds: Iterable[int]) -> Arm:
         """The baseline or a candidate, trained for so many iterations; schedules keep their
@@ -192,23 +195,21 @@ class Choice:
         Raises:
             ConfigError: they do not fit, and nothing but the pace was trained yet.
         """
-        stage = to_do[0]
-        if name not in self.state["stages"]:
-            pace, jobs = self.pace(lines), self.limits.jobs
-            self.save()
-            seconds = 60 * self.limits.minutes - self.state["seconds"]
-            longest = fitting_iterations(to_do, seconds, pace, jobs)
-            if longest < MIN_ITERATIONS and len(self.state["stages"]) == 1:
-                needed = self.state["seconds"] + seconds_of(to_do, MIN_ITERATIONS, pace, jobs)
-                raise ConfigError(
-                    f"--minutes {self.limits.minutes:g} are too few for {len(self.opts)} "
-                    f"candidates: about {math.ceil(needed / 60)} are needed at least; name fewer "
-                    "--heads or --weights"
-                )
-            most = self.pair.cfg().SOLVER.MAX_ITER
-            longest = min(max(longest, MIN_ITERATIONS), most)
-            return max(round(stage.share * longest), 1)
-        return self.state["stages"][name]["iterations"]
+        if name in self.state["stages"]:
+            return self.state["stages"][name]["iterations"]
+        pace, jobs = self.pace(lines), self.limits.jobs
+        self.save()
+        seconds = 60 * self.limits.minutes - self.state["seconds"]
+        longest = fitting_iterations(to_do, seconds, pace, jobs)
+        if longest < MIN_ITERATIONS and len(self.state["stages"]) == 1:
+            needed = self.state["seconds"] + seconds_of(to_do, MIN_ITERATIONS, pace, jobs)
+            raise ConfigError(
+                f"--minutes {self.limits.minutes:g} are too few for {len(self.opts)} candidates: "
+                f"about {math.ceil(needed / 60)} are needed at least; name fewer --heads or "
+                "--weights"
+            )
+        longest = min(max(longest, MIN_ITERATIONS), self.pair.cfg().SOLVER.MAX_ITER)
+        return max(round(to_do[0].share * longest), 1)
 
     def pace(self, lines: list[dict]) -> Pace:
         """What runs cost, by those of the last stage."""
@@ -232,7 +233,7 @@ class Choice:
         Raises:
             ConfigError: the baseline failed.
         """
-        folder, limits = self.output / name.replace(" ", "_"), self.limits
+        folder, limits = self.folder(name), self.limits
         suite = Suite(name, BASELINE, {arm.label: arm for arm in arms})
         check_suite(suite, "d2kd choose")
         comparison = Comparison(
@@ -242,7 +243,7 @@ class Choice:
             name,
             {
                 "arms": [arm.label for arm in arms],
-                "iterations": merged_config(arms[0].config, as_list(arms[0].opts)).SOLVER.MAX_ITER,
+                "iterations": arms[0].opts["SOLVER.MAX_ITER"],
                 "seeds": list(arms[0].seeds),
             },
         )
@@ -263,20 +264,16 @@ class Choice:
             waves = math.ceil(len(runs) / limits.jobs)
             trained = np.mean([line["train_seconds"] for line in lines])
             record["overhead"] = max(seconds / waves - float(trained), 0.0)
-        record["gains"], record["baseline"] = self.gains(lines), self.baseline_ap(lines)
+        arms_of = by_arm(lines)
+        base = arms_of.pop(BASELINE)
+        record["gains"] = {
+            label: paired_gains(runs, base, limits.task).tolist() for label, runs in arms_of.items()
+        }
+        record["baseline"] = self.baseline_ap(lines)
         if name != PROBE and record["baseline"] < MIN_AP:
             print(_TOO_EARLY.format(record["baseline"]), flush=True)
         self.save()
         return lines
-
-    def gains(self, lines: list[dict]) -> dict[str, list[float]]:
-        """Label -> gains over the baseline, seed by seed."""
-        arms = by_arm(lines)
-        base = arms.pop(BASELINE)
-        return {
-            label: paired_gains(runs, base, self.limits.task).tolist()
-            for label, runs in arms.items()
-        }
 
     def save(self) -> float:
         """Write ``choose.json``; the seconds since the last time."""
@@ -285,11 +282,6 @@ class Choice:
         self.state["seconds"] += seconds
         write_json(self.state, self.path)
         return seconds
-
-    def _drop_weights(self, name: str) -> None:
-        """Remove the weights of a rung: of a hundred runs, they would fill a disk."""
-        for path in (self.output / name.replace(" ", "_")).glob("*/*.pth"):
-            path.unlink()
 
     # --- judging ----------------------------------------------------------------------------------
 
@@ -302,26 +294,22 @@ class Choice:
     def ranked(self, labels: list[str]) -> list[str]:
         return sorted(labels, key=self.score, reverse=True)
 
-    def is_behind(self, lines: list[dict]) -> bool:
-        """Whether the teacher's AP is not above the baseline's: of weights that do not fit, classes
-        in another order, or one that was hardly trained, nothing can be learned."""
-        teacher = self.state["teacher"].get(self.limits.task)
-        if teacher is None or self.limits.any_teacher:
-            return False
-        return not teacher > self.baseline_ap(lines)
+    def teacher_is_behind(self, lines: list[dict]) -> Verdict | None:
+        """NO GAIN where the teacher's AP is not above the baseline's: of weights that do not fit,
+        classes in another order, or one that was hardly trained, nothing can be learned."""
+        teacher, alone = self.state["teacher"].get(self.limits.task), self.baseline_ap(lines)
+        if teacher is None or self.limits.any_teacher or teacher > alone:
+            return None
+        return Verdict(
+            False,
+            f"NO GAIN: the teacher has {teacher:.1f} AP, the baseline {alone:.1f} after a short "
+            "training: check the teacher's weights, classes and INPUT.FORMAT (--any-teacher goes "
+            "on with it)",
+        )
 
     def baseline_ap(self, lines: list[dict]) -> float:
         runs = by_arm(lines)[BASELINE].values()
         return float(np.mean([run["results"][self.limits.task]["AP"] for run in runs]))
-
-    def no_teacher(self, lines: list[dict]) -> Verdict:
-        teacher = self.state["teacher"][self.limits.task]
-        return Verdict(
-            False,
-            f"NO GAIN: the teacher has {teacher:.1f} AP, the baseline "
-            f"{self.baseline_ap(lines):.1f} after a short training: check the teacher's weights, "
-            "classes and INPUT.FORMAT (--any-teacher goes on with it)",
-        )
 
     def judge(self, lines: list[dict], winner: str) -> Verdict:
         """The verdict of the confirmation: against the baseline with the winner's time, or with
@@ -349,11 +337,7 @@ class Choice:
 
     def report(self, verdict: Verdict) -> None:
         """Write choose.md, winner.yaml, and the report of the confirmation."""
-        self.state["verdict"] = {
-            "text": verdict.text,
-            "beats": verdict.beats,
-            "winner": verdict.winner,
-        }
+        self.state["verdict"] = asdict(verdict)
         self.save()
         parts = [f"# d2kd choose\n\n**{plain_markdown(verdict.text)}**\n"]
         for task, ap in self.state["teacher"].items():
@@ -361,12 +345,10 @@ class Choice:
         if verdict.winner:
             text = winners_config(self.pair, self.opts[verdict.winner], verdict.text)
             write_text(text, self.output / "winner.yaml")
-            folder = self.output / CONFIRMATION
-            tables = write_report(folder)
             parts += [
                 f"The config to train with: [winner.yaml](winner.yaml). The confirmation, with "
                 f"pictures: [{CONFIRMATION}/report.html]({CONFIRMATION}/report.html).\n",
-                tables,
+                write_report(self.folder(CONFIRMATION)),
             ]
         table = self.table()
         if len(table.rows) > 1:

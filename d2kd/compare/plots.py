@@ -39,23 +39,19 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
     """
     arms, baseline = by_arm(lines), lines[0]["baseline"]
     base = arms.pop(baseline, {})
-    tasks = [
-        t for t in tasks_of(lines) if any(len(paired_gains(r, base, t)) for r in arms.values())
-    ]
-    if not tasks:
+    found = {t: [paired_gains(runs, base, t) for runs in arms.values()] for t in tasks_of(lines)}
+    found = {task: gains for task, gains in found.items() if any(map(len, gains))}
+    if not found:
         return False
-    height = 0.42 * len(arms) + 1
-    figure, axes = plt.subplots(
-        len(tasks), 1, figsize=(6.2, height * len(tasks)), squeeze=False, layout="constrained"
-    )
+    size = 6.2, (0.42 * len(arms) + 1) * len(found)
+    figure, axes = plt.subplots(len(found), figsize=size, squeeze=False, layout="constrained")
     colours = [CONTROL if is_control(next(iter(r.values()))) else METHOD for r in arms.values()]
     labels = list(arms)
     if times:
         alone = mean_of(base, "step_seconds")
         costs = [mean_of(runs, "step_seconds") / alone for runs in arms.values()]
         labels = [f"{label}  ({cost:.2f}x a step)" for label, cost in zip(arms, costs, strict=True)]
-    for axis, task in zip(axes[:, 0], tasks, strict=True):
-        gains = [paired_gains(runs, base, task) for runs in arms.values()]
+    for axis, (task, gains) in zip(axes[:, 0], found.items(), strict=True):
         means = [g.mean() if len(g) else 0.0 for g in gains]
         errors = [half_interval(g) for g in gains]  # NaN, so no bar, with one seed
         bars = axis.barh(labels, means, xerr=errors, color=colours, height=0.62, capsize=3)
