@@ -24,9 +24,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import inference_on_dataset
-from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments import CommandParser, positive
 from ..compare.pictures import pick_records
@@ -44,16 +43,8 @@ from ..engine.trainer import DistillTrainer, without_start
 from ..errors import ConfigError
 from ..files import shown, write_json
 from .detector import ExportedDetector
-from .graph import (
-    Interface,
-    check_onnx,
-    detect,
-    output_names,
-    traceable,
-    write_onnx,
-    write_torchscript,
-)
-from .latency import Latency, file_megabytes, latency_table, measure
+from .graph import Interface, check_onnx, detect, traceable, write_onnx, write_torchscript
+from .latency import Latency, latency_table, measure
 from .parity import Parity, compare, parity_table
 
 FORMATS = ("torchscript", "onnx")
@@ -99,7 +90,7 @@ class Export:
             tuple(blank.shape[1:]),
             tuple(padding),
             classes,
-            output_names(traceable(self.student, blank)),
+            tuple(traceable(self.student, blank).outputs_schema.keys),
         )
         self.canvases = [self.interface.canvas(picture.copy())[0] for picture in pictures]
         self.files: dict[str, tuple[str, str]] = {}  # name -> path, device
@@ -107,22 +98,15 @@ class Export:
     def write(self, formats: Sequence[str]) -> None:
         """Write the files; TorchScript for each device, as it runs only where it was made for."""
         os.makedirs(self.output, exist_ok=True)
-        for name, device in self._wanted(formats):
-            path = os.path.join(self.output, name)
+        names = {"cpu": "student.ts", "cuda": "student_cuda.ts"}
+        wanted = {names[d]: d for d in self.devices if "torchscript" in formats}
+        wanted |= {"student.onnx": "cpu"} if "onnx" in formats else {}
+        for name, device in wanted.items():
+            path, canvas = os.path.join(self.output, name), self.canvases[0].to(device)
             write = write_onnx if name.endswith(".onnx") else write_torchscript
-            write(self._adapter(device), self.canvases[0].to(device), self.interface, path)
+            write(traceable(self.student.to(device), canvas), canvas, self.interface, path)
             self.files[name] = path, device
             print(f"wrote {shown(path)}", flush=True)
-
-    def _wanted(self, formats: Sequence[str]) -> list[tuple[str, str]]:
-        """Name and device of each file."""
-        names = {"cpu": "student.ts", "cuda": "student_cuda.ts"}
-        found = [(names[d], d) for d in self.devices if "torchscript" in formats]
-        return found + [("student.onnx", "cpu")] * ("onnx" in formats)
-
-    def _adapter(self, device: str) -> TracingAdapter:
-        canvas = self.canvases[0].to(device)
-        return traceable(self.student.to(device), canvas)
 
     @torch.no_grad()
     def compare(self) -> dict[str, Parity]:
@@ -146,10 +130,12 @@ class Export:
             models: dict[str, tuple[Callable[[], object], float]] = {}
             for name, model in (("teacher", teacher), ("student", self.student)):
                 if model is not None:
-                    models[name] = eager(model.to(device), canvas), megabytes(model)
-            for name, path in self._files_for(device):
-                run = functools.partial(ExportedDetector(path, device).run, canvas)
-                models[name] = run, file_megabytes(path)
+                    call = functools.partial(detect, model.to(device), [{"image": canvas}])
+                    models[name] = call, megabytes(model)
+            for name, (path, home) in self.files.items():
+                if device == home or (name == "student.onnx" and onnx_has_cuda()):
+                    run = functools.partial(ExportedDetector(path, device).run, canvas)
+                    models[name] = run, os.path.getsize(path) / 1e6
             rows += measure(models, device, repeats)
         return rows
 
@@ -159,42 +145,24 @@ class Export:
         check_datasets(cfg, train=False)
         cfg.OUTPUT_DIR = self.output
         for name, (path, device) in self.files.items():
-            run = _OnFiles(ExportedDetector(path, device))
-            results = {}
+            run = functools.partial(_detect_in_files, ExportedDetector(path, device))
+            found[name] = {}
             for dataset in cfg.DATASETS.TEST:
                 loader = DistillTrainer.build_test_loader(cfg, dataset)
                 evaluator = DistillTrainer.build_evaluator(cfg, dataset)
-                results[dataset] = inference_on_dataset(run, loader, evaluator)
-            found[name] = results
-        return found
-
-    def _files_for(self, device: str) -> list[tuple[str, str]]:
-        """Name and path of the files that run on ``device``."""
-        found = [(n, path) for n, (path, d) in self.files.items() if d == device]
-        if device == "cuda" and "student.onnx" in self.files and onnx_has_cuda():
-            found.append(("student.onnx", self.files["student.onnx"][0]))
+                found[name][dataset] = inference_on_dataset(run, loader, evaluator)
         return found
 
 
-class _OnFiles:
-    """A detector on the image files that Detectron2's evaluation names."""
-
-    def __init__(self, detector: ExportedDetector):
-        self.detector = detector
-
-    def __call__(self, inputs: list[dict]) -> list[dict]:
-        return [self.detector(read_image(item["file_name"], "BGR")) for item in inputs]
+def _detect_in_files(detector: ExportedDetector, inputs: list[dict]) -> list[dict]:
+    """Detections in the image files that Detectron2's evaluation names."""
+    return [detector(read_image(item["file_name"], "BGR")) for item in inputs]
 
 
 def onnx_has_cuda() -> bool:
     import onnxruntime
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-
-
-def eager(model: nn.Module, canvas: Tensor) -> Callable[[], object]:
-    """A call of ``model`` with the one image, without what comes behind the graph."""
-    return lambda: detect(model, [{"image": canvas}])
 
 
 def megabytes(model: nn.Module) -> float:
@@ -266,27 +234,17 @@ def load_teacher(cfg: CfgNode) -> nn.Module | None:
 def build_parser() -> CommandParser:
     """The command's arguments."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", help="output folder of a training")
-    parser.add_argument("--config-file", metavar="FILE", help="without a folder: the config")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument(
-        "--size",
-        type=positive,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="of the input (default: the smallest that holds the images, as in evaluation)",
-    )
-    parser.add_argument(
-        "--images", nargs="+", default=[], metavar="FILE", help="default: 8 of DATASETS.TEST"
-    )
-    parser.add_argument("--output", default="", help="default: 'export' in the output folder")
-    parser.add_argument(
-        "--repeats", type=positive, default=30, help="calls that are timed (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="also the AP of each file on DATASETS.TEST"
-    )
-    parser.add_argument("--no-teacher", action="store_true", help="do not time the teacher")
+    add = parser.add_argument
+    add("folder", nargs="?", help="output folder of a training")
+    add("--config-file", metavar="FILE", help="without a folder: the config")
+    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    size = "of the input (default: the smallest that holds the images, as in evaluation)"
+    add("--size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
+    add("--images", nargs="+", default=[], metavar="FILE", help="default: 8 of DATASETS.TEST")
+    add("--output", default="", help="default: 'export' in the output folder")
+    add("--repeats", type=positive, default=30, help="calls that are timed (default: %(default)s)")
+    add("--evaluate", action="store_true", help="also the AP of each file on DATASETS.TEST")
+    add("--no-teacher", action="store_true", help="do not time the teacher")
     add_import_argument(parser)
     return parser
 

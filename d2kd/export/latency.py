@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,7 +57,3 @@ def latency_table(rows: list[Latency]) -> str:
     ]
     headers = ["model", "device", "MB", "median, ms", "95th percentile, ms"]
     return tabulate(cells, headers, tablefmt="pipe", disable_numparse=True)
-
-
-def file_megabytes(path: str) -> float:
-    return os.path.getsize(path) / 1e6
