@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import shlex
@@ -113,37 +114,20 @@ def parse_pair(text: str) -> tuple[int, int]:
 
 def settings(args: argparse.Namespace) -> list[dict]:
     """What is to be measured, a setting a row."""
-    base = {
-        "size": args.size,
-        "batch": args.batch,
-        "objects": args.objects,
-        "precision": args.precision,
-        "teacher_precision": args.teacher_precision,
-        "channels_last": args.channels_last,
-    }
+    names = (*report.GROWTH, "precision", "teacher_precision", "channels_last")
+    base = {name: getattr(args, name) for name in names}
     places = [base]
     if args.growth:
         grown = {"size": args.sizes, "batch": args.batches, "objects": args.object_counts}
-        places += [
-            {**base, name: value}
-            for name, values in grown.items()
-            for value in values
-            if value != base[name]
-        ]
-    return [
-        {
-            "arch": arch,
-            "student": student,
-            "teacher": teacher,
-            "heads": heads,
-            "opts": [*opts, *args.opts],
-            **place,
-        }
-        for place in places
-        for student, teacher in map(parse_pair, args.pairs)
-        for arch in args.archs
-        for heads, opts in map(parse_variant, args.heads or default_heads(arch, args.profile))
-    ]
+        for name, values in grown.items():
+            places += [{**base, name: value} for value in values if value != base[name]]
+    found = []
+    for place, pair, arch in itertools.product(places, map(parse_pair, args.pairs), args.archs):
+        detectors = {"arch": arch, "student": pair[0], "teacher": pair[1]}
+        for variant in args.heads or default_heads(arch, args.profile):
+            heads, opts = parse_variant(variant)
+            found.append({**detectors, "heads": heads, "opts": [*opts, *args.opts], **place})
+    return found
 
 
 def default_heads(arch: str, profile: bool) -> list[str]:
@@ -318,8 +302,8 @@ def open_results(args: argparse.Namespace) -> dict:
     return found
 
 
-def identity(row: dict) -> list:
-    return [row[name] for name in report.SETTING]
+def identity(row: dict) -> str:
+    return json.dumps([row[name] for name in report.SETTING])
 
 
 def tables(data: dict) -> str:
@@ -358,11 +342,7 @@ def build_parser() -> CommandParser:
     add("--minutes", type=float, help="start no row after so many; call again for the rest")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
-    add(
-        "--json",
-        type=file_to_write(),
-        help="add the rows to this file; a plot goes into its folder",
-    )
+    add("--json", type=file_to_write(), help="add the rows to this file, a plot to its folder")
     return parser
 
 
@@ -386,11 +366,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _measure_rows(data: dict, wanted: list[dict], args: argparse.Namespace) -> None:
     """Add what ``data`` lacks of the ``wanted`` settings, and write the file after each row."""
-    done = {json.dumps(identity(row)): row for row in data["rows"]}
+    done = {identity(row): row for row in data["rows"]}
     start, too_large = time.monotonic(), set[str]()
-    for number, setting in enumerate(wanted):
-        old = done.get(json.dumps(identity(setting)))
-        kind = json.dumps(identity({**setting, "batch": 0, "size": 0}))
+    for number, setting in enumerate(wanted, start=1):
+        old = done.get(identity(setting))
+        kind = identity({**setting, "batch": 0, "size": 0})
         if old is not None and not (args.profile and not old["profile"]):
             state = "done before"
         elif kind in too_large:
@@ -412,5 +392,5 @@ def _measure_rows(data: dict, wanted: list[dict], args: argparse.Namespace) -> N
             if args.device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
-        names = (report.pair_name(setting), report.label(setting))
-        print(f"[{number + 1}/{len(wanted)}] {', '.join(names)}: {state}", file=sys.stderr)
+        name = f"{report.pair_name(setting)}, {report.label(setting)}"
+        print(f"[{number}/{len(wanted)}] {name}: {state}", file=sys.stderr)

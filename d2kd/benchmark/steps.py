@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
@@ -189,12 +190,9 @@ class TeacherPart:
                 self.pooled.append((args, kwargs))
             return pool(bundle, *args, **kwargs)
 
-        FeatureBundle.pool = recorded
-        try:
+        with mock.patch.object(FeatureBundle, "pool", recorded):
             for head in self.distiller.distill_heads.values():
                 head(self.student, teacher, self.batch)
-        finally:
-            FeatureBundle.pool = pool
         self.paths = list(teacher.computed())
         teacher.release()
 
