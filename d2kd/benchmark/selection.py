@@ -56,20 +56,14 @@ def naive_pursuit(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of the case that is measured."""
-    parser.add_argument("--classes", type=positive, default=80)
-    parser.add_argument("--instances", type=positive, default=3000, help="objects per class")
-    parser.add_argument("--channels", type=positive, default=256)
-    parser.add_argument("--levels", type=positive, default=5)
-    parser.add_argument(
-        "--prototypes", type=positive, default=10, help="prototypes per class and level"
-    )
-    parser.add_argument(
-        "--naive-instances",
-        type=natural,
-        default=300,
-        help="size of the naive form's case; 0: none",
-    )
-    parser.add_argument("--json", type=file_to_write(), help="write the figures to this file")
+    add = parser.add_argument
+    add("--classes", type=positive, default=80)
+    add("--instances", type=positive, default=3000, help="objects per class")
+    add("--channels", type=positive, default=256)
+    add("--levels", type=positive, default=5)
+    add("--prototypes", type=positive, default=10, help="prototypes per class and level")
+    add("--naive-instances", type=natural, default=300, help="of the naive form's case; 0: none")
+    add("--json", type=file_to_write(), help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> None:
