@@ -200,11 +200,7 @@ def build_models(
 
 
 def check_finite(parts: dict) -> None:
-    """Refuse to time steps whose losses are not numbers.
-
-    Raises:
-        ConfigError: they are not, which settled weights should never do.
-    """
+    """Refuse to time steps whose losses are not numbers."""
     for name in ("student", "full"):
         if not torch.isfinite(parts[name].last_loss):
             raise ConfigError(f"the {name} step's loss is not finite: other sizes or a precision")
@@ -282,11 +278,7 @@ def profile_parts(parts: dict, args: argparse.Namespace) -> dict:
 
 
 def open_results(args: argparse.Namespace) -> dict:
-    """The file's content, or that of a new file.
-
-    Raises:
-        ConfigError: it is no such file, or of another machine, PyTorch or number of threads.
-    """
+    """The file's content, or that of a new file."""
     base = {name: getattr(args, name) for name in (*report.GROWTH, "precision")}
     data = {"environment": machine(args.device), "base": base, "rows": []}
     if args.json is None or not args.json.exists():

@@ -119,11 +119,7 @@ def evaluate(truth: COCO, detections: list[dict], task: str, evaluator: Callable
 
 
 def measure(task: str, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of both for ``task``.
-
-    Raises:
-        SystemExit: their numbers differ.
-    """
+    """Seconds of both for ``task``."""
     truth = random_truth(args.images, args.objects, args.classes, task == "segm")
     detections = random_detections(truth, args.detections)
     seconds, metrics = {}, {}

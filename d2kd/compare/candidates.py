@@ -39,11 +39,7 @@ class Pair:
 
     @classmethod
     def of(cls, config: str, opts: dict[str, Any]) -> Pair:
-        """The pair of a config, be it a Distiller's or a plain student's.
-
-        Raises:
-            ConfigError: it has no teacher, or is wrong in another way.
-        """
+        """The pair of a config, be it a Distiller's or a plain student's."""
         arch = merged_config(config, as_list(opts)).MODEL.META_ARCHITECTURE
         if arch != "Distiller":
             own = {"MODEL.META_ARCHITECTURE": "Distiller", "DISTILL.STUDENT_META_ARCH": arch}
@@ -59,11 +55,7 @@ class Pair:
         return pair
 
     def check_task(self, task: str) -> None:
-        """Check that the student is evaluated on a task.
-
-        Raises:
-            ConfigError: it has no masks.
-        """
+        """Check that the student is evaluated on a task."""
         if task == "segm" and not self.cfg().MODEL.MASK_ON:
             raise ConfigError("--task segm: the student has no masks (MODEL.MASK_ON is False)")
 
@@ -80,9 +72,6 @@ def named_heads(names: Sequence[str] | None) -> list[str]:
 
     Args:
         names: heads, or several heads that act together, as in "DSIG+SSIM".
-
-    Raises:
-        ConfigError: there is no such head.
     """
     known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
     for name in names or []:

@@ -228,11 +228,7 @@ class Choice:
         return pace._replace(ratio=float(np.mean(distilled)) / each(next(iter(alone.values()))))
 
     def stage(self, name: str, arms: list[Arm]) -> list[dict]:
-        """Train arms, from where it was left; the lines of what finished.
-
-        Raises:
-            ConfigError: the baseline failed.
-        """
+        """Train arms, from where it was left; the lines of what finished."""
         folder, limits = self.folder(name), self.limits
         suite = Suite(name, BASELINE, {arm.label: arm for arm in arms})
         check_suite(suite, "d2kd choose")

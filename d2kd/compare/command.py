@@ -56,11 +56,7 @@ def build_parser() -> CommandParser:
 
 
 def suite_of(args: Namespace) -> Suite:
-    """The suite that the command line asks for.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """The suite that the command line asks for."""
     opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
     if args.suite is not None:
         path = Path(resolve_config_file(args.suite, "--suite"))

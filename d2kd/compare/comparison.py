@@ -115,11 +115,7 @@ class Comparison:
     # --- checks before anything runs -----------------------------------------------------------
 
     def check(self, runs: list[tuple[Arm, int]]) -> None:
-        """Check the config of each arm that is not finished, and that no run waits in vain.
-
-        Raises:
-            ConfigError: in one line.
-        """
+        """Check the config of each arm that is not finished, and that no run waits in vain."""
         todo = [(arm, seed) for arm, seed in runs if self.results(arm, seed) is None]
         for arm, seed in todo:
             for other in self.needs(arm):
@@ -139,11 +135,7 @@ class Comparison:
         release()  # the datasets that the check read; the runs are processes of their own
 
     def check_config(self, arm: Arm, opts: dict) -> None:
-        """Check what a training would, and that the weights are there or will be.
-
-        Raises:
-            ConfigError: in one line.
-        """
+        """Check what a training would, and that the weights are there or will be."""
         made = [weights_of(prepared) for prepared in self.suite.prepared]
         if opts.get("MODEL.WEIGHTS") in made:
             opts["MODEL.WEIGHTS"] = ""
@@ -165,11 +157,7 @@ class Comparison:
                 self.check_settings(*run, settings_of(self.config(*run)[0]))
 
     def check_settings(self, arm: Arm, seed: int, settings: dict[str, str]) -> None:
-        """Check that a run's folder is new or of these settings.
-
-        Raises:
-            ConfigError: it is of others; names the first key.
-        """
+        """Check that a run's folder is new or of these settings."""
         folder = self.folder(arm, seed)
         path = folder / "settings.json"
         if not folder.exists() or not any(folder.iterdir()):
@@ -304,11 +292,7 @@ class Comparison:
 
 
 def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
-    """Check that what was trained in ``folder`` had these settings.
-
-    Raises:
-        ConfigError: it had others; names the first key.
-    """
+    """Check that what was trained in ``folder`` had these settings."""
     made_with = read_json(folder / "settings.json", ["settings"])["settings"]
     difference = first_difference(made_with, settings)
     if difference:

@@ -241,9 +241,6 @@ def stopping_by_sigterm(message: str):
     """Let SIGTERM end what follows as Ctrl-C does, and say ``message`` of both.
 
     (Raising SIGINT would not: in the background it is ignored.)
-
-    Raises:
-        KeyboardInterrupt: with the message.
     """
 
     def stop(*_) -> None:

@@ -162,11 +162,7 @@ class _Stage:
 
 
 def _connected(address: str) -> Any:
-    """The module ``ray``, connected to a cluster.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """The module ``ray``, connected to a cluster."""
     try:
         import ray
     except ImportError:

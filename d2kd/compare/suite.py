@@ -144,11 +144,7 @@ def _prepared(path: Path, label: str, entry: dict) -> Arm:
 
 def _find_config(where: str, name: str, folder: Path) -> str:
     """A config's name if it is found from the working directory, else its path from the suite's
-    folder.
-
-    Raises:
-        ConfigError: there is none; names the folders it was looked for in.
-    """
+    folder."""
     if not isinstance(name, str):
         raise ConfigError(f"{where}: config is {name!r}; it must be the name of a YAML file")
     in_folder = None if find_file(name) else find_file(name, [folder])
@@ -157,11 +153,7 @@ def _find_config(where: str, name: str, folder: Path) -> str:
 
 
 def _opts(where: str, entry: dict, folder: Path) -> dict:
-    """The overrides of an entry, in which the paths of files in the suite's folder are absolute.
-
-    Raises:
-        ConfigError: they are no mapping, or a key has no value.
-    """
+    """The overrides of an entry, in which the paths of files in the suite's folder are absolute."""
     opts = {} if entry.get("opts") is None else entry["opts"]
     _check_keys(f"{where}: opts", opts)
     for key, value in opts.items():
@@ -198,11 +190,7 @@ def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
 
 
 def check_suite(suite: Suite, where: str) -> None:
-    """Check what the arms say of each other.
-
-    Raises:
-        ConfigError: an unknown or unusable arm.
-    """
+    """Check what the arms say of each other."""
     known = ", ".join(f"'{label}'" for label in suite.arms)
     if suite.baseline not in suite.arms:
         raise ConfigError(f"{where}: baseline '{suite.baseline}' is no arm; valid: {known}")

@@ -172,11 +172,7 @@ def megabytes(model: nn.Module) -> float:
 
 
 def load_student(cfg: CfgNode, weights: str) -> nn.Module:
-    """The student of ``cfg`` with ``weights``, on the CPU, in evaluation.
-
-    Raises:
-        ConfigError: the weights are not there, or not for all of the model.
-    """
+    """The student of ``cfg`` with ``weights``, on the CPU, in evaluation."""
     if "://" not in weights and not os.path.isfile(weights):
         raise ConfigError(f"no file '{weights}': name the student's weights as MODEL.WEIGHTS")
     model = build_model(without_start(student_config(cfg))).eval()
@@ -187,11 +183,7 @@ def load_student(cfg: CfgNode, weights: str) -> nn.Module:
 
 
 def images_and_classes(cfg: CfgNode, images: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Files to compare on, and the names of the classes.
-
-    Raises:
-        ConfigError: there is no such file, or no dataset to take images from.
-    """
+    """Files to compare on, and the names of the classes."""
     for name in images:
         if not os.path.isfile(name):
             raise ConfigError(f"--images: no file '{name}'")
@@ -250,11 +242,7 @@ def build_parser() -> CommandParser:
 
 
 def read_config(args: argparse.Namespace) -> tuple[CfgNode, str]:
-    """The config that the arguments name, and the student's weights.
-
-    Raises:
-        ConfigError: neither or both of folder and config are given, or there is no training.
-    """
+    """The config that the arguments name, and the student's weights."""
     if bool(args.folder) == bool(args.config_file):
         raise ConfigError("name the output folder of a training, or a --config-file")
     if not args.folder:
