@@ -66,12 +66,12 @@ from .steps import (
     count_flops,
     detector_config,
     distiller_config,
+    interleaved,
     operator_seconds,
     phases,
     plain_copy,
     random_batch,
     settle,
-    timed,
     whole_inference,
     working_memory,
 )
@@ -248,15 +248,6 @@ def summary(seconds: dict[str, list[float]], images: int) -> dict:
         "teacher_share_of_inference": median["teacher"] / median["inference"],
         "images_per_second": images / median["full"],
     }
-
-
-def interleaved(parts: dict, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats):
-        for name, part in parts.items():
-            seconds[name].append(timed(part, device))
-    return seconds
 
 
 def profile_parts(parts: dict, args: argparse.Namespace) -> dict:

@@ -299,6 +299,15 @@ def timed(function: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
+def interleaved(parts: dict, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            seconds[name].append(timed(part, device))
+    return seconds
+
+
 def phases(step: TrainingStep, device: str) -> dict[str, float]:
     """Seconds of the forward pass, the backward pass and the update of one step."""
     return {name: timed(getattr(step, name), device) for name in ("forward", "backward", "update")}

@@ -121,13 +121,14 @@ class Choice:
                 "give another --output"
             )
         if difference or not self.state:
-            served = examine(pair, heads, output)
+            refused, teacher = examine(pair, heads, output)
+            served = [head for head in heads if head not in refused]
             self.state = {
                 "settings": settings,
                 "seconds": 0.0,
-                "candidates": list(candidates(pair.cfg(), served.heads, weights)),
-                "refused": served.refused,
-                "teacher": {t: _ap(m) for t, m in served.teacher.items() if t in TASKS},
+                "candidates": list(candidates(pair.cfg(), served, weights)),
+                "refused": refused,
+                "teacher": {t: _ap(m) for t, m in teacher.items() if t in TASKS},
                 "stages": {},
             }
         self.opts = {label: known[label] for label in self.state["candidates"]}
@@ -258,12 +259,12 @@ class Choice:
         seconds = self.save()
         if is_new:
             waves = math.ceil(len(runs) / limits.jobs)
-            trained = np.mean([line["train_seconds"] for line in lines])
-            record["overhead"] = max(seconds / waves - float(trained), 0.0)
-        arms_of = by_arm(lines)
-        base = arms_of.pop(BASELINE)
+            training = np.mean([line["train_seconds"] for line in lines])
+            record["overhead"] = max(seconds / waves - float(training), 0.0)
+        trained = by_arm(lines)
+        base = trained.pop(BASELINE)
         record["gains"] = {
-            label: paired_gains(runs, base, limits.task).tolist() for label, runs in arms_of.items()
+            label: paired_gains(runs, base, limits.task).tolist() for label, runs in trained.items()
         }
         record["baseline"] = self.baseline_ap(lines)
         if name != PROBE and record["baseline"] < MIN_AP:
@@ -349,7 +350,7 @@ class Choice:
         table = self.table()
         if len(table.rows) > 1:
             parts.append(f"## {table.title}\n\n{table.markdown()}\n\n{_NOTES}\n")
-            lowest = min(s.get("baseline", MIN_AP) for s in self.rungs().values())
+            lowest = min(rung["baseline"] for rung in self.rungs().values())
             if lowest < MIN_AP:
                 parts.append(_TOO_EARLY.format(lowest) + "\n")
         if self.state["refused"]:
@@ -362,10 +363,13 @@ class Choice:
         rungs = self.rungs()
         depth = {c: sum(c in rung["arms"] for rung in rungs.values()) for c in self.opts}
         labels = sorted(self.ranked(list(self.opts)) if rungs else [], key=depth.get, reverse=True)
-        bases = [rung.get("baseline") for rung in rungs.values()]
-        rows = [["(baseline: AP)", *("" if ap is None else f"{ap:.1f}" for ap in bases), ""]]
+        rows = [["(baseline: AP)", *(f"{rung['baseline']:.1f}" for rung in rungs.values()), ""]]
         for label in labels:
-            cells = [self._cell(rung, label) for rung in rungs.values()]
+            cells = ["" for _ in rungs]
+            for place, rung in enumerate(rungs.values()):
+                if label in rung["arms"]:
+                    gains = rung["gains"].get(label)
+                    cells[place] = f"{np.mean(gains):+.1f}" if gains else "failed"
             rows.append([label, *cells, f"{self.score(label):+.1f}"])
         headers = [f"{name}: {rung['iterations']} iterations" for name, rung in rungs.items()]
         return Table(f"The {len(labels)} candidates", ["gain in AP", *headers, "mean"], rows)
@@ -374,13 +378,6 @@ class Choice:
         """The rungs that are finished, by name."""
         stages = self.state["stages"].items()
         return {name: s for name, s in stages if name.startswith("rung ") and "gains" in s}
-
-    @staticmethod
-    def _cell(rung: dict[str, Any], label: str) -> str:
-        if label not in rung["arms"]:
-            return ""
-        gains = rung["gains"].get(label)
-        return f"{np.mean(gains):+.1f}" if gains else "failed"
 
 
 def _ap(metrics: dict[str, float | None]) -> float:

@@ -80,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.teacher_weights is not None:
         opts["DISTILL.TEACHER.WEIGHTS"] = args.teacher_weights
     heads = named_heads(args.heads)
-    pair = Pair.of(args.config_file, opts)
-    pair.check_task(args.task)
+    pair = Pair.of(args.config_file, opts, args.task)
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     output = args.output or Path("output/choose") / Path(args.config_file).stem
     with stopping_by_sigterm(f"stopped; the same command goes on, finished runs are in {output}"):

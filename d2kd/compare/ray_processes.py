@@ -73,9 +73,11 @@ class RayProcesses:
         Raises:
             StageFailed: it failed, or its machine did; names the log.
         """
+        if not self._uses_gpus:  # what is prepared before the runs asks for the threads of all
+            threads = min(threads, self._most_threads)
         errors, actor = self._ray.exceptions, self._start(threads)
         try:
-            stage = (name, command, done, logs, self._threads(threads))
+            stage = (name, command, done, logs, threads)
             for line in actor.run.options(num_returns="streaming").remote(os.getcwd(), stage):
                 print(self._ray.get(line), flush=True)
                 self._running[actor] = True
@@ -91,17 +93,10 @@ class RayProcesses:
         if not _is_seen(done, _SEEN_WITHIN):
             raise StageFailed(f"{name} failed ({done} of another machine is not visible here)")
 
-    def _threads(self, wanted: int) -> int:
-        # What is prepared before the runs asks for the threads of all of them together.
-        return wanted if self._uses_gpus else min(wanted, self._most_threads)
-
     def _start(self, threads: int) -> Any:
         own = {key: os.environ[key] for key in _FORWARDED if key in os.environ}
         options = {"max_concurrency": 2, "runtime_env": {"env_vars": own}}
-        if self._uses_gpus:
-            options |= {"num_gpus": 1, "num_cpus": 0}
-        else:
-            options |= {"num_cpus": self._threads(threads)}
+        options |= {"num_gpus": 1, "num_cpus": 0} if self._uses_gpus else {"num_cpus": threads}
         with self._lock:
             if self._stopped:
                 raise StageFailed("stopped")

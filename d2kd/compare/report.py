@@ -7,6 +7,7 @@ import base64
 import html
 from pathlib import Path
 
+from ..engine.checkpoint import STUDENT_FILE
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..files import write_text
@@ -72,8 +73,8 @@ def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
             print(f"no picture of '{label}': {error}")
             continue
         folder = Path(cfg.OUTPUT_DIR) if run["role"] == "teacher" else output / run["folder"]
-        if (folder / "student_final.pth").is_file():
-            found[label] = (cfg, folder / "student_final.pth")
+        if (folder / STUDENT_FILE).is_file():
+            found[label] = (cfg, folder / STUDENT_FILE)
     if not found:
         return False
     dataset = next(iter(found.values()))[0].DATASETS.TEST[0]

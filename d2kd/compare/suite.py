@@ -34,9 +34,11 @@ from detectron2.config import CfgNode
 
 from ..config_files import foreign_teacher, read_yaml, resolve_config_file
 from ..config_paths import PATH_KEYS, absolute_path, find_file
+from ..engine.checkpoint import STUDENT_FILE
 from ..engine.identity import file_sha256, flat_config
 from ..engine.setup import merged_config
 from ..errors import ConfigError
+from ..files import shown
 from ..lazy_config import is_lazy
 from ..registry import node_name
 
@@ -172,9 +174,8 @@ def _opts(where: str, entry: dict, folder: Path) -> dict:
 def weights_of(prepared: Arm) -> str:
     """Where the weights of a detector that is trained before the arms lie in the end, from the
     working directory if they lie below it: results say where they are, on any machine."""
-    folder = Path(merged_config(prepared.config, as_list(prepared.opts)).OUTPUT_DIR)
-    below = folder.is_relative_to(Path.cwd())
-    return str((folder.relative_to(Path.cwd()) if below else folder) / "student_final.pth")
+    cfg = merged_config(prepared.config, as_list(prepared.opts))
+    return shown(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
 
 
 def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
@@ -248,24 +249,19 @@ def as_list(opts: dict) -> list[str]:
 
 def stretched(cfg: CfgNode, max_iter: int) -> dict:
     """Overrides for a training of ``max_iter`` iterations: schedules keep their proportions."""
-    factor = max_iter / cfg.SOLVER.MAX_ITER
-    opts = {"SOLVER.MAX_ITER": max_iter}
-
-    def stretch(key: str, value) -> None:
+    values = {f"SOLVER.{key}": cfg.SOLVER[key] for key in ("STEPS", "WARMUP_ITERS")}
+    for name, node in head_nodes(cfg).items():
+        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
+            values[f"DISTILL.{name}.SCHEDULE.{key}"] = node.SCHEDULE[key]
+    factor, opts = max_iter / cfg.SOLVER.MAX_ITER, {"SOLVER.MAX_ITER": max_iter}
+    for key, value in values.items():
         if isinstance(value, int) and value > 0:
             opts[key] = round(factor * value)
         elif isinstance(value, (tuple, list)) and value:
             opts[key] = type(value)(dict.fromkeys(round(factor * step) for step in value))
-
-    stretch("SOLVER.STEPS", cfg.SOLVER.STEPS)
-    # Those of a short training may come at its end, which Detectron2 refuses.
-    steps = opts.get("SOLVER.STEPS", ())
-    if any(step >= max_iter for step in steps):
+    if "SOLVER.STEPS" in opts:  # Detectron2 refuses those at the end, as short trainings may have
+        steps = opts["SOLVER.STEPS"]
         opts["SOLVER.STEPS"] = type(steps)(step for step in steps if step < max_iter)
-    stretch("SOLVER.WARMUP_ITERS", cfg.SOLVER.WARMUP_ITERS)
-    for name, node in head_nodes(cfg).items():
-        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
-            stretch(f"DISTILL.{name}.SCHEDULE.{key}", node.SCHEDULE[key])
     return opts
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tabulate import tabulate
 
-from ..benchmark.command import interleaved
+from ..benchmark.steps import interleaved
 
 WARM_UP = 3
 
