@@ -291,15 +291,10 @@ def identity(row: dict) -> str:
 
 def tables(data: dict) -> str:
     """All tables that the rows have something for."""
-    rows, parts = data["rows"], [report.main_table(data)]
-    changed = [report.differences(row, data["base"]) for row in rows]
-    if any(len(names) == 1 and names[0] in report.GROWTH for names in changed):
-        parts.append(report.growth_table(data))
-    if any(row["teacher_precision"] or row["channels_last"] for row in rows):
-        parts.append(report.teacher_table(data))
-    if any(row["profile"] for row in report.main_rows(data)):
-        parts.append(report.profile_table(data))
-    return "\n\n".join(parts)
+    others = (report.growth_table, report.teacher_table, report.profile_table)
+    found = [report.main_table(data), *(table(data) for table in others)]
+    measured = [text for text in found if text != report.NOT_MEASURED]
+    return "\n\n".join(measured) or report.NOT_MEASURED
 
 
 def build_parser() -> CommandParser:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
@@ -183,16 +182,15 @@ class TeacherPart:
             self.distiller.student(self.batch.inputs)
         self.student = self.taps.bundle(self.batch)
         teacher = self.bundle()
-        pool = FeatureBundle.pool
+        pool = teacher.pool
 
-        def recorded(bundle, *args, **kwargs):
-            if bundle is teacher:
-                self.pooled.append((args, kwargs))
-            return pool(bundle, *args, **kwargs)
+        def recorded(*args, **kwargs):
+            self.pooled.append((args, kwargs))
+            return pool(*args, **kwargs)
 
-        with mock.patch.object(FeatureBundle, "pool", recorded):
-            for head in self.distiller.distill_heads.values():
-                head(self.student, teacher, self.batch)
+        teacher.pool = recorded
+        for head in self.distiller.distill_heads.values():
+            head(self.student, teacher, self.batch)
         self.paths = list(teacher.computed())
         teacher.release()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -257,13 +259,10 @@ def plot(data: dict, path: str) -> None:
 def _draw_bars(axis, arch: str, rows: list[dict]) -> None:
     places = range(len(rows))
     axis.barh(places, [row["overhead"] - 1 for row in rows], left=1, color="#4c72b0", height=0.6)
-    for name, value, style in (
-        ("limit", bound, {"marker": "|", "s": 150, "c": "#c44e52"}),
-        ("FLOP ratio", flop_bound, {"marker": "D", "s": 20, "c": "#222222"}),
-    ):
-        found = [(value(row), place) for place, row in zip(places, rows, strict=True) if value(row)]
-        if found:
-            axis.scatter(*zip(*found, strict=True), label=name, **style)
+    limits = [bound(row) or math.nan for row in rows]
+    axis.scatter(limits, places, marker="|", s=150, c="#c44e52", label="limit")
+    flops = list(map(flop_bound, rows))
+    axis.scatter(flops, places, marker="D", s=20, c="#222222", label="FLOP ratio")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(list(places), [label(row) for row in rows], fontsize=7)
     axis.invert_yaxis()
