@@ -133,15 +133,14 @@ def save_picture(
     records: list[dict],
     width: int = 320,
     columns: int = 4,
-    most_bytes: int = 300_000,
 ) -> None:
-    """Draw ground truth and each run's detections as a JPEG.
+    """Draw ground truth and each run's detections as a JPEG, which has no more than 300 kB if its
+    quality allows.
 
     Args:
         runs: title -> config and weights.
         records: images of ``DATASETS.TEST`` of the first run.
         width: of the widest image, in pixels.
-        most_bytes: the quality is lowered, within reason, until the file is no larger.
     """
     metadata = MetadataCatalog.get(next(iter(runs.values()))[0].DATASETS.TEST[0])
     names = list(metadata.thing_classes)
@@ -161,6 +160,6 @@ def save_picture(
     picture = sheet(panels, columns)
     for quality in (80, 70, 60, 50, 40, 30):
         data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-        if len(data) <= most_bytes:
+        if len(data) <= 300_000:
             break
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))

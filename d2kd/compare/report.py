@@ -62,8 +62,8 @@ def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
     Returns:
         Whether the weights of any run are still there.
     """
-    chosen = {label: next(iter(runs.values())) for label, runs in by_arm(lines).items()}
-    chosen = {label: run for label, run in chosen.items() if not is_control(run)}
+    arms = by_arm(lines).items()
+    chosen = {label: next(iter(runs.values())) for label, runs in arms if not is_control(runs)}
     chosen |= {line["role"]: line for line in prepared(lines) if line["role"] == "teacher"}
     found = {}
     for label, run in chosen.items():

@@ -731,8 +731,7 @@ def test_curves(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     curves = plots.read_metrics(path)
-    assert [x.tolist() for x in curves["loss"]] == [[19, 39], [3.0, 2.0]]
-    assert [x.tolist() for x in curves["AP"]] == [[40], [7.0]]
+    assert curves == {"loss": {19: 3.0, 39: 2.0}, "AP": {40: 7.0}}
     assert plots.smooth(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
 
 
