@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
@@ -161,13 +160,12 @@ def winners_config(pair: Pair, opts: dict[str, Any], comment: str) -> str:
     Args:
         comment: one line for its head.
     """
-    cfg, tree = pair.cfg(opts), {BASE_KEY: str(Path(resolve_config_file(pair.config)).resolve())}
+    base = str(Path(resolve_config_file(pair.config)).resolve())
+    cfg, tree = pair.cfg(opts), CfgNode({BASE_KEY: base})
     for key in {**pair.opts, **opts}:
         if key == "TEST.EVAL_PERIOD":  # is for choosing alone
             continue
-        *path, last = key.split(".")
-        node: dict[str, Any] = tree
-        for name in path:
-            node = node.setdefault(name, {})
+        path, _, last = key.rpartition(".")
+        node = node_at(tree, path, create=True) if path else tree
         node[last] = json.loads(json.dumps(node_at(cfg, key)))  # lists for tuples
-    return f"# {comment}\n{yaml.safe_dump(tree, sort_keys=False)}"
+    return f"# {comment}\n{tree.dump(sort_keys=False)}"

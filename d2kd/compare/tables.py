@@ -10,12 +10,10 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
+from ..engine.summary import METRICS
 from ..files import null_to_nan, parse_json, shown, write_text
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
-
-
 LINE_KEYS = ("suite", "baseline", "role", "arm", "config", "opts", "results")
 RUN_KEYS = ("seed", "times", "same_time_as", "threads", "folder", "iterations", "step_seconds")
 ALPHA, POWER = 0.05, 0.8  # chance of a false gain in a whole table; of finding a true one
