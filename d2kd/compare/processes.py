@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -208,10 +209,7 @@ def run_in_order(
     pool = ThreadPoolExecutor(jobs)
     try:
         while waiting or running:
-            while len(running) < jobs:
-                task = next((t for t in waiting if ready(t)), None)
-                if task is None:
-                    break
+            for task in list(islice(filter(ready, waiting), jobs - len(running))):
                 waiting.remove(task)
                 running[pool.submit(work, task)] = task
             if not running and not failures:

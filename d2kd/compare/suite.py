@@ -112,46 +112,39 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     _check_keys(str(path), data, SUITE_KEYS, required=("baseline", "seeds", "arms"))
     _check_keys(f"{path}: arms", data["arms"])
     common, opts = _opts(str(path), data, path.parent), opts or {}
-    prepared = [_prepared(path, label, data[label]) for label in PREPARED if label in data]
-    for arm in prepared:
-        if arm.label == "start":
-            common = {"MODEL.WEIGHTS": weights_of(arm), **common}
+    prepared = []
+    for label in PREPARED:
+        if label in data:
+            config, own = _entry(f"{path}: {label}", data[label], PREPARED_KEYS, path.parent)
+            prepared.append(Arm(label, config, (), own))
+            if label == "start":
+                common = {"MODEL.WEIGHTS": weights_of(prepared[-1]), **common}
     arms = {}
     for label, entry in data["arms"].items():
         where = f"{path}: arm '{label}'"
-        _check_keys(where, entry, ARM_KEYS, required=("config",))
-        own = _seeds(where, entry.get("seeds", data["seeds"]))
+        config, own = _entry(where, entry, ARM_KEYS, path.parent)
+        of_arm = _seeds(where, entry.get("seeds", data["seeds"]))
         if "seeds" not in entry:
-            own = tuple(dict.fromkeys((*own, *(seeds or ()))))
-        arms[str(label)] = Arm(
-            str(label),
-            _find_config(where, entry["config"], path.parent),
-            own,
-            {**common, **_opts(where, entry, path.parent), **opts},
-            entry.get("times", 1.0),
-            str(entry.get("same_time_as", "")),
-        )
+            of_arm = tuple(dict.fromkeys((*of_arm, *(seeds or ()))))
+        control = entry.get("times", 1.0), str(entry.get("same_time_as", ""))
+        arms[str(label)] = Arm(str(label), config, of_arm, {**common, **own, **opts}, *control)
     title = str(data.get("title", path.stem))
     suite = Suite(title, str(data["baseline"]), arms, tuple(prepared))
     check_suite(suite, str(path))
     return suite
 
 
-def _prepared(path: Path, label: str, entry: dict) -> Arm:
-    where = f"{path}: {label}"
-    _check_keys(where, entry, PREPARED_KEYS, required=("config",))
-    config = _find_config(where, entry["config"], path.parent)
-    return Arm(label, config, (), _opts(where, entry, path.parent))
-
-
-def _find_config(where: str, name: str, folder: Path) -> str:
-    """A config's name if it is found from the working directory, else its path from the suite's
-    folder."""
+def _entry(where: str, entry: dict, valid: tuple, folder: Path) -> tuple[str, dict]:
+    """The config and the overrides of an entry: the config's name if it is found from the working
+    directory, else its path in the suite's folder."""
+    _check_keys(where, entry, valid, required=("config",))
+    name = entry["config"]
     if not isinstance(name, str):
         raise ConfigError(f"{where}: config is {name!r}; it must be the name of a YAML file")
     in_folder = None if find_file(name) else find_file(name, [folder])
     resolve_config_file(name, f"{where}: config", [folder])
-    return os.path.abspath(in_folder) if in_folder else name
+    config = os.path.abspath(in_folder) if in_folder else name
+    return config, _opts(where, entry, folder)
 
 
 def _opts(where: str, entry: dict, folder: Path) -> dict:
