@@ -58,8 +58,8 @@ class Export:
     """A student, the images to compare on, and the files that it becomes.
 
     Args:
-        cfg: of the student, or of the training that it comes from.
-        weights: its checkpoint.
+        cfg: of the student, or of the training that it comes from; ``MODEL.WEIGHTS`` is the
+            student's checkpoint.
         images: files; () takes images of ``DATASETS.TEST``.
         size: (H, W) of the canvas; None: the smallest that holds all the images at the size of
             ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
@@ -69,7 +69,6 @@ class Export:
     def __init__(
         self,
         cfg: CfgNode,
-        weights: str,
         *,
         images: Sequence[str] = (),
         size: tuple[int, int] | None = None,
@@ -82,7 +81,7 @@ class Export:
         check_output_dir(self.output)
         files, classes = images_and_classes(cfg, images)
         pictures = [read_image(name, cfg.INPUT.FORMAT) for name in files]
-        self.student = load_student(cfg, weights)
+        self.student = load_student(cfg)
         blank = torch.zeros(3, *(size or canvas_size(cfg, pictures)))
         padding = self.student.pixel_mean.flatten().tolist()
         self.interface = Interface(
@@ -171,8 +170,9 @@ def megabytes(model: nn.Module) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
-def load_student(cfg: CfgNode, weights: str) -> nn.Module:
-    """The student of ``cfg`` with ``weights``, on the CPU, in evaluation."""
+def load_student(cfg: CfgNode) -> nn.Module:
+    """The student of ``cfg`` with its weights, on the CPU, in evaluation."""
+    weights = cfg.MODEL.WEIGHTS
     if "://" not in weights and not os.path.isfile(weights):
         raise ConfigError(f"no file '{weights}': name the student's weights as MODEL.WEIGHTS")
     model = build_model(without_start(student_config(cfg))).eval()
@@ -241,19 +241,18 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def read_config(args: argparse.Namespace) -> tuple[CfgNode, str]:
-    """The config that the arguments name, and the student's weights."""
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config that the arguments name, with the student's weights."""
     if bool(args.folder) == bool(args.config_file):
         raise ConfigError("name the output folder of a training, or a --config-file")
     if not args.folder:
-        cfg = merged_config(args.config_file, args.opts)
-        return cfg, cfg.MODEL.WEIGHTS
+        return merged_config(args.config_file, args.opts)
     path = os.path.join(args.folder, CONFIG_FILE)
     if not os.path.isfile(path):
         raise ConfigError(f"'{args.folder}' is no output folder of a training: no {CONFIG_FILE}")
-    cfg = merged_config(path, ["OUTPUT_DIR", args.folder, *args.opts])
-    own = "MODEL.WEIGHTS" in args.opts
-    return cfg, cfg.MODEL.WEIGHTS if own else os.path.join(args.folder, STUDENT_FILE)
+    weights = os.path.join(args.folder, STUDENT_FILE)
+    own = ["OUTPUT_DIR", args.folder, "MODEL.WEIGHTS", weights]
+    return merged_config(path, [*own, *args.opts])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -268,9 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_onnx()
     for name in args.imports:
         import_user_module(name)
-    cfg, weights = read_config(args)
+    cfg = read_config(args)
     size = tuple(args.size) if args.size else None
-    export = Export(cfg, weights, images=args.images, size=size, output=args.output)
+    export = Export(cfg, images=args.images, size=size, output=args.output)
     export.write(args.formats)
     parity = export.compare()
     print(f"\n{parity_table(parity)}\n")
@@ -283,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{torch.get_num_threads()} CPU thread(s), {args.repeats} calls in turn."
     )
     report = {
-        "weights": weights,
+        "weights": shown(cfg.MODEL.WEIGHTS),
         "interface": asdict(export.interface),
         "parity": {name: {**asdict(p), "holds": p.holds} for name, p in parity.items()},
         "latency": [asdict(row) for row in rows],
