@@ -46,12 +46,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..arguments import CommandParser, file_to_write, natural, positive
-from ..detectors.teacher import Teacher
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
 from ..meta_arch import Distiller
@@ -63,15 +61,12 @@ from .steps import (
     PRECISIONS,
     TeacherPart,
     TrainingStep,
+    build_models,
     count_flops,
-    detector_config,
-    distiller_config,
     interleaved,
     operator_seconds,
     phases,
-    plain_copy,
     random_batch,
-    settle,
     whole_inference,
     working_memory,
 )
@@ -173,30 +168,6 @@ def measure(setting: dict, args: argparse.Namespace) -> dict:
         "teacher_fields": [".".join(map(str, path)) for path in teacher_part.paths],
         "profile": profile,
     }
-
-
-def build_models(
-    setting: dict, device: str, batch: list[dict]
-) -> tuple[nn.Module, Distiller, Teacher | None]:
-    """A plain student, a Distiller with the same student, and, where the teacher has options, its
-    copy without."""
-    student_cfg = detector_config(setting["arch"], setting["student"], device)
-    teacher_cfg = detector_config(setting["arch"], setting["teacher"], device)
-    opts = ["DISTILL.TEACHER.PRECISION", setting["teacher_precision"], *setting["opts"]]
-    distiller_cfg = distiller_config(student_cfg, setting["heads"], teacher_cfg, opts)
-    student = build_model(student_cfg).train()
-    settle(student, batch)
-    distiller: Distiller = build_model(distiller_cfg).train()
-    distiller.student.load_state_dict(student.state_dict())
-    distiller.max_iter = 90000
-    teacher = distiller.teacher
-    assert teacher is not None
-    settle(teacher.model, batch)
-    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
-    plain_teacher = plain_copy(teacher) if has_options else None
-    if setting["channels_last"]:
-        teacher.model.to(memory_format=torch.channels_last)
-    return student, distiller, plain_teacher
 
 
 def check_finite(parts: dict) -> None:
