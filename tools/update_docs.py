@@ -69,7 +69,6 @@ RENDER = {
     "growth": of_json(benchmark.growth_table),
     "teacher_options": of_json(benchmark.teacher_table),
     "profile": of_json(benchmark.profile_table),
-    "cost": of_json(benchmark.cost_table),
     "selection": of_json(selection.markdown),
     "refresh": of_json(selection.refresh_markdown),
     "choose": choosing.markdown,

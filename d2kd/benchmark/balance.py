@@ -17,8 +17,8 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from ..arguments import CommandParser, positive
-from .command import build_models, default_heads, interleaved, parse_variant
-from .steps import BASES, PRECISIONS, TrainingStep, random_batch
+from .command import default_heads, parse_variant
+from .steps import BASES, PRECISIONS, TrainingStep, build_models, interleaved, random_batch
 
 # Past every warm-up and not measured as one of the first iterations; the next is not measured.
 _MEASURED = 45_000

@@ -80,11 +80,7 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, and print a row after the other, then the table.
-
-    Raises:
-        ConfigError: a head that is not registered, or whatever is wrong with the config.
-    """
+    """Train, and print a row after the other, then the table."""
     args = build_parser().parse_command(argv)
     opts = list(args.opts)
     if args.iterations:

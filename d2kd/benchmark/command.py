@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import shlex
@@ -45,12 +46,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..arguments import CommandParser, file_to_write, natural, positive
-from ..detectors.teacher import Teacher
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
 from ..meta_arch import Distiller
@@ -62,15 +61,12 @@ from .steps import (
     PRECISIONS,
     TeacherPart,
     TrainingStep,
+    build_models,
     count_flops,
-    detector_config,
-    distiller_config,
+    interleaved,
     operator_seconds,
     phases,
-    plain_copy,
     random_batch,
-    settle,
-    timed,
     whole_inference,
     working_memory,
 )
@@ -113,37 +109,20 @@ def parse_pair(text: str) -> tuple[int, int]:
 
 def settings(args: argparse.Namespace) -> list[dict]:
     """What is to be measured, a setting a row."""
-    base = {
-        "size": args.size,
-        "batch": args.batch,
-        "objects": args.objects,
-        "precision": args.precision,
-        "teacher_precision": args.teacher_precision,
-        "channels_last": args.channels_last,
-    }
+    names = (*report.GROWTH, "precision", "teacher_precision", "channels_last")
+    base = {name: getattr(args, name) for name in names}
     places = [base]
     if args.growth:
         grown = {"size": args.sizes, "batch": args.batches, "objects": args.object_counts}
-        places += [
-            {**base, name: value}
-            for name, values in grown.items()
-            for value in values
-            if value != base[name]
-        ]
-    return [
-        {
-            "arch": arch,
-            "student": student,
-            "teacher": teacher,
-            "heads": heads,
-            "opts": [*opts, *args.opts],
-            **place,
-        }
-        for place in places
-        for student, teacher in map(parse_pair, args.pairs)
-        for arch in args.archs
-        for heads, opts in map(parse_variant, args.heads or default_heads(arch, args.profile))
-    ]
+        for name, values in grown.items():
+            places += [{**base, name: value} for value in values if value != base[name]]
+    found = []
+    for place, pair, arch in itertools.product(places, map(parse_pair, args.pairs), args.archs):
+        detectors = {"arch": arch, "student": pair[0], "teacher": pair[1]}
+        for variant in args.heads or default_heads(arch, args.profile):
+            heads, opts = parse_variant(variant)
+            found.append({**detectors, "heads": heads, "opts": [*opts, *args.opts], **place})
+    return found
 
 
 def default_heads(arch: str, profile: bool) -> list[str]:
@@ -191,36 +170,8 @@ def measure(setting: dict, args: argparse.Namespace) -> dict:
     }
 
 
-def build_models(
-    setting: dict, device: str, batch: list[dict]
-) -> tuple[nn.Module, Distiller, Teacher | None]:
-    """A plain student, a Distiller with the same student, and, where the teacher has options, its
-    copy without."""
-    student_cfg = detector_config(setting["arch"], setting["student"], device)
-    teacher_cfg = detector_config(setting["arch"], setting["teacher"], device)
-    opts = ["DISTILL.TEACHER.PRECISION", setting["teacher_precision"], *setting["opts"]]
-    distiller_cfg = distiller_config(student_cfg, setting["heads"], teacher_cfg, opts)
-    student = build_model(student_cfg).train()
-    settle(student, batch)
-    distiller: Distiller = build_model(distiller_cfg).train()
-    distiller.student.load_state_dict(student.state_dict())
-    distiller.max_iter = 90000
-    teacher = distiller.teacher
-    assert teacher is not None
-    settle(teacher.model, batch)
-    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
-    plain_teacher = plain_copy(teacher) if has_options else None
-    if setting["channels_last"]:
-        teacher.model.to(memory_format=torch.channels_last)
-    return student, distiller, plain_teacher
-
-
 def check_finite(parts: dict) -> None:
-    """Refuse to time steps whose losses are not numbers.
-
-    Raises:
-        ConfigError: they are not, which settled weights should never do.
-    """
+    """Refuse to time steps whose losses are not numbers."""
     for name in ("student", "full"):
         if not torch.isfinite(parts[name].last_loss):
             raise ConfigError(f"the {name} step's loss is not finite: other sizes or a precision")
@@ -270,15 +221,6 @@ def summary(seconds: dict[str, list[float]], images: int) -> dict:
     }
 
 
-def interleaved(parts: dict, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats):
-        for name, part in parts.items():
-            seconds[name].append(timed(part, device))
-    return seconds
-
-
 def profile_parts(parts: dict, args: argparse.Namespace) -> dict:
     """Where the time goes: median seconds of the steps' phases, and of kinds of operators."""
     runs = {
@@ -298,11 +240,7 @@ def profile_parts(parts: dict, args: argparse.Namespace) -> dict:
 
 
 def open_results(args: argparse.Namespace) -> dict:
-    """The file's content, or that of a new file.
-
-    Raises:
-        ConfigError: it is no such file, or of another machine, PyTorch or number of threads.
-    """
+    """The file's content, or that of a new file."""
     base = {name: getattr(args, name) for name in (*report.GROWTH, "precision")}
     data = {"environment": machine(args.device), "base": base, "rows": []}
     if args.json is None or not args.json.exists():
@@ -318,21 +256,16 @@ def open_results(args: argparse.Namespace) -> dict:
     return found
 
 
-def identity(row: dict) -> list:
-    return [row[name] for name in report.SETTING]
+def identity(row: dict) -> str:
+    return json.dumps([row[name] for name in report.SETTING])
 
 
 def tables(data: dict) -> str:
     """All tables that the rows have something for."""
-    rows, parts = data["rows"], [report.main_table(data)]
-    changed = [report.differences(row, data["base"]) for row in rows]
-    if any(len(names) == 1 and names[0] in report.GROWTH for names in changed):
-        parts.append(report.growth_table(data))
-    if any(row["teacher_precision"] or row["channels_last"] for row in rows):
-        parts.append(report.teacher_table(data))
-    if any(row["profile"] for row in report.main_rows(data)):
-        parts.append(report.profile_table(data))
-    return "\n\n".join(parts)
+    others = (report.growth_table, report.teacher_table, report.profile_table)
+    found = [report.main_table(data), *(table(data) for table in others)]
+    measured = [text for text in found if text != report.NOT_MEASURED]
+    return "\n\n".join(measured) or report.NOT_MEASURED
 
 
 def build_parser() -> CommandParser:
@@ -358,11 +291,7 @@ def build_parser() -> CommandParser:
     add("--minutes", type=float, help="start no row after so many; call again for the rest")
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
-    add(
-        "--json",
-        type=file_to_write(),
-        help="add the rows to this file; a plot goes into its folder",
-    )
+    add("--json", type=file_to_write(), help="add the rows to this file, a plot to its folder")
     return parser
 
 
@@ -386,11 +315,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _measure_rows(data: dict, wanted: list[dict], args: argparse.Namespace) -> None:
     """Add what ``data`` lacks of the ``wanted`` settings, and write the file after each row."""
-    done = {json.dumps(identity(row)): row for row in data["rows"]}
+    done = {identity(row): row for row in data["rows"]}
     start, too_large = time.monotonic(), set[str]()
-    for number, setting in enumerate(wanted):
-        old = done.get(json.dumps(identity(setting)))
-        kind = json.dumps(identity({**setting, "batch": 0, "size": 0}))
+    for number, setting in enumerate(wanted, start=1):
+        old = done.get(identity(setting))
+        kind = identity({**setting, "batch": 0, "size": 0})
         if old is not None and not (args.profile and not old["profile"]):
             state = "done before"
         elif kind in too_large:
@@ -412,5 +341,5 @@ def _measure_rows(data: dict, wanted: list[dict], args: argparse.Namespace) -> N
             if args.device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
-        names = (report.pair_name(setting), report.label(setting))
-        print(f"[{number + 1}/{len(wanted)}] {', '.join(names)}: {state}", file=sys.stderr)
+        name = f"{report.pair_name(setting)}, {report.label(setting)}"
+        print(f"[{number}/{len(wanted)}] {name}: {state}", file=sys.stderr)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +56,6 @@ class Counts:
     waits: list[str] = field(default_factory=list)
     student_waits: int = 0
 
-    def wait(self, name: str, in_student: bool, may_wait: tuple[str, ...]) -> None:
-        """Take down a wait, unless a function that may is under way."""
-        stack = traceback.extract_stack()
-        if in_student:
-            self.student_waits += 1
-        elif not any(words in frame.name for frame in stack for words in may_wait):
-            own = [f for f in stack if f.filename.startswith(_PACKAGE) and f.filename != __file__]
-            place = own[-1].filename.removeprefix(_PACKAGE) if own else ""
-            self.waits.append(f"{name} at {place}:{own[-1].lineno}" if own else name)
-
 
 class _Count(TorchDispatchMode):
     def __init__(self, counts: Counts, wait: Callable[[str], None]):
@@ -95,16 +86,12 @@ def count_operators(
         may_wait: parts of names of functions whose waits are not counted.
     """
     counts = Counts()
-    with _watched_student(student) as is_in_student:
-
-        def wait(name: str) -> None:
-            counts.wait(name, is_in_student(), may_wait)
-
-        with contextlib.ExitStack() as stack:
-            for name in READING:
-                stack.enter_context(_watched_method(name, wait))
-            stack.enter_context(_Count(counts, wait))
-            step()
+    with contextlib.ExitStack() as stack:
+        wait = stack.enter_context(_waits(counts, student, may_wait))
+        for name in READING:
+            stack.enter_context(mock.patch.object(Tensor, name, _waiting(name, wait)))
+        stack.enter_context(_Count(counts, wait))
+        step()
     return counts
 
 
@@ -114,11 +101,11 @@ def count_waits(
     """On a GPU: waits of a call of ``step`` as CUDA reports them. Arguments as above."""
     counts = Counts()
     torch.cuda.synchronize()
-    with _watched_student(student) as is_in_student, warnings.catch_warnings():
+    with _waits(counts, student, may_wait) as wait, warnings.catch_warnings():
 
         def take_down(message: Any, *_: Any, **__: Any) -> None:
             if "synchron" in str(message):
-                counts.wait("wait", is_in_student(), may_wait)
+                wait("wait")
 
         warnings.simplefilter("always")
         warnings.showwarning = take_down
@@ -131,40 +118,47 @@ def count_waits(
 
 
 @contextlib.contextmanager
-def _watched_student(student: nn.Module) -> Iterator[Callable[[], bool]]:
-    depth = [0]
+def _waits(
+    counts: Counts, student: nn.Module, may_wait: tuple[str, ...]
+) -> Iterator[Callable[[str], None]]:
+    """A function that takes down a wait by its name, unless a function that may is under way."""
+    depth = 0
 
     def enter(*_: Any) -> None:
-        depth[0] += 1
+        nonlocal depth
+        depth += 1
 
     def leave(*_: Any) -> None:
-        depth[0] -= 1
+        nonlocal depth
+        depth -= 1
+
+    def wait(name: str) -> None:
+        if depth:
+            counts.student_waits += 1
+            return
+        stack = traceback.extract_stack()
+        if not any(words in frame.name for frame in stack for words in may_wait):
+            own = [f for f in stack if f.filename.startswith(_PACKAGE) and f.filename != __file__]
+            place = own[-1].filename.removeprefix(_PACKAGE) if own else ""
+            counts.waits.append(f"{name} at {place}:{own[-1].lineno}" if own else name)
 
     hooks = [student.register_forward_pre_hook(enter), student.register_forward_hook(leave)]
     try:
-        yield lambda: depth[0] > 0
+        yield wait
     finally:
         for hook in hooks:
             hook.remove()
 
 
-@contextlib.contextmanager
-def _watched_method(name: str, wait: Callable[[str], None]) -> Iterator[None]:
+def _waiting(name: str, wait: Callable[[str], None]) -> Callable[..., Any]:
+    """A tensor's method that says that it waits."""
     original = getattr(Tensor, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         wait(name)
         return original(*args, **kwargs)
 
-    inherited = name not in vars(Tensor)
-    setattr(Tensor, name, watched)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(Tensor, name)
-        else:
-            setattr(Tensor, name, original)
+    return watched
 
 
 def profile_kernels(step: Callable[[], object], trace: str = "") -> tuple[int, float]:

@@ -13,16 +13,17 @@ import io
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
+from PIL import Image, ImageDraw
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from ..arguments import CommandParser, file_to_write, positive
 from ..data import coco_metrics
 from ..files import write_json
 from .machine import machine, machine_text
@@ -94,33 +95,20 @@ def random_detections(truth: COCO, per_image: int, seed: int = 1) -> list[dict[s
 def _random_box(rng: np.random.Generator) -> list[float]:
     width, height = np.exp(rng.uniform(np.log(6), np.log(300), 2))
     x, y = rng.uniform(0, SIDE - width), rng.uniform(0, SIDE - height)
-    return [float(v) for v in (x, y, width, height)]
+    return [x, y, float(width), float(height)]
 
 
 def _moved(box: list[float], rng: np.random.Generator) -> list[float]:
-    x, y, width, height = box
-    shift = rng.normal(0, 0.1, 4)
-    return [
-        float(v)
-        for v in (
-            x + shift[0] * width,
-            y + shift[1] * height,
-            width * np.exp(shift[2]),
-            height * np.exp(shift[3]),
-        )
-    ]
+    corner, size, shift = np.array(box[:2]), np.array(box[2:]), rng.normal(0, 0.1, 4)
+    return np.concatenate([corner + shift[:2] * size, size * np.exp(shift[2:])]).tolist()
 
 
 def _ellipse(box: list[float]) -> dict[str, Any]:
     """The ellipse inside ``box``, run-length encoded."""
     x, y, width, height = box
-    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
-    top, left = max(int(y), 0), max(int(x), 0)
-    rows, columns = np.ogrid[top : int(y + height) + 1, left : int(x + width) + 1]
-    inside = ((columns - x) / width - 0.5) ** 2 + ((rows - y) / height - 0.5) ** 2 <= 0.25
-    area = mask[top : top + inside.shape[0], left : left + inside.shape[1]]
-    area[:] = inside[: area.shape[0], : area.shape[1]]
-    encoded: dict[str, Any] = mask_util.encode(mask)
+    mask = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(mask).ellipse([x, y, x + width, y + height], fill=1)
+    encoded: dict[str, Any] = mask_util.encode(np.asfortranarray(mask))
     return encoded
 
 
@@ -131,11 +119,7 @@ def evaluate(truth: COCO, detections: list[dict], task: str, evaluator: Callable
 
 
 def measure(task: str, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of both for ``task``.
-
-    Raises:
-        SystemExit: their numbers differ.
-    """
+    """Seconds of both for ``task``."""
     truth = random_truth(args.images, args.objects, args.classes, task == "segm")
     detections = random_detections(truth, args.detections)
     seconds, metrics = {}, {}
@@ -161,15 +145,14 @@ def markdown(measured: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="per image")
-    parser.add_argument("--objects", type=int, default=7, help="per image")
-    parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--tasks", nargs="+", default=["bbox", "segm"], choices=["bbox", "segm"])
-    parser.add_argument("--json", type=Path, help="write the seconds to this file as well")
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--images", type=positive, default=5000)
+    add("--detections", type=positive, default=100, help="per image")
+    add("--objects", type=positive, default=7, help="per image")
+    add("--classes", type=positive, default=80)
+    add("--tasks", nargs="+", default=["bbox", "segm"], choices=["bbox", "segm"])
+    add("--json", type=file_to_write(), help="write the seconds to this file as well")
     args = parser.parse_args(argv)
     if not coco_metrics.has_fast_metrics():
         sys.exit("error: faster-coco-eval is not installed: pip install faster-coco-eval")

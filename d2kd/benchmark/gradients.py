@@ -8,24 +8,23 @@ plain formula that it replaces, at the sizes of a step on two images of 320 pixe
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..arguments import CommandParser, file_to_write, positive
 from ..files import write_json
 from ..losses.dsig import cosine_graph
 from ..losses.logits import dense_class_loss
 from ..losses.mimic import mimic_loss
 from ..numerics import inverse_lengths, softened_kl
+from .counts import count_operators
 from .machine import machine, machine_text
+from .steps import timed
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -96,20 +95,6 @@ def cases(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
     )
 
 
-class _Operators(TorchDispatchMode):
-    """Counts operators; views of a tensor are none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        is_view = isinstance(out, Tensor) and out._is_view()
-        self.count += not is_view
-        return out
-
-
 def kept_memory(loss: Loss, x: Tensor) -> float:
     """MiB that are kept for the backward pass in addition to the student's own tensor."""
     storages: dict[int, int] = {}
@@ -132,18 +117,11 @@ def measure(loss: Loss, x: Tensor, repeats: int) -> tuple[float, float, int]:
     def step() -> None:
         x.grad = None
         loss(x).backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
 
     step()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    with _Operators() as operators:
-        step()
-    return min(times) * 1e3, kept_memory(loss, x), operators.count
+    seconds = min(timed(step, x.device.type) for _ in range(repeats))
+    operators = count_operators(step, torch.nn.Identity()).operators
+    return seconds * 1e3, kept_memory(loss, x), operators
 
 
 def markdown(measured: dict[str, Any]) -> str:
@@ -155,10 +133,10 @@ def markdown(measured: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
+    parser.add_argument("--repeats", type=positive, default=9)
+    parser.add_argument("--json", type=file_to_write(), help="write the rows to this file as well")
     args = parser.parse_args(argv)
     rows = []
     for name, x, written, plain in cases(args.device):

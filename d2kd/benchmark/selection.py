@@ -56,20 +56,14 @@ def naive_pursuit(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sizes of the case that is measured."""
-    parser.add_argument("--classes", type=positive, default=80)
-    parser.add_argument("--instances", type=positive, default=3000, help="objects per class")
-    parser.add_argument("--channels", type=positive, default=256)
-    parser.add_argument("--levels", type=positive, default=5)
-    parser.add_argument(
-        "--prototypes", type=positive, default=10, help="prototypes per class and level"
-    )
-    parser.add_argument(
-        "--naive-instances",
-        type=natural,
-        default=300,
-        help="size of the naive form's case; 0: none",
-    )
-    parser.add_argument("--json", type=file_to_write(), help="write the figures to this file")
+    add = parser.add_argument
+    add("--classes", type=positive, default=80)
+    add("--instances", type=positive, default=3000, help="objects per class")
+    add("--channels", type=positive, default=256)
+    add("--levels", type=positive, default=5)
+    add("--prototypes", type=positive, default=10, help="prototypes per class and level")
+    add("--naive-instances", type=natural, default=300, help="of the naive form's case; 0: none")
+    add("--json", type=file_to_write(), help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -128,48 +122,33 @@ def compare_with_naive(args: argparse.Namespace) -> dict:
 
 def markdown(result: dict) -> str:
     """The figures as a Markdown table."""
-    every, one, where = result["all"], result["one"], result["environment"]
-    rows = [
-        [
-            f"{every['classes']} classes x {every['instances']} objects x {every['channels']} "
-            f"channels x {every['levels']} levels, density filter and pursuit",
-            every["prototypes"],
-            f"{every['seconds']:.1f} s ({every['cpu_seconds']:.1f} s of CPU time)",
-            f"{every['memory_growth_mib']:.0f} MiB",
-        ]
-    ]
+    every, one = result["all"], result["one"]
+    case = (
+        f"{every['classes']} classes x {every['instances']} objects x {every['channels']} channels "
+        f"x {every['levels']} levels, density filter and pursuit"
+    )
+    seconds = f"{every['seconds']:.1f} s ({every['cpu_seconds']:.1f} s of CPU time)"
+    rows = [[case, every["prototypes"], seconds, f"{every['memory_growth_mib']:.0f} MiB"]]
     if one:
         case = f"1 class x {one['instances']} objects x {one['channels']} channels x 1 level"
+        rows.append([f"{case}, pursuit", one["prototypes"], f"{one['seconds']:.4f} s", "-"])
         choice = "the same choice" if one["same_choice"] else "another choice"
         times = one["naive_seconds"] / one["seconds"]
-        rows += [
-            [f"{case}, pursuit", one["prototypes"], f"{one['seconds']:.4f} s", "-"],
-            [
-                f"{case}, pursuit in the naive form",
-                choice,
-                f"{one['naive_seconds']:.2f} s ({times:.0f} times)",
-                "-",
-            ],
-        ]
+        seconds = f"{one['naive_seconds']:.2f} s ({times:.0f} times)"
+        rows.append([f"{case}, pursuit in the naive form", choice, seconds, "-"])
     headers = ["case", "prototypes", "time", "memory grows by"]
     text = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-    return f"{text}\n\n{machine_text(where)}."
+    return f"{text}\n\n{machine_text(result['environment'])}."
 
 
 def refresh_markdown(report: dict) -> str:
     """What the refreshes of a training took, from the prototypes.json in its output folder."""
-    rows = [
-        [
-            made["iteration"],
-            made["objects"],
-            made["images"],
-            made["prototypes"],
-            *(f"{made[f'{part}_seconds']:.1f}" for part in ("feature", "selection")),
-            f"{made['seconds']:.1f}",
-            f"{1000 * made['seconds'] / report['period']:.1f}" if report["period"] else "-",
-        ]
-        for made in report["refreshes"]
-    ]
+    rows = []
+    for made in report["refreshes"]:
+        counts = [made[name] for name in ("iteration", "objects", "images", "prototypes")]
+        seconds = [made[name] for name in ("feature_seconds", "selection_seconds", "seconds")]
+        rate = f"{1000 * made['seconds'] / report['period']:.1f}" if report["period"] else "-"
+        rows.append([*counts, *(f"{value:.1f}" for value in seconds), rate])
     headers = ["iteration", "objects", "images", "prototypes", "features s", "selection s"]
     headers += ["in all s", "s a thousand iterations"]
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -154,6 +155,30 @@ def _prefer_background(scores: nn.Linear, hidden: Tensor) -> None:
     scores.bias[-1] += margins().quantile(1 - HARD_SHARE) - limit
 
 
+def build_models(
+    setting: dict, device: str, batch: list[dict]
+) -> tuple[nn.Module, Distiller, Teacher | None]:
+    """A plain student, a Distiller with the same student, and, where the teacher has options, its
+    copy without."""
+    student_cfg = detector_config(setting["arch"], setting["student"], device)
+    teacher_cfg = detector_config(setting["arch"], setting["teacher"], device)
+    opts = ["DISTILL.TEACHER.PRECISION", setting["teacher_precision"], *setting["opts"]]
+    distiller_cfg = distiller_config(student_cfg, setting["heads"], teacher_cfg, opts)
+    student = build_model(student_cfg).train()
+    settle(student, batch)
+    distiller: Distiller = build_model(distiller_cfg).train()
+    distiller.student.load_state_dict(student.state_dict())
+    distiller.max_iter = 90000
+    teacher = distiller.teacher
+    assert teacher is not None
+    settle(teacher.model, batch)
+    has_options = bool(setting["teacher_precision"] or setting["channels_last"])
+    plain_teacher = plain_copy(teacher) if has_options else None
+    if setting["channels_last"]:
+        teacher.model.to(memory_format=torch.channels_last)
+    return student, distiller, plain_teacher
+
+
 # --- the teacher's needed part ------------------------------------------------------------------
 
 
@@ -182,19 +207,15 @@ class TeacherPart:
             self.distiller.student(self.batch.inputs)
         self.student = self.taps.bundle(self.batch)
         teacher = self.bundle()
-        pool = FeatureBundle.pool
+        pool = teacher.pool
 
-        def recorded(bundle, *args, **kwargs):
-            if bundle is teacher:
-                self.pooled.append((args, kwargs))
-            return pool(bundle, *args, **kwargs)
+        def recorded(*args, **kwargs):
+            self.pooled.append((args, kwargs))
+            return pool(*args, **kwargs)
 
-        FeatureBundle.pool = recorded
-        try:
-            for head in self.distiller.distill_heads.values():
-                head(self.student, teacher, self.batch)
-        finally:
-            FeatureBundle.pool = pool
+        teacher.pool = recorded
+        for head in self.distiller.distill_heads.values():
+            head(self.student, teacher, self.batch)
         self.paths = list(teacher.computed())
         teacher.release()
 
@@ -299,6 +320,15 @@ def timed(function: Callable[[], None], device: str) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def interleaved(parts: dict, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            seconds[name].append(timed(part, device))
+    return seconds
 
 
 def phases(step: TrainingStep, device: str) -> dict[str, float]:

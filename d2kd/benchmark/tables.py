@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import matplotlib
 
@@ -69,10 +69,10 @@ def bound(row: dict) -> float | None:
     return None
 
 
-def flop_bound(row: dict) -> float | None:
+def flop_bound(row: dict) -> float:
     """The overhead if every floating-point operation cost the same and nothing else did."""
     flops = row["flops"]
-    return flops and flops["full"] / (flops["student"] + flops["teacher"])
+    return flops["full"] / (flops["student"] + flops["teacher"])
 
 
 def pair_name(row: dict) -> str:
@@ -89,182 +89,134 @@ def main_rows(data: dict) -> list[dict]:
     return [row for row in data["rows"] if not differences(row, data["base"])]
 
 
-def _markdown(rows: list[dict], columns: dict[str, Callable[[dict], object]]) -> str:
-    """``columns``: header -> cell of a row; None becomes "-"."""
-    cells = [["-" if (c := cell(row)) is None else c for cell in columns.values()] for row in rows]
-    return tabulate(cells, headers=list(columns), tablefmt="pipe", disable_numparse=True)
-
-
-def _section(rows: list[dict], columns: dict, data: dict, note: str = "") -> str:
-    """A table and the line about its setting."""
+def _section(rows: list[dict[str, str | None]], data: dict, note: str = "") -> str:
+    """Rows, header -> cell, as a table in which None is "-", and the line about its setting."""
     if not rows:
         return NOT_MEASURED
-    return f"{_markdown(rows, columns)}\n\n{note} {setting_line(data)}".replace("\n ", "\n")
+    table = tabulate(rows, "keys", tablefmt="pipe", disable_numparse=True, missingval="-")
+    return f"{table}\n\n{note}{setting_line(data)}"
 
 
-def _number(value: float | None, digits: int) -> str | None:
-    return None if value is None else f"{value:.{digits}f}"
+def _milliseconds(seconds: float, sign: str = "") -> str:
+    return f"{1000 * seconds:{sign}.0f}"
 
 
-def _milliseconds(part: str) -> Callable[[dict], str]:
-    return lambda row: f"{1000 * row['seconds'][part]:.0f}"
-
-
-def _memory(part: str) -> Callable[[dict], str | None]:
-    return lambda row: row["memory_mib"] and f"{row['memory_mib'][part]:.0f}"
-
-
-def _head_gflops(row: dict) -> str | None:
-    flops = row["flops"]
-    return flops and f"{(flops['full'] - flops['student'] - flops['teacher']) / 1e9:.1f}"
-
-
-def _added(name: str) -> Callable[[dict], str | None]:
+def _added(counts: dict[str, int] | None) -> str | None:
     """What a head adds to the student's operators or kernels, the teacher's part included."""
-
-    def cell(row: dict) -> str | None:
-        counts = row.get(name)
-        return counts and f"{counts['full'] - counts['student']}"
-
-    return cell
+    return counts and f"{counts['full'] - counts['student']}"
 
 
-def _busy(row: dict) -> str | None:
-    seconds = row.get("device_seconds")
-    return seconds and f"{1000 * seconds['full']:.0f}"
+def _head_gflops(row: dict) -> str:
+    flops = row["flops"]
+    return f"{(flops['full'] - flops['student'] - flops['teacher']) / 1e9:.1f}"
 
 
 def main_table(data: dict) -> str:
     """All methods at the base setting."""
-    columns = {
-        "pair": pair_name,
-        "heads": label,
-        "student ms": _milliseconds("student"),
-        "teacher part ms": _milliseconds("teacher"),
-        "full step ms": _milliseconds("full"),
-        "overhead": lambda row: f"{row['overhead']:.2f}",
-        "limit": lambda row: _number(bound(row), 2),
-        "full / student": lambda row: f"{row['seconds']['full'] / row['seconds']['student']:.2f}",
-        "FLOP ratio": lambda row: _number(flop_bound(row), 2),
-        "heads GFLOP": _head_gflops,
-        "images/s": lambda row: f"{row['images_per_second']:.2f}",
-        "of teacher inference": lambda row: f"{100 * row['teacher_share_of_inference']:.0f} %",
-        "operators added": _added("operators"),
-        "kernels added": _added("kernels"),
-        "GPU busy ms": _busy,
-        "waits": lambda row: None if row.get("waits") is None else f"{len(row['waits'])}",
-        "student MiB": _memory("student"),
-        "full MiB": _memory("full"),
-        "added": lambda row: f"{row['parameters_added'] / 1e6:.2f} M",
-    }
-    rows = main_rows(data)
+    rows = []
+    for row in main_rows(data):
+        seconds, memory = row["seconds"], row["memory_mib"]
+        limit, busy, waits = bound(row), row.get("device_seconds"), row.get("waits")
+        cells = {
+            "pair": pair_name(row),
+            "heads": label(row),
+            "student ms": _milliseconds(seconds["student"]),
+            "teacher part ms": _milliseconds(seconds["teacher"]),
+            "full step ms": _milliseconds(seconds["full"]),
+            "overhead": f"{row['overhead']:.2f}",
+            "limit": limit and f"{limit:.2f}",
+            "full / student": f"{seconds['full'] / seconds['student']:.2f}",
+            "FLOP ratio": f"{flop_bound(row):.2f}",
+            "heads GFLOP": _head_gflops(row),
+            "images/s": f"{row['images_per_second']:.2f}",
+            "of teacher inference": f"{100 * row['teacher_share_of_inference']:.0f} %",
+            "operators added": _added(row.get("operators")),
+            "kernels added": _added(row.get("kernels")),
+            "GPU busy ms": busy and _milliseconds(busy["full"]),
+            "waits": None if waits is None else f"{len(waits)}",
+            "student MiB": f"{memory['student']:.0f}",
+            "full MiB": f"{memory['full']:.0f}",
+            "added": f"{row['parameters_added'] / 1e6:.2f} M",
+        }
+        rows.append(cells)
     # A CPU launches no kernels, and older files know no operators.
     for name in ("operators added", "kernels added", "GPU busy ms", "waits"):
-        if all(columns[name](row) is None for row in rows):
-            del columns[name]
-    return _section(rows, columns, data)
-
-
-def cost_table(data: dict) -> str:
-    """Overhead of all methods in one line each, a column a pair, with its limit."""
-    rows = main_rows(data)
-    pairs = list(dict.fromkeys(map(pair_name, rows)))
-    cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        promised = bound(row)
-        text = f"{row['overhead']:.2f}"
-        if promised and row["overhead"] <= promised:
-            text += f" (≤ {promised:.2f})"
-        elif promised:
-            text = f"{row['overhead']:.3f} (above {promised:.2f})"
-        cells.setdefault(label(row), {})[pair_name(row)] = text
-    table = [[heads, *(found.get(pair, "-") for pair in pairs)] for heads, found in cells.items()]
-    text = tabulate(table, headers=["heads", *pairs], tablefmt="pipe", disable_numparse=True)
-    return f"{text}\n\n{setting_line(data)}"
+        if all(cells[name] is None for cells in rows):
+            for cells in rows:
+                del cells[name]
+    return _section(rows, data)
 
 
 def growth_table(data: dict) -> str:
     """Overhead where one of image size, batch and objects is not the base's."""
     lines: dict[tuple, dict[tuple, float]] = {}
-    points = {(name, data["base"][name]) for name in GROWTH}
+    bases = {(name, data["base"][name]) for name in GROWTH}
     for row in data["rows"]:
         changed = differences(row, data["base"])
-        if not set(changed) <= set(GROWTH) or len(changed) > 1:
-            continue
-        found = lines.setdefault((pair_name(row), label(row)), {})
-        for name in changed or GROWTH:
-            found[name, row[name]] = row["overhead"]
-            points.add((name, row[name]))
-    columns = sorted(points, key=lambda point: (list(GROWTH).index(point[0]), point[1]))
-    table = [
-        [*line, *(_number(found.get(point), 2) or "-" for point in columns)]
-        for line, found in lines.items()
-        if any(found.keys() - {(name, data["base"][name]) for name in GROWTH})
+        if set(changed) <= set(GROWTH) and len(changed) <= 1:
+            found = lines.setdefault((pair_name(row), label(row)), {})
+            found |= {(name, row[name]): row["overhead"] for name in changed or GROWTH}
+    points = sorted(bases.union(*lines.values()), key=lambda p: (list(GROWTH).index(p[0]), p[1]))
+    rows = [
+        {
+            "pair": pair,
+            "heads": heads,
+            **{f"{p[1]} {GROWTH[p[0]]}": f"{found[p]:.2f}" if p in found else None for p in points},
+        }
+        for (pair, heads), found in lines.items()
+        if found.keys() - bases
     ]
-    headers = ["pair", "heads", *(f"{value} {GROWTH[name]}" for name, value in columns)]
-    text = tabulate(table, headers=headers, tablefmt="pipe", disable_numparse=True)
-    return f"{text}\n\nOverhead. {setting_line(data)}" if table else NOT_MEASURED
+    return _section(rows, data, "Overhead. ")
 
 
 def teacher_table(data: dict) -> str:
     """What bf16 and channels_last save of the teacher's part."""
-    rows = [row for row in data["rows"] if row["teacher_precision"] or row["channels_last"]]
-
-    def option(row: dict) -> str:
-        names = [row["teacher_precision"], "channels_last" * row["channels_last"]]
-        return " + ".join(filter(None, names))
-
-    columns = {
-        "pair": pair_name,
-        "heads": label,
-        "teacher": option,
-        "plain teacher part ms": _milliseconds("plain_teacher"),
-        "teacher part ms": _milliseconds("teacher"),
-        "times as fast": lambda r: f"{r['seconds']['plain_teacher'] / r['seconds']['teacher']:.2f}",
-        "full step ms": _milliseconds("full"),
-        "of which saved": lambda r: (
-            f"{1000 * (r['seconds']['plain_teacher'] - r['seconds']['teacher']):.0f}"
-        ),
-    }
-    return _section(rows, columns, data)
+    rows = []
+    for row in data["rows"]:
+        options = [row["teacher_precision"], "channels_last" * row["channels_last"]]
+        if not any(options):
+            continue
+        seconds = row["seconds"]
+        plain, teacher = seconds["plain_teacher"], seconds["teacher"]
+        cells = {
+            "pair": pair_name(row),
+            "heads": label(row),
+            "teacher": " + ".join(filter(None, options)),
+            "plain teacher part ms": _milliseconds(plain),
+            "teacher part ms": _milliseconds(teacher),
+            "times as fast": f"{plain / teacher:.2f}",
+            "full step ms": _milliseconds(seconds["full"]),
+            "of which saved": _milliseconds(plain - teacher),
+        }
+        rows.append(cells)
+    return _section(rows, data)
 
 
 def profile_table(data: dict) -> str:
     """Where the time that the heads add goes: by phase of the step and by kind of operator."""
-    rows = [row for row in main_rows(data) if row["profile"]]
-    operators = list(rows[0]["profile"]["operators"]["full"]) if rows else []
-
-    def phase(name: str) -> Callable[[dict], str]:
-        def added(row: dict) -> str:
-            found = row["profile"]["phases"]
-            teacher = row["seconds"]["teacher"] if name == "forward" else 0.0
-            return f"{1000 * (found['full'][name] - found['student'][name] - teacher):+.0f}"
-
-        return added
-
-    def operator(name: str) -> Callable[[dict], str]:
-        def added(row: dict) -> str:
-            found = row["profile"]["operators"]
-            parts = found["full"][name] - found["student"][name] - found["teacher"][name]
-            return f"{1000 * parts:+.0f}"
-
-        return added
-
-    columns = {
-        "pair": pair_name,
-        "heads": label,
-        "overhead": lambda row: f"{row['overhead']:.2f}",
-        "FLOP ratio": lambda row: _number(flop_bound(row), 2),
-        "heads GFLOP": _head_gflops,
-        "added": lambda row: f"{row['parameters_added'] / 1e6:.2f} M",
-        **{f"{name} ms": phase(name) for name in ("forward", "backward", "update")},
-        **{f"{name} ms": operator(name) for name in operators},
-    }
+    rows = []
+    for row in main_rows(data):
+        if not row["profile"]:
+            continue
+        phases, operators = row["profile"]["phases"], row["profile"]["operators"]
+        teacher = {"forward": row["seconds"]["teacher"], **operators["teacher"]}
+        full, student = ({**phases[part], **operators[part]} for part in ("full", "student"))
+        added = {name: full[name] - student[name] - teacher.get(name, 0.0) for name in full}
+        cells = {
+            "pair": pair_name(row),
+            "heads": label(row),
+            "overhead": f"{row['overhead']:.2f}",
+            "FLOP ratio": f"{flop_bound(row):.2f}",
+            "heads GFLOP": _head_gflops(row),
+            "added": f"{row['parameters_added'] / 1e6:.2f} M",
+        }
+        times = {f"{name} ms": _milliseconds(value, "+") for name, value in added.items()}
+        rows.append({**cells, **times})
     note = (
         "Milliseconds that the full step has more than the student's step and the teacher's part "
-        "together, by phase and, from one profiled step each, by kind of operator."
+        "together, by phase and, from one profiled step each, by kind of operator. "
     )
-    return _section(rows, columns, data, note)
+    return _section(rows, data, note)
 
 
 def setting_line(data: dict) -> str:
@@ -307,13 +259,10 @@ def plot(data: dict, path: str) -> None:
 def _draw_bars(axis, arch: str, rows: list[dict]) -> None:
     places = range(len(rows))
     axis.barh(places, [row["overhead"] - 1 for row in rows], left=1, color="#4c72b0", height=0.6)
-    for name, value, style in (
-        ("limit", bound, {"marker": "|", "s": 150, "c": "#c44e52"}),
-        ("FLOP ratio", flop_bound, {"marker": "D", "s": 20, "c": "#222222"}),
-    ):
-        found = [(value(row), place) for place, row in zip(places, rows, strict=True) if value(row)]
-        if found:
-            axis.scatter(*zip(*found, strict=True), label=name, **style)
+    limits = [bound(row) or math.nan for row in rows]
+    axis.scatter(limits, places, marker="|", s=150, c="#c44e52", label="limit")
+    flops = list(map(flop_bound, rows))
+    axis.scatter(flops, places, marker="D", s=20, c="#222222", label="FLOP ratio")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(list(places), [label(row) for row in rows], fontsize=7)
     axis.invert_yaxis()

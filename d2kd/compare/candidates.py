@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
@@ -38,12 +37,8 @@ class Pair:
     opts: dict[str, Any]
 
     @classmethod
-    def of(cls, config: str, opts: dict[str, Any]) -> Pair:
-        """The pair of a config, be it a Distiller's or a plain student's.
-
-        Raises:
-            ConfigError: it has no teacher, or is wrong in another way.
-        """
+    def of(cls, config: str, opts: dict[str, Any], task: str = "bbox") -> Pair:
+        """The pair of a config, be it a Distiller's or a plain student's, to choose for a task."""
         arch = merged_config(config, as_list(opts)).MODEL.META_ARCHITECTURE
         if arch != "Distiller":
             own = {"MODEL.META_ARCHITECTURE": "Distiller", "DISTILL.STUDENT_META_ARCH": arch}
@@ -56,16 +51,9 @@ class Pair:
             raise ConfigError(
                 f"DATASETS.TEST is {list(cfg.DATASETS.TEST)}: name one dataset, to choose by its AP"
             )
-        return pair
-
-    def check_task(self, task: str) -> None:
-        """Check that the student is evaluated on a task.
-
-        Raises:
-            ConfigError: it has no masks.
-        """
-        if task == "segm" and not self.cfg().MODEL.MASK_ON:
+        if task == "segm" and not cfg.MODEL.MASK_ON:
             raise ConfigError("--task segm: the student has no masks (MODEL.MASK_ON is False)")
+        return pair
 
     def cfg(self, opts: dict[str, Any] | None = None) -> CfgNode:
         """The merged config, with further overrides."""
@@ -80,9 +68,6 @@ def named_heads(names: Sequence[str] | None) -> list[str]:
 
     Args:
         names: heads, or several heads that act together, as in "DSIG+SSIM".
-
-    Raises:
-        ConfigError: there is no such head.
     """
     known = sorted(name for name, _ in DISTILL_HEAD_REGISTRY)
     for name in names or []:
@@ -131,26 +116,17 @@ def _factor(weight: str) -> float:
 # --- the models -----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """What building the pair has shown.
-
-    Attributes:
-        heads: those that it can serve.
-        refused: head -> why not.
-        teacher: its results on ``DATASETS.TEST``; {} of a teacher of other classes.
-    """
-
-    heads: list[str]
-    refused: dict[str, str]
-    teacher: dict[str, dict]
-
-
-def examine(pair: Pair, heads: Sequence[str], output: Path) -> Served:
+def examine(
+    pair: Pair, heads: Sequence[str], output: Path
+) -> tuple[dict[str, str], dict[str, dict]]:
     """Build student and teacher, ask which heads they can serve, and evaluate the teacher.
 
     Args:
         output: folder of the evaluation.
+
+    Returns:
+        head -> why it cannot be served, of those that cannot; and the teacher's results on
+        ``DATASETS.TEST``, {} of a teacher of other classes.
 
     Raises:
         ConfigError: one cannot be built, or no head can be served.
@@ -167,13 +143,12 @@ def examine(pair: Pair, heads: Sequence[str], output: Path) -> Served:
                 build_head(part, cfg, *specs)
         except ConfigError as error:
             refused[name] = str(error)
-    served = [name for name in heads if name not in refused]
-    if not served:
+    if len(refused) == len(heads):
         raise ConfigError(f"no head fits the pair: {next(iter(refused.values()))}")
     results = check_teacher(cfg, teacher, DistillTrainer)
     del student, teacher
     torch.cuda.empty_cache()  # the trainings need that memory
-    return Served(served, refused, results)
+    return refused, results
 
 
 # --- the config of the winner ---------------------------------------------------------------------
@@ -185,13 +160,12 @@ def winners_config(pair: Pair, opts: dict[str, Any], comment: str) -> str:
     Args:
         comment: one line for its head.
     """
-    cfg, tree = pair.cfg(opts), {BASE_KEY: str(Path(resolve_config_file(pair.config)).resolve())}
+    base = str(Path(resolve_config_file(pair.config)).resolve())
+    cfg, tree = pair.cfg(opts), CfgNode({BASE_KEY: base})
     for key in {**pair.opts, **opts}:
         if key == "TEST.EVAL_PERIOD":  # is for choosing alone
             continue
-        *path, last = key.split(".")
-        node: dict[str, Any] = tree
-        for name in path:
-            node = node.setdefault(name, {})
+        path, _, last = key.rpartition(".")
+        node = node_at(tree, path, create=True) if path else tree
         node[last] = json.loads(json.dumps(node_at(cfg, key)))  # lists for tuples
-    return f"# {comment}\n{yaml.safe_dump(tree, sort_keys=False)}"
+    return f"# {comment}\n{tree.dump(sort_keys=False)}"

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..files import read_json, write_json, write_text
 from .candidates import Pair, candidates, examine, winners_config
@@ -25,16 +26,7 @@ from .comparison import Comparison
 from .halving import Pace, fitting_iterations, kept_of, seconds_of, stages
 from .processes import lock_file
 from .report import write_report
-from .suite import (
-    Arm,
-    Suite,
-    as_list,
-    check_suite,
-    first_difference,
-    merged_config,
-    settings_of,
-    stretched,
-)
+from .suite import Arm, Suite, as_list, check_suite, first_difference, settings_of, stretched
 from .tables import (
     TASKS,
     Table,
@@ -74,7 +66,7 @@ class Limits:
     threads: int = 1
     task: str = "bbox"
     any_teacher: bool = False
-    imports: tuple[str, ...] = ()
+    imports: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,13 +113,14 @@ class Choice:
                 "give another --output"
             )
         if difference or not self.state:
-            served = examine(pair, heads, output)
+            refused, teacher = examine(pair, heads, output)
+            served = [head for head in heads if head not in refused]
             self.state = {
                 "settings": settings,
                 "seconds": 0.0,
-                "candidates": list(candidates(pair.cfg(), served.heads, weights)),
-                "refused": served.refused,
-                "teacher": {t: _ap(m) for t, m in served.teacher.items() if t in TASKS},
+                "candidates": list(candidates(pair.cfg(), served, weights)),
+                "refused": refused,
+                "teacher": {t: _ap(m) for t, m in teacher.items() if t in TASKS},
                 "stages": {},
             }
         self.opts = {label: known[label] for label in self.state["candidates"]}
@@ -157,24 +150,27 @@ class Choice:
         probe = [self.arm(BASELINE, PROBE_ITERATIONS, range(1, limits.jobs + 1))]
         lines = self.stage(PROBE, probe)
         for number in range(1, len(to_do)):
-            if self.is_behind(lines):
-                return self.no_teacher(lines)
+            if verdict := self.teacher_is_behind(lines):
+                return verdict
             name = f"rung {number}"
             iterations = self.length(name, to_do[number - 1 :], lines)
-            labels = [BASELINE, *left]
-            arms = [self.arm(label, iterations, [number]) for label in labels]
+            arms = [self.arm(label, iterations, [number]) for label in (BASELINE, *left)]
             lines = self.stage(name, arms)
             left = self.ranked(left)[: kept_of(len(left))]
-            self._drop_weights(name)
-        if self.is_behind(lines):
-            return self.no_teacher(lines)
+            for path in self.folder(name).glob("*/*.pth"):
+                path.unlink()  # the weights of a hundred runs would fill a disk
+        if verdict := self.teacher_is_behind(lines):
+            return verdict
         (winner,) = left
         iterations = self.length(CONFIRMATION, to_do[-1:], lines)
         seeds = range(len(to_do), len(to_do) + limits.seeds)
         arms = [self.arm(label, iterations, seeds) for label in (BASELINE, winner)]
         control = Arm(CONTROL, arms[0].config, tuple(seeds), arms[0].opts, same_time_as=winner)
         lines = self.stage(CONFIRMATION, [*arms, control])
-        return self.no_teacher(lines) if self.is_behind(lines) else self.judge(lines, winner)
+        return self.teacher_is_behind(lines) or self.judge(lines, winner)
+
+    def folder(self, stage: str) -> Path:
+        return self.output / stage.replace(" ", "_")
 
     def arm(self, label: str, iterations: int, seeds: Iterable[int]) -> Arm:
         """The baseline or a candidate, trained for so many iterations; schedules keep their
@@ -192,23 +188,21 @@ class Choice:
         Raises:
             ConfigError: they do not fit, and nothing but the pace was trained yet.
         """
-        stage = to_do[0]
-        if name not in self.state["stages"]:
-            pace, jobs = self.pace(lines), self.limits.jobs
-            self.save()
-            seconds = 60 * self.limits.minutes - self.state["seconds"]
-            longest = fitting_iterations(to_do, seconds, pace, jobs)
-            if longest < MIN_ITERATIONS and len(self.state["stages"]) == 1:
-                needed = self.state["seconds"] + seconds_of(to_do, MIN_ITERATIONS, pace, jobs)
-                raise ConfigError(
-                    f"--minutes {self.limits.minutes:g} are too few for {len(self.opts)} "
-                    f"candidates: about {math.ceil(needed / 60)} are needed at least; name fewer "
-                    "--heads or --weights"
-                )
-            most = self.pair.cfg().SOLVER.MAX_ITER
-            longest = min(max(longest, MIN_ITERATIONS), most)
-            return max(round(stage.share * longest), 1)
-        return self.state["stages"][name]["iterations"]
+        if name in self.state["stages"]:
+            return self.state["stages"][name]["iterations"]
+        pace, jobs = self.pace(lines), self.limits.jobs
+        self.save()
+        seconds = 60 * self.limits.minutes - self.state["seconds"]
+        longest = fitting_iterations(to_do, seconds, pace, jobs)
+        if longest < MIN_ITERATIONS and len(self.state["stages"]) == 1:
+            needed = self.state["seconds"] + seconds_of(to_do, MIN_ITERATIONS, pace, jobs)
+            raise ConfigError(
+                f"--minutes {self.limits.minutes:g} are too few for {len(self.opts)} candidates: "
+                f"about {math.ceil(needed / 60)} are needed at least; name fewer --heads or "
+                "--weights"
+            )
+        longest = min(max(longest, MIN_ITERATIONS), self.pair.cfg().SOLVER.MAX_ITER)
+        return max(round(to_do[0].share * longest), 1)
 
     def pace(self, lines: list[dict]) -> Pace:
         """What runs cost, by those of the last stage."""
@@ -227,12 +221,8 @@ class Choice:
         return pace._replace(ratio=float(np.mean(distilled)) / each(next(iter(alone.values()))))
 
     def stage(self, name: str, arms: list[Arm]) -> list[dict]:
-        """Train arms, from where it was left; the lines of what finished.
-
-        Raises:
-            ConfigError: the baseline failed.
-        """
-        folder, limits = self.output / name.replace(" ", "_"), self.limits
+        """Train arms, from where it was left; the lines of what finished."""
+        folder, limits = self.folder(name), self.limits
         suite = Suite(name, BASELINE, {arm.label: arm for arm in arms})
         check_suite(suite, "d2kd choose")
         comparison = Comparison(
@@ -242,7 +232,7 @@ class Choice:
             name,
             {
                 "arms": [arm.label for arm in arms],
-                "iterations": merged_config(arms[0].config, as_list(arms[0].opts)).SOLVER.MAX_ITER,
+                "iterations": arms[0].opts["SOLVER.MAX_ITER"],
                 "seeds": list(arms[0].seeds),
             },
         )
@@ -261,22 +251,18 @@ class Choice:
         seconds = self.save()
         if is_new:
             waves = math.ceil(len(runs) / limits.jobs)
-            trained = np.mean([line["train_seconds"] for line in lines])
-            record["overhead"] = max(seconds / waves - float(trained), 0.0)
-        record["gains"], record["baseline"] = self.gains(lines), self.baseline_ap(lines)
+            training = np.mean([line["train_seconds"] for line in lines])
+            record["overhead"] = max(seconds / waves - float(training), 0.0)
+        trained = by_arm(lines)
+        base = trained.pop(BASELINE)
+        record["gains"] = {
+            label: paired_gains(runs, base, limits.task).tolist() for label, runs in trained.items()
+        }
+        record["baseline"] = self.baseline_ap(lines)
         if name != PROBE and record["baseline"] < MIN_AP:
             print(_TOO_EARLY.format(record["baseline"]), flush=True)
         self.save()
         return lines
-
-    def gains(self, lines: list[dict]) -> dict[str, list[float]]:
-        """Label -> gains over the baseline, seed by seed."""
-        arms = by_arm(lines)
-        base = arms.pop(BASELINE)
-        return {
-            label: paired_gains(runs, base, self.limits.task).tolist()
-            for label, runs in arms.items()
-        }
 
     def save(self) -> float:
         """Write ``choose.json``; the seconds since the last time."""
@@ -285,11 +271,6 @@ class Choice:
         self.state["seconds"] += seconds
         write_json(self.state, self.path)
         return seconds
-
-    def _drop_weights(self, name: str) -> None:
-        """Remove the weights of a rung: of a hundred runs, they would fill a disk."""
-        for path in (self.output / name.replace(" ", "_")).glob("*/*.pth"):
-            path.unlink()
 
     # --- judging ----------------------------------------------------------------------------------
 
@@ -302,26 +283,22 @@ class Choice:
     def ranked(self, labels: list[str]) -> list[str]:
         return sorted(labels, key=self.score, reverse=True)
 
-    def is_behind(self, lines: list[dict]) -> bool:
-        """Whether the teacher's AP is not above the baseline's: of weights that do not fit, classes
-        in another order, or one that was hardly trained, nothing can be learned."""
-        teacher = self.state["teacher"].get(self.limits.task)
-        if teacher is None or self.limits.any_teacher:
-            return False
-        return not teacher > self.baseline_ap(lines)
+    def teacher_is_behind(self, lines: list[dict]) -> Verdict | None:
+        """NO GAIN where the teacher's AP is not above the baseline's: of weights that do not fit,
+        classes in another order, or one that was hardly trained, nothing can be learned."""
+        teacher, alone = self.state["teacher"].get(self.limits.task), self.baseline_ap(lines)
+        if teacher is None or self.limits.any_teacher or teacher > alone:
+            return None
+        return Verdict(
+            False,
+            f"NO GAIN: the teacher has {teacher:.1f} AP, the baseline {alone:.1f} after a short "
+            "training: check the teacher's weights, classes and INPUT.FORMAT (--any-teacher goes "
+            "on with it)",
+        )
 
     def baseline_ap(self, lines: list[dict]) -> float:
         runs = by_arm(lines)[BASELINE].values()
         return float(np.mean([run["results"][self.limits.task]["AP"] for run in runs]))
-
-    def no_teacher(self, lines: list[dict]) -> Verdict:
-        teacher = self.state["teacher"][self.limits.task]
-        return Verdict(
-            False,
-            f"NO GAIN: the teacher has {teacher:.1f} AP, the baseline "
-            f"{self.baseline_ap(lines):.1f} after a short training: check the teacher's weights, "
-            "classes and INPUT.FORMAT (--any-teacher goes on with it)",
-        )
 
     def judge(self, lines: list[dict], winner: str) -> Verdict:
         """The verdict of the confirmation: against the baseline with the winner's time, or with
@@ -349,11 +326,7 @@ class Choice:
 
     def report(self, verdict: Verdict) -> None:
         """Write choose.md, winner.yaml, and the report of the confirmation."""
-        self.state["verdict"] = {
-            "text": verdict.text,
-            "beats": verdict.beats,
-            "winner": verdict.winner,
-        }
+        self.state["verdict"] = asdict(verdict)
         self.save()
         parts = [f"# d2kd choose\n\n**{plain_markdown(verdict.text)}**\n"]
         for task, ap in self.state["teacher"].items():
@@ -361,17 +334,15 @@ class Choice:
         if verdict.winner:
             text = winners_config(self.pair, self.opts[verdict.winner], verdict.text)
             write_text(text, self.output / "winner.yaml")
-            folder = self.output / CONFIRMATION
-            tables = write_report(folder)
             parts += [
                 f"The config to train with: [winner.yaml](winner.yaml). The confirmation, with "
                 f"pictures: [{CONFIRMATION}/report.html]({CONFIRMATION}/report.html).\n",
-                tables,
+                write_report(self.folder(CONFIRMATION)),
             ]
         table = self.table()
         if len(table.rows) > 1:
             parts.append(f"## {table.title}\n\n{table.markdown()}\n\n{_NOTES}\n")
-            lowest = min(s.get("baseline", MIN_AP) for s in self.rungs().values())
+            lowest = min(rung["baseline"] for rung in self.rungs().values())
             if lowest < MIN_AP:
                 parts.append(_TOO_EARLY.format(lowest) + "\n")
         if self.state["refused"]:
@@ -384,10 +355,13 @@ class Choice:
         rungs = self.rungs()
         depth = {c: sum(c in rung["arms"] for rung in rungs.values()) for c in self.opts}
         labels = sorted(self.ranked(list(self.opts)) if rungs else [], key=depth.get, reverse=True)
-        bases = [rung.get("baseline") for rung in rungs.values()]
-        rows = [["(baseline: AP)", *("" if ap is None else f"{ap:.1f}" for ap in bases), ""]]
+        rows = [["(baseline: AP)", *(f"{rung['baseline']:.1f}" for rung in rungs.values()), ""]]
         for label in labels:
-            cells = [self._cell(rung, label) for rung in rungs.values()]
+            cells = ["" for _ in rungs]
+            for place, rung in enumerate(rungs.values()):
+                if label in rung["arms"]:
+                    gains = rung["gains"].get(label)
+                    cells[place] = f"{np.mean(gains):+.1f}" if gains else "failed"
             rows.append([label, *cells, f"{self.score(label):+.1f}"])
         headers = [f"{name}: {rung['iterations']} iterations" for name, rung in rungs.items()]
         return Table(f"The {len(labels)} candidates", ["gain in AP", *headers, "mean"], rows)
@@ -396,13 +370,6 @@ class Choice:
         """The rungs that are finished, by name."""
         stages = self.state["stages"].items()
         return {name: s for name, s in stages if name.startswith("rung ") and "gains" in s}
-
-    @staticmethod
-    def _cell(rung: dict[str, Any], label: str) -> str:
-        if label not in rung["arms"]:
-            return ""
-        gains = rung["gains"].get(label)
-        return f"{np.mean(gains):+.1f}" if gains else "failed"
 
 
 def _ap(metrics: dict[str, float | None]) -> float:

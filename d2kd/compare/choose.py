@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from ..arguments import CommandParser, folder_to_write, positive
@@ -29,27 +30,20 @@ from .tables import TASKS
 def build_parser() -> CommandParser:
     """The options of the command."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, help="the student, or a Distiller's config")
-    parser.add_argument("--teacher", help="default: DISTILL.TEACHER.CONFIG_FILE of the config")
-    parser.add_argument("--teacher-weights", help="default: DISTILL.TEACHER.WEIGHTS")
-    parser.add_argument("--minutes", type=_minutes, default=30.0, help="of wall time, in all")
-    parser.add_argument(
-        "--heads", nargs="+", help="default: all that the pair can serve; SSIM+DSIG are together"
-    )
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        default=["1", "3", BALANCED],
-        help=f"factors of the config's own weights, or '{BALANCED}' (default: 1 3 {BALANCED})",
-    )
-    parser.add_argument("--seeds", type=_several, default=3, help="of the confirmation; at least 2")
-    parser.add_argument("--task", choices=list(TASKS), default="bbox", help="whose AP decides")
-    parser.add_argument("--output", type=folder_to_write, help="default: output/choose/<config>")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run")
-    parser.add_argument(
-        "--any-teacher", action="store_true", help="also one that is not ahead of the baseline"
-    )
+    add = parser.add_argument
+    add("--config-file", required=True, help="the student, or a Distiller's config")
+    add("--teacher", help="default: DISTILL.TEACHER.CONFIG_FILE of the config")
+    add("--teacher-weights", help="default: DISTILL.TEACHER.WEIGHTS")
+    add("--minutes", type=_minutes, default=30.0, help="of wall time, in all")
+    add("--heads", nargs="+", help="default: all that the pair can serve; SSIM+DSIG are together")
+    weights = f"factors of the config's own weights, or '{BALANCED}' (default: 1 3 {BALANCED})"
+    add("--weights", nargs="+", default=["1", "3", BALANCED], help=weights)
+    add("--seeds", type=_several, default=3, help="of the confirmation; at least 2")
+    add("--task", choices=list(TASKS), default="bbox", help="whose AP decides")
+    add("--output", type=folder_to_write, help="default: output/choose/<config>")
+    add("--jobs", type=positive, default=1, help="runs at a time")
+    add("--threads", type=positive, default=1, help="CPU threads of a run")
+    add("--any-teacher", action="store_true", help="also one that is not ahead of the baseline")
     add_import_argument(parser)
     return parser
 
@@ -86,17 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.teacher_weights is not None:
         opts["DISTILL.TEACHER.WEIGHTS"] = args.teacher_weights
     heads = named_heads(args.heads)
-    pair = Pair.of(args.config_file, opts)
-    pair.check_task(args.task)
-    limits = Limits(
-        minutes=args.minutes,
-        seeds=args.seeds,
-        jobs=args.jobs,
-        threads=args.threads,
-        task=args.task,
-        any_teacher=args.any_teacher,
-        imports=tuple(args.imports),
-    )
+    pair = Pair.of(args.config_file, opts, args.task)
+    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     output = args.output or Path("output/choose") / Path(args.config_file).stem
     with stopping_by_sigterm(f"stopped; the same command goes on, finished runs are in {output}"):
         verdict = Choice(pair, heads, args.weights, output.resolve(), limits).run()

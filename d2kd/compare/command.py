@@ -40,41 +40,23 @@ def build_parser() -> CommandParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", help="a suite's file, or the name of a shipped one")
     what.add_argument("--configs", nargs="+", help="the baseline first")
-    what.add_argument(
-        "--report-only", type=Path, metavar="OUTPUT", help="only write the reports of OUTPUT"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=natural,
-        nargs="+",
-        help="train only these; default: the suite's, else 1 2 3",
-    )
-    parser.add_argument("--arms", nargs="+", help="train only these arms of the suite")
-    parser.add_argument("--output", type=folder_to_write, help="default: output/compare[/<suite>]")
-    parser.add_argument(
-        "--jobs", type=positive, help="runs at a time; default: 1, or what the cluster holds"
-    )
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of a run")
-    parser.add_argument(
-        "--keep-checkpoints", action="store_true", help="also those before the end of a run"
-    )
-    parser.add_argument(
-        "--ray",
-        nargs="?",
-        const=AUTO,
-        metavar="ADDRESS",
-        help="train on the Ray cluster at HOST:PORT; default: RAY_ADDRESS, or this machine's",
-    )
+    what.add_argument("--report-only", type=Path, metavar="OUTPUT", help="only write its reports")
+    add = parser.add_argument
+    seeds = "train only these; default: the suite's, else 1 2 3"
+    add("--seeds", type=natural, nargs="+", help=seeds)
+    add("--arms", nargs="+", help="train only these arms of the suite")
+    add("--output", type=folder_to_write, help="default: output/compare[/<suite>]")
+    add("--jobs", type=positive, help="runs at a time; default: 1, or what the cluster holds")
+    add("--threads", type=positive, default=1, help="CPU threads of a run")
+    add("--keep-checkpoints", action="store_true", help="also those before the end of a run")
+    cluster = "train on the Ray cluster at HOST:PORT; default: RAY_ADDRESS, or this machine's"
+    add("--ray", nargs="?", const=AUTO, metavar="ADDRESS", help=cluster)
     add_import_argument(parser)
     return parser
 
 
 def suite_of(args: Namespace) -> Suite:
-    """The suite that the command line asks for.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """The suite that the command line asks for."""
     opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
     if args.suite is not None:
         path = Path(resolve_config_file(args.suite, "--suite"))

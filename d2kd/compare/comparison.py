@@ -6,8 +6,8 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
@@ -15,11 +15,11 @@ from detectron2.utils.file_io import PathManager
 from ..config import student_config
 from ..data.loading import release
 from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
-from ..engine.setup import merged_config, read_config
+from ..engine.setup import build_parser, merged_config, read_config
 from ..engine.trainer import DistillTrainer
 from ..errors import ConfigError
 from ..files import read_json, write_json, write_text
-from .processes import Devices, LocalProcesses, run_in_order
+from .processes import LocalProcesses, run_in_order
 from .ray_processes import RayProcesses
 from .receipts import complete_receipts
 from .suite import (
@@ -35,9 +35,10 @@ from .suite import (
 )
 from .tables import read_lines, write_markdown
 
-# What a finished run says at least, and what the folder of any run says.
+# What a finished run says at least.
 RESULT_KEYS = ("results", "iterations", "step_seconds", "hook_seconds")
-SETTINGS_KEYS = ("settings", "threads")
+# Overrides of all trainings, before an arm's own.
+DEFAULTS = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False}
 
 
 class Comparison:
@@ -86,6 +87,9 @@ class Comparison:
         path = self.folder(arm, seed) / "results.json"
         return read_json(path, RESULT_KEYS) if path.is_file() else None
 
+    def own_opts(self, arm: Arm, seed: int) -> dict:
+        return {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+
     def needs(self, arm: Arm) -> list[Arm]:
         """The arms whose times decide how long ``arm`` trains."""
         labels = [self.suite.baseline, arm.same_time_as] if arm.same_time_as else []
@@ -97,8 +101,7 @@ class Comparison:
 
     def config(self, arm: Arm, seed: int) -> tuple[CfgNode, dict]:
         """The config of a run, which is :meth:`ready`, and all overrides that make it."""
-        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
-        opts |= {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))}
+        opts = {**DEFAULTS, **arm.opts, **self.own_opts(arm, seed)}
         cfg = merged_config(arm.config, as_list(opts))
         iterations = round(cfg.SOLVER.MAX_ITER * arm.times)
         if arm.same_time_as:
@@ -112,41 +115,27 @@ class Comparison:
     # --- checks before anything runs -----------------------------------------------------------
 
     def check(self, runs: list[tuple[Arm, int]]) -> None:
-        """Check the config of each arm that is not finished, and that no run waits in vain.
-
-        Raises:
-            ConfigError: in one line.
-        """
+        """Check the config of each arm that is not finished, and that no run waits in vain."""
         todo = [(arm, seed) for arm, seed in runs if self.results(arm, seed) is None]
-        for arm in self.suite.prepared if todo else ():
-            if not Path(weights_of(arm)).is_file():
-                self.check_config(arm)
         for arm, seed in todo:
             for other in self.needs(arm):
                 if (other, seed) not in runs and self.results(other, seed) is None:
                     raise ConfigError(
                         f"arm '{arm.label}' needs a run of '{other.label}' with seed {seed}"
                     )
-        for arm, seed in {arm.label: (arm, seed) for arm, seed in reversed(todo)}.values():
-            self.check_config(arm, {"SEED": seed, "OUTPUT_DIR": str(self.folder(arm, seed))})
+        prepared = self.suite.prepared if todo else ()
+        to_check = [(arm, arm.opts) for arm in prepared if not Path(weights_of(arm)).is_file()]
+        first_runs = {arm.label: (arm, seed) for arm, seed in reversed(todo)}.values()
+        to_check += [(arm, {**arm.opts, **self.own_opts(arm, seed)}) for arm, seed in first_runs]
+        for arm, opts in to_check:
+            try:
+                self.check_config(arm, dict(opts))
+            except ConfigError as error:
+                raise ConfigError(f"arm '{arm.label}': {error}") from error
         release()  # the datasets that the check read; the runs are processes of their own
 
-    def check_config(self, arm: Arm, own: dict | None = None) -> None:
-        """Check what a training would, and that the weights are there or will be.
-
-        Args:
-            own: overrides of one run.
-
-        Raises:
-            ConfigError: in one line that names the arm.
-        """
-        try:
-            self._check_config(arm, own or {})
-        except ConfigError as error:
-            raise ConfigError(f"arm '{arm.label}': {error}") from error
-
-    def _check_config(self, arm: Arm, own: dict) -> None:
-        opts = {**arm.opts, **own}
+    def check_config(self, arm: Arm, opts: dict) -> None:
+        """Check what a training would, and that the weights are there or will be."""
         made = [weights_of(prepared) for prepared in self.suite.prepared]
         if opts.get("MODEL.WEIGHTS") in made:
             opts["MODEL.WEIGHTS"] = ""
@@ -159,16 +148,7 @@ class Comparison:
                 f"DISTILL.TEACHER.WEIGHTS: no file '{weights}', and it is not what the suite's "
                 f"teacher writes ({made[0] if made else 'the suite trains none'})"
             )
-        read_config(
-            SimpleNamespace(
-                config_file=arm.config,
-                opts=as_list(opts),
-                eval_only=False,
-                resume=True,
-                num_gpus=1,
-                num_machines=1,
-            )
-        )
+        read_config(build_parser().parse_args(self.arguments(arm, opts)))
 
     def check_kept_runs(self) -> None:
         """Check that all runs in the output folder are of the suite's settings."""
@@ -177,11 +157,7 @@ class Comparison:
                 self.check_settings(*run, settings_of(self.config(*run)[0]))
 
     def check_settings(self, arm: Arm, seed: int, settings: dict[str, str]) -> None:
-        """Check that a run's folder is new or of these settings.
-
-        Raises:
-            ConfigError: it is of others; names the first key.
-        """
+        """Check that a run's folder is new or of these settings."""
         folder = self.folder(arm, seed)
         path = folder / "settings.json"
         if not folder.exists() or not any(folder.iterdir()):
@@ -228,17 +204,22 @@ class Comparison:
         cfg, opts = self.config(arm, seed)
         settings, folder = settings_of(cfg), self.folder(arm, seed)
         self.check_settings(arm, seed, settings)
-        command = self.command(arm, opts)
+        record = {"arm": arm.label, "seed": seed, "threads": self.threads, "settings": settings}
+        self.start(f"{arm.label} {seed}", self.arguments(arm, opts), folder, record, self.threads)
+
+    def arguments(self, arm: Arm, opts: dict) -> list[str]:
+        """Those of a training that goes on where it was left."""
+        return ["--resume", *self.imports, "--config-file", arm.config, *as_list(opts)]
+
+    def start(
+        self, name: str, arguments: list[str], folder: Path, record: dict, threads: int
+    ) -> None:
+        """Run a training, after writing down what it is if it is new."""
+        command = ["-m", "d2kd", "train", *arguments]
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "settings.json").is_file():
-            about = {"arm": arm.label, "seed": seed, "threads": self.threads, "command": command}
-            write_json({**about, "settings": settings}, folder / "settings.json")
-        self.stage(f"{arm.label} {seed}", command, folder, self.threads)
-
-    def command(self, arm: Arm, opts: dict) -> list[str]:
-        """Arguments of Python for a training that goes on where it was left."""
-        train = ["-m", "d2kd", "train", "--resume", *self.imports, "--config-file", arm.config]
-        return [*train, *as_list(opts)]
+            write_json({**record, "command": command}, folder / "settings.json")
+        self.stage(name, command, folder, threads)
 
     def stage(self, name: str, command: list[str], folder: Path, threads: int) -> None:
         logs = self.output / "logs"
@@ -255,27 +236,28 @@ class Comparison:
             threads: CPU threads of the training.
 
         Raises:
-            ConfigError: it was trained here with other settings; names the first key.
+            ConfigError: it was trained here with other settings, of which the first is named, or
+                otherwise begun, or its weights are gone.
         """
-        weights = Path(weights_of(arm))
-        opts = {"DATALOADER.NUM_WORKERS": 0, "DISTILL.TEACHER.CHECK": False, **arm.opts}
-        made_with = weights.parent / "settings.json"
+        weights, opts = Path(weights_of(arm)), {**DEFAULTS, **arm.opts}
+        folder = weights.parent
         settings = settings_of(merged_config(arm.config, as_list(opts)))
-        if made_with.is_file():  # else it was trained by hand, and is taken as it is
-            check_same(weights.parent, settings, f"name another OUTPUT_DIR for the {arm.label}")
+        is_own = (folder / "settings.json").is_file()
+        if is_own:  # else it was trained by hand, and is taken as it is
+            check_same(folder, settings, f"name another OUTPUT_DIR for the {arm.label}")
         if not weights.is_file():
-            _check_continuable(weights, made_with.is_file())
-            command = self.command(arm, opts)
-            weights.parent.mkdir(parents=True, exist_ok=True)
-            write_json({"arm": arm.label, "command": command, "settings": settings}, made_with)
-            self.stage(arm.label, command, weights.parent, threads)
-        known, own = self.output / f"{arm.label}.json", weights.parent / "results.json"
+            for left in ("results.json", *(() if is_own else ("last_checkpoint",))):
+                if (folder / left).is_file():
+                    raise ConfigError(
+                        f"{folder} has a {left} but no {weights.name}: put that back, remove the "
+                        "folder or name another OUTPUT_DIR in the suite"
+                    )
+            record = {"arm": arm.label, "settings": settings}
+            self.start(arm.label, self.arguments(arm, opts), folder, record, threads)
+        known, own = self.output / f"{arm.label}.json", folder / "results.json"
         if known.is_file() and read_json(known, ["file"])["file"] == fingerprint(str(weights)):
             return
-        if own.is_file():
-            results = read_json(own, ["results"])
-        else:
-            results = {"results": evaluate(arm, str(weights))}
+        results = read_json(own, ["results"]) if own.is_file() else evaluate(arm, str(weights))
         write_json({"file": fingerprint(str(weights)), **results}, known)
 
     # --- results -------------------------------------------------------------------------------
@@ -283,57 +265,38 @@ class Comparison:
     def lines(self) -> list[dict]:
         """One JSON line a finished run, those of teacher and start first, in the order of
         :meth:`runs`."""
-        common = {"suite": self.suite.title, "baseline": self.suite.baseline}
-        lines = []
+        common, lines = {"suite": self.suite.title, "baseline": self.suite.baseline}, []
+
+        def add(role: str, arm: Arm, results: dict, **of_run) -> None:
+            about = {"role": role, "arm": arm.label, "config": arm.config, "opts": arm.opts}
+            lines.append({**common, **about, **of_run, **results})
+
         for arm in self.suite.prepared:
-            about = {"role": arm.label, "arm": arm.label, "config": arm.config, "opts": arm.opts}
-            results = read_json(self.output / f"{arm.label}.json", ["results"])
-            lines.append({**common, **about, **results})
+            add(arm.label, arm, read_json(self.output / f"{arm.label}.json", ["results"]))
         for arm, seed in self.runs():
-            results = self.results(arm, seed)
+            folder, results = self.folder(arm, seed), self.results(arm, seed)
             if results is not None:
-                about = {"arm": arm.label, "seed": seed, "config": arm.config, "opts": arm.opts}
+                settings = read_json(folder / "settings.json", ["settings", "threads"])
                 control = {"times": arm.times, "same_time_as": arm.same_time_as}
-                settings = read_json(self.folder(arm, seed) / "settings.json", SETTINGS_KEYS)
-                where = {"threads": settings["threads"], "folder": self.folder(arm, seed).name}
-                lines.append({**common, "role": "student", **about, **control, **where, **results})
+                where = {"threads": settings["threads"], "folder": folder.name}
+                add("student", arm, results, seed=seed, **control, **where)
         return lines
 
     def save(self) -> None:
         """Write results.jsonl, the tables, and what they say into the receipts of the students."""
         text = "".join(json.dumps(line) + "\n" for line in self.lines())
         write_text(text, self.output / "results.jsonl")
-        write_markdown(self.output)
-        complete_receipts(read_lines(self.output / "results.jsonl"), self.output)
+        lines = read_lines(self.output / "results.jsonl")
+        write_markdown(lines, self.output)
+        complete_receipts(lines, self.output)
 
 
 def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
-    """Check that what was trained in ``folder`` had these settings.
-
-    Raises:
-        ConfigError: it had others; names the first key.
-    """
+    """Check that what was trained in ``folder`` had these settings."""
     made_with = read_json(folder / "settings.json", ["settings"])["settings"]
     difference = first_difference(made_with, settings)
     if difference:
         raise ConfigError(f"{folder} was made with other settings: {difference}; {remedy}")
-
-
-def _check_continuable(weights: Path, is_own: bool) -> None:
-    """Check that what is in the folder of missing ``weights`` can be gone on with.
-
-    Args:
-        is_own: whether this tool began it.
-
-    Raises:
-        ConfigError: it was begun otherwise, or is finished and its weights are gone.
-    """
-    for name in ("results.json", "last_checkpoint"):
-        if (weights.parent / name).is_file() and not (is_own and name == "last_checkpoint"):
-            raise ConfigError(
-                f"{weights.parent} has a {name} but no {weights.name}: put that back, remove the "
-                "folder or name another OUTPUT_DIR in the suite"
-            )
 
 
 def same_time_iterations(base: dict, other: dict) -> int:
@@ -350,7 +313,7 @@ def evaluate(arm: Arm, weights: str) -> dict:
     """Results of a detector that was not trained here, on its own ``DATASETS.TEST``."""
     print(f"{arm.label}: evaluating", flush=True)
     cfg = merged_config(arm.config, as_list(arm.opts))
-    cfg.MODEL.DEVICE = "cuda" if Devices(1).count else "cpu"
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(student_config(cfg))
     load_teacher_weights(model, weights)
-    return DistillTrainer.test(cfg, model)
+    return {"results": DistillTrainer.test(cfg, model)}

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pycocotools.mask as mask_util
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.structures import Instances, pairwise_iou
 
 from ..config import student_config
 from ..files import write_atomically
@@ -40,26 +38,17 @@ def pick_records(dataset: str, count: int) -> list[dict]:
 
 def ground_truth(record: dict, masks: bool) -> Instances:
     """Boxes, classes and, if asked for and there, masks of a dataset's record."""
-    height, width = record["height"], record["width"]
     annotations = [a for a in record["annotations"] if not a.get("iscrowd")]
-    truth = Instances((height, width))
-    corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-    truth.pred_boxes = Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
-    truth.pred_classes = torch.tensor([a["category_id"] for a in annotations], dtype=torch.int64)
-    if masks and annotations and all(a.get("segmentation") for a in annotations):
-        bitmaps = [_mask(a["segmentation"], height, width) for a in annotations]
-        truth.pred_masks = torch.from_numpy(np.stack(bitmaps))
+    keys = ["bbox", "bbox_mode", "category_id"]
+    if masks and all(a.get("segmentation") for a in annotations):
+        keys.append("segmentation")
+    size = record["height"], record["width"]
+    drawn = [{key: a[key] for key in keys} for a in annotations]
+    found = annotations_to_instances(drawn, size, mask_format="bitmask")
+    truth = Instances(size, pred_boxes=found.gt_boxes, pred_classes=found.gt_classes)
+    if found.has("gt_masks"):
+        truth.pred_masks = found.gt_masks.tensor
     return truth
-
-
-def _mask(segmentation, height: int, width: int) -> np.ndarray:
-    if isinstance(segmentation, dict):
-        return mask_util.decode(segmentation).astype(bool)
-    mask = np.zeros((height, width), np.uint8)
-    polygons = [
-        np.array(polygon).reshape(-1, 2).round().astype(np.int32) for polygon in segmentation
-    ]
-    return cv2.fillPoly(mask, polygons, 1).astype(bool)
 
 
 def draw(
@@ -144,15 +133,14 @@ def save_picture(
     records: list[dict],
     width: int = 320,
     columns: int = 4,
-    most_bytes: int = 300_000,
 ) -> None:
-    """Draw ground truth and each run's detections as a JPEG.
+    """Draw ground truth and each run's detections as a JPEG, which has no more than 300 kB if its
+    quality allows.
 
     Args:
         runs: title -> config and weights.
         records: images of ``DATASETS.TEST`` of the first run.
         width: of the widest image, in pixels.
-        most_bytes: the quality is lowered, within reason, until the file is no larger.
     """
     metadata = MetadataCatalog.get(next(iter(runs.values()))[0].DATASETS.TEST[0])
     names = list(metadata.thing_classes)
@@ -172,6 +160,6 @@ def save_picture(
     picture = sheet(panels, columns)
     for quality in (80, 70, 60, 50, 40, 30):
         data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-        if len(data) <= most_bytes:
+        if len(data) <= 300_000:
             break
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))

@@ -39,23 +39,19 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
     """
     arms, baseline = by_arm(lines), lines[0]["baseline"]
     base = arms.pop(baseline, {})
-    tasks = [
-        t for t in tasks_of(lines) if any(len(paired_gains(r, base, t)) for r in arms.values())
-    ]
-    if not tasks:
+    found = {t: [paired_gains(runs, base, t) for runs in arms.values()] for t in tasks_of(lines)}
+    found = {task: gains for task, gains in found.items() if any(map(len, gains))}
+    if not found:
         return False
-    height = 0.42 * len(arms) + 1
-    figure, axes = plt.subplots(
-        len(tasks), 1, figsize=(6.2, height * len(tasks)), squeeze=False, layout="constrained"
-    )
-    colours = [CONTROL if is_control(next(iter(r.values()))) else METHOD for r in arms.values()]
+    size = 6.2, (0.42 * len(arms) + 1) * len(found)
+    figure, axes = plt.subplots(len(found), figsize=size, squeeze=False, layout="constrained")
+    colours = [CONTROL if is_control(runs) else METHOD for runs in arms.values()]
     labels = list(arms)
     if times:
         alone = mean_of(base, "step_seconds")
         costs = [mean_of(runs, "step_seconds") / alone for runs in arms.values()]
         labels = [f"{label}  ({cost:.2f}x a step)" for label, cost in zip(arms, costs, strict=True)]
-    for axis, task in zip(axes[:, 0], tasks, strict=True):
-        gains = [paired_gains(runs, base, task) for runs in arms.values()]
+    for axis, (task, gains) in zip(axes[:, 0], found.items(), strict=True):
         means = [g.mean() if len(g) else 0.0 for g in gains]
         errors = [half_interval(g) for g in gains]  # NaN, so no bar, with one seed
         bars = axis.barh(labels, means, xerr=errors, color=colours, height=0.62, capsize=3)
@@ -76,13 +72,9 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
 # --- curves -------------------------------------------------------------------------------------
 
 
-def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Detection loss and AP over the iterations, from a run's metrics.json.
-
-    Returns:
-        "loss" (of the student, without distillation) and "AP", as far as they are there: each
-        (iterations, values). Where a resumed run went over iterations again, the last time counts.
-    """
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Detection "loss" (of the student, without distillation) and "AP" by iteration, from a run's
+    metrics.json. Where a resumed run went over iterations again, the last time counts."""
     loss, ap = {}, {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -93,12 +85,7 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             loss[entry["iteration"]] = entry["total_loss"] - entry.get("total_kd_loss", 0.0)
         if np.isfinite(entry.get("bbox/AP", np.nan)):
             ap[entry["iteration"]] = entry["bbox/AP"]
-    curves = {"loss": loss, "AP": ap}
-    return {
-        name: (np.array(sorted(curve)), np.array([curve[i] for i in sorted(curve)]))
-        for name, curve in curves.items()
-        if curve
-    }
+    return {"loss": loss, "AP": ap}
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -115,19 +102,18 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         Whether there was anything to plot; AP needs periodic evaluation.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    colours, labels = iter(plt.get_cmap("tab10").colors * 10), []
     for label, runs in by_arm(lines).items():
         metrics = [read_metrics(output / run["folder"] / "metrics.json") for run in runs.values()]
-        curves = [m[name] for m in metrics if name in m and len(m[name][0]) > 1]
+        curves = [m[name] for m in metrics if len(m[name]) > 1]
         if not curves:
             continue
-        common = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
-        mean = np.mean([y[np.isin(x, common)] for x, y in curves], axis=0)
+        common = sorted(set.intersection(*map(set, curves)))
+        mean = np.mean([[curve[i] for i in common] for curve in curves], axis=0)
         if name == "loss":
             mean = smooth(mean, max(len(mean) // 20, 1))
-        dashes = "--" if is_control(next(iter(runs.values()))) else "-"
-        axis.plot(common, mean, dashes, color=next(colours), linewidth=1.4)
-        labels.append(label)
+        dashes = "--" if is_control(runs) else "-"
+        # A space, because matplotlib leaves out labels that begin with "_".
+        axis.plot(common, mean, dashes, linewidth=1.4, label=f" {label}")
     if not axis.lines:
         plt.close(figure)
         return False
@@ -138,10 +124,7 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
     axis.set_ylabel("detection loss, without distillation" if name == "loss" else "box AP")
     axis.set_xlabel("iteration")
     axis.grid(alpha=0.3, which="both")
-    # A space, because matplotlib leaves out labels that begin with "_".
-    names = [f" {label}" for label in labels]
-    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axis.legend(axis.lines, names, fontsize=8, frameon=False, **place)
+    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
     return True

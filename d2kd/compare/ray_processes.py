@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, first_line
-from .processes import Processes, StageFailed, stage_lines
+from .processes import Processes, StageFailed
 
 AUTO = "auto"
 # Seconds until a file that another machine has made is seen on a network file system.
@@ -68,14 +68,16 @@ class RayProcesses:
     def run_stage(
         self, name: str, command: list[str], done: Path, logs: Path, threads: int
     ) -> None:
-        """Run one as :func:`~d2kd.compare.processes.run_stage` does, where there is room.
+        """Run one as :class:`~d2kd.compare.processes.LocalProcesses` does, where there is room.
 
         Raises:
             StageFailed: it failed, or its machine did; names the log.
         """
+        if not self._uses_gpus:  # what is prepared before the runs asks for the threads of all
+            threads = min(threads, self._most_threads)
         errors, actor = self._ray.exceptions, self._start(threads)
         try:
-            stage = (name, command, done, logs, self._threads(threads))
+            stage = (name, command, done, logs, threads)
             for line in actor.run.options(num_returns="streaming").remote(os.getcwd(), stage):
                 print(self._ray.get(line), flush=True)
                 self._running[actor] = True
@@ -91,17 +93,10 @@ class RayProcesses:
         if not _is_seen(done, _SEEN_WITHIN):
             raise StageFailed(f"{name} failed ({done} of another machine is not visible here)")
 
-    def _threads(self, wanted: int) -> int:
-        # What is prepared before the runs asks for the threads of all of them together.
-        return wanted if self._uses_gpus else min(wanted, self._most_threads)
-
     def _start(self, threads: int) -> Any:
         own = {key: os.environ[key] for key in _FORWARDED if key in os.environ}
         options = {"max_concurrency": 2, "runtime_env": {"env_vars": own}}
-        if self._uses_gpus:
-            options |= {"num_gpus": 1, "num_cpus": 0}
-        else:
-            options |= {"num_cpus": self._threads(threads)}
+        options |= {"num_gpus": 1, "num_cpus": 0} if self._uses_gpus else {"num_cpus": threads}
         with self._lock:
             if self._stopped:
                 raise StageFailed("stopped")
@@ -150,14 +145,8 @@ class _Stage:
                     )
             os.chdir(folder)
             yield f"{name}: on {here}"
-            yield from stage_lines(
-                name,
-                ["-c", _WITH_PARENT, str(os.getpid()), *command],
-                done,
-                logs,
-                threads,
-                processes=self._processes,
-            )
+            command = ["-c", _WITH_PARENT, str(os.getpid()), *command]
+            yield from self._processes.stage_lines(name, command, done, logs, threads)
         finally:
             self._ended.set()
 
@@ -168,11 +157,7 @@ class _Stage:
 
 
 def _connected(address: str) -> Any:
-    """The module ``ray``, connected to a cluster.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """The module ``ray``, connected to a cluster."""
     try:
         import ray
     except ImportError:

@@ -7,6 +7,7 @@ import base64
 import html
 from pathlib import Path
 
+from ..engine.checkpoint import STUDENT_FILE
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..files import write_text
@@ -33,34 +34,26 @@ def write_report(output: Path) -> str:
     """Write report.md, report.html and the pictures they show; returns the tables as Markdown."""
     lines = read_lines(output / "results.jsonl")
     pictures = draw_pictures(lines, output) if by_arm(lines) else {}
-    text = write_markdown(output, pictures)
     page = page_of(lines, {title: output / name for title, name in pictures.items()})
     write_text(page, output / "report.html")
-    return text
+    return write_markdown(lines, output, pictures)
 
 
 def draw_pictures(lines: list[dict], output: Path) -> dict[str, str]:
     """Draw what the finished runs allow; title -> name of the file in ``output``."""
-    drawn = {
-        "Gain in AP with its 95 % interval; dots are seeds, grey bars controls": (
-            "gains.svg",
-            lambda path: plot_gains(lines, path),
-        ),
-        "Detection loss in training, mean over the seeds": (
-            "loss.svg",
-            lambda path: plot_curves(lines, output, "loss", path),
-        ),
-        "AP in training, mean over the seeds": (
-            "ap.svg",
-            lambda path: plot_curves(lines, output, "AP", path),
-        ),
-        "Detections on validation images, as many as there are objects, the most confident; green "
-        "where box (IoU 0.5) and class are right": (
-            "detections.jpg",
-            lambda path: draw_detections(lines, output, path),
-        ),
-    }
-    return {title: name for title, (name, draw) in drawn.items() if draw(output / name)}
+    found = {}
+    if plot_gains(lines, output / "gains.svg"):
+        found["Gain in AP with its 95 % interval; dots are seeds, grey bars controls"] = "gains.svg"
+    for curve, name in (("loss", "Detection loss"), ("AP", "AP")):
+        if plot_curves(lines, output, curve, output / f"{curve.lower()}.svg"):
+            found[f"{name} in training, mean over the seeds"] = f"{curve.lower()}.svg"
+    if draw_detections(lines, output, output / "detections.jpg"):
+        title = (
+            "Detections on validation images, as many as there are objects, the most confident; "
+            "green where box (IoU 0.5) and class are right"
+        )
+        found[title] = "detections.jpg"
+    return found
 
 
 def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
@@ -69,19 +62,19 @@ def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
     Returns:
         Whether the weights of any run are still there.
     """
-    chosen = {label: next(iter(runs.values())) for label, runs in by_arm(lines).items()}
-    chosen = {label: run for label, run in chosen.items() if not is_control(run)}
+    arms = by_arm(lines).items()
+    chosen = {label: next(iter(runs.values())) for label, runs in arms if not is_control(runs)}
+    chosen |= {line["role"]: line for line in prepared(lines) if line["role"] == "teacher"}
     found = {}
-    teachers = [(line["role"], line) for line in prepared(lines) if line["role"] == "teacher"]
-    for label, run in [*chosen.items(), *teachers]:
+    for label, run in chosen.items():
         try:
             cfg = merged_config(run["config"], as_list(run["opts"]))
         except ConfigError as error:  # of a report that is written from another directory
             print(f"no picture of '{label}': {error}")
             continue
-        folder = Path(cfg.OUTPUT_DIR) if label == "teacher" else output / run["folder"]
-        if (folder / "student_final.pth").is_file():
-            found[label] = (cfg, folder / "student_final.pth")
+        folder = Path(cfg.OUTPUT_DIR) if run["role"] == "teacher" else output / run["folder"]
+        if (folder / STUDENT_FILE).is_file():
+            found[label] = (cfg, folder / STUDENT_FILE)
     if not found:
         return False
     dataset = next(iter(found.values()))[0].DATASETS.TEST[0]

@@ -24,7 +24,6 @@ that d2kd ships.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import re
@@ -35,8 +34,11 @@ from detectron2.config import CfgNode
 
 from ..config_files import foreign_teacher, read_yaml, resolve_config_file
 from ..config_paths import PATH_KEYS, absolute_path, find_file
+from ..engine.checkpoint import STUDENT_FILE
+from ..engine.identity import file_sha256, flat_config
 from ..engine.setup import merged_config
 from ..errors import ConfigError
+from ..files import shown
 from ..lazy_config import is_lazy
 from ..registry import node_name
 
@@ -110,58 +112,43 @@ def read_suite(path: Path, seeds: list[int] | None = None, opts: dict | None = N
     _check_keys(str(path), data, SUITE_KEYS, required=("baseline", "seeds", "arms"))
     _check_keys(f"{path}: arms", data["arms"])
     common, opts = _opts(str(path), data, path.parent), opts or {}
-    prepared = [_prepared(path, label, data[label]) for label in PREPARED if label in data]
-    for arm in prepared:
-        if arm.label == "start":
-            common = {"MODEL.WEIGHTS": weights_of(arm), **common}
+    prepared = []
+    for label in PREPARED:
+        if label in data:
+            config, own = _entry(f"{path}: {label}", data[label], PREPARED_KEYS, path.parent)
+            prepared.append(Arm(label, config, (), own))
+            if label == "start":
+                common = {"MODEL.WEIGHTS": weights_of(prepared[-1]), **common}
     arms = {}
     for label, entry in data["arms"].items():
         where = f"{path}: arm '{label}'"
-        _check_keys(where, entry, ARM_KEYS, required=("config",))
-        own = _seeds(where, entry.get("seeds", data["seeds"]))
+        config, own = _entry(where, entry, ARM_KEYS, path.parent)
+        of_arm = _seeds(where, entry.get("seeds", data["seeds"]))
         if "seeds" not in entry:
-            own = tuple(dict.fromkeys((*own, *(seeds or ()))))
-        arms[str(label)] = Arm(
-            str(label),
-            _find_config(where, entry["config"], path.parent),
-            own,
-            {**common, **_opts(where, entry, path.parent), **opts},
-            entry.get("times", 1.0),
-            str(entry.get("same_time_as", "")),
-        )
+            of_arm = tuple(dict.fromkeys((*of_arm, *(seeds or ()))))
+        control = entry.get("times", 1.0), str(entry.get("same_time_as", ""))
+        arms[str(label)] = Arm(str(label), config, of_arm, {**common, **own, **opts}, *control)
     title = str(data.get("title", path.stem))
     suite = Suite(title, str(data["baseline"]), arms, tuple(prepared))
     check_suite(suite, str(path))
     return suite
 
 
-def _prepared(path: Path, label: str, entry: dict) -> Arm:
-    where = f"{path}: {label}"
-    _check_keys(where, entry, PREPARED_KEYS, required=("config",))
-    config = _find_config(where, entry["config"], path.parent)
-    return Arm(label, config, (), _opts(where, entry, path.parent))
-
-
-def _find_config(where: str, name: str, folder: Path) -> str:
-    """A config's name if it is found from the working directory, else its path from the suite's
-    folder.
-
-    Raises:
-        ConfigError: there is none; names the folders it was looked for in.
-    """
+def _entry(where: str, entry: dict, valid: tuple, folder: Path) -> tuple[str, dict]:
+    """The config and the overrides of an entry: the config's name if it is found from the working
+    directory, else its path in the suite's folder."""
+    _check_keys(where, entry, valid, required=("config",))
+    name = entry["config"]
     if not isinstance(name, str):
         raise ConfigError(f"{where}: config is {name!r}; it must be the name of a YAML file")
     in_folder = None if find_file(name) else find_file(name, [folder])
     resolve_config_file(name, f"{where}: config", [folder])
-    return os.path.abspath(in_folder) if in_folder else name
+    config = os.path.abspath(in_folder) if in_folder else name
+    return config, _opts(where, entry, folder)
 
 
 def _opts(where: str, entry: dict, folder: Path) -> dict:
-    """The overrides of an entry, in which the paths of files in the suite's folder are absolute.
-
-    Raises:
-        ConfigError: they are no mapping, or a key has no value.
-    """
+    """The overrides of an entry, in which the paths of files in the suite's folder are absolute."""
     opts = {} if entry.get("opts") is None else entry["opts"]
     _check_keys(f"{where}: opts", opts)
     for key, value in opts.items():
@@ -180,9 +167,8 @@ def _opts(where: str, entry: dict, folder: Path) -> dict:
 def weights_of(prepared: Arm) -> str:
     """Where the weights of a detector that is trained before the arms lie in the end, from the
     working directory if they lie below it: results say where they are, on any machine."""
-    folder = Path(merged_config(prepared.config, as_list(prepared.opts)).OUTPUT_DIR)
-    below = folder.is_relative_to(Path.cwd())
-    return str((folder.relative_to(Path.cwd()) if below else folder) / "student_final.pth")
+    cfg = merged_config(prepared.config, as_list(prepared.opts))
+    return shown(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE))
 
 
 def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
@@ -198,11 +184,7 @@ def suite_of_configs(configs: list[str], seeds: list[int], opts: dict) -> Suite:
 
 
 def check_suite(suite: Suite, where: str) -> None:
-    """Check what the arms say of each other.
-
-    Raises:
-        ConfigError: an unknown or unusable arm.
-    """
+    """Check what the arms say of each other."""
     known = ", ".join(f"'{label}'" for label in suite.arms)
     if suite.baseline not in suite.arms:
         raise ConfigError(f"{where}: baseline '{suite.baseline}' is no arm; valid: {known}")
@@ -213,7 +195,7 @@ def check_suite(suite: Suite, where: str) -> None:
             raise ConfigError(f"{place} and '{slugs[arm.slug.lower()]}' would share a folder")
         if not arm.label.strip() or not arm.label.isprintable() or len(arm.slug) > MAX_LABEL:
             raise ConfigError(f"{place}: a label has 1 to {MAX_LABEL} printable characters")
-        if not _is_number(arm.times) or not 0 < arm.times < math.inf:
+        if type(arm.times) not in (int, float) or not 0 < arm.times < math.inf:
             raise ConfigError(f"{place}: times is {arm.times}; it must be a positive number")
         if not arm.same_time_as:
             continue
@@ -243,12 +225,8 @@ def _check_keys(where: str, node, valid: tuple = (), required: tuple = ()) -> No
             raise ConfigError(f"{where}: '{key}' is missing")
 
 
-def _is_number(value, kinds: tuple[type, ...] = (int, float)) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
 def _seeds(where: str, seeds) -> tuple[int, ...]:
-    good = isinstance(seeds, list) and all(_is_number(s, (int,)) and s >= 0 for s in seeds)
+    good = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
     if not seeds or not good:
         raise ConfigError(f"{where}: seeds is {seeds!r}; it must be a list of whole numbers from 0")
     return tuple(dict.fromkeys(seeds))
@@ -264,24 +242,19 @@ def as_list(opts: dict) -> list[str]:
 
 def stretched(cfg: CfgNode, max_iter: int) -> dict:
     """Overrides for a training of ``max_iter`` iterations: schedules keep their proportions."""
-    factor = max_iter / cfg.SOLVER.MAX_ITER
-    opts = {"SOLVER.MAX_ITER": max_iter}
-
-    def stretch(key: str, value) -> None:
+    values = {f"SOLVER.{key}": cfg.SOLVER[key] for key in ("STEPS", "WARMUP_ITERS")}
+    for name, node in head_nodes(cfg).items():
+        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
+            values[f"DISTILL.{name}.SCHEDULE.{key}"] = node.SCHEDULE[key]
+    factor, opts = max_iter / cfg.SOLVER.MAX_ITER, {"SOLVER.MAX_ITER": max_iter}
+    for key, value in values.items():
         if isinstance(value, int) and value > 0:
             opts[key] = round(factor * value)
         elif isinstance(value, (tuple, list)) and value:
             opts[key] = type(value)(dict.fromkeys(round(factor * step) for step in value))
-
-    stretch("SOLVER.STEPS", cfg.SOLVER.STEPS)
-    # Those of a short training may come at its end, which Detectron2 refuses.
-    steps = opts.get("SOLVER.STEPS", ())
-    if any(step >= max_iter for step in steps):
+    if "SOLVER.STEPS" in opts:  # Detectron2 refuses those at the end, as short trainings may have
+        steps = opts["SOLVER.STEPS"]
         opts["SOLVER.STEPS"] = type(steps)(step for step in steps if step < max_iter)
-    stretch("SOLVER.WARMUP_ITERS", cfg.SOLVER.WARMUP_ITERS)
-    for name, node in head_nodes(cfg).items():
-        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
-            stretch(f"DISTILL.{name}.SCHEDULE.{key}", node.SCHEDULE[key])
     return opts
 
 
@@ -303,13 +276,12 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
 
     Two runs with equal settings are one run; keys of other heads than its own do not count.
     """
-    flat = _flat(cfg)
     kept = set()
     if uses_teacher(cfg):
         kept = {"HEADS", "INHERIT", "TEACHER", "STUDENT_META_ARCH", *head_nodes(cfg)}
     flat = {
-        key: value
-        for key, value in flat.items()
+        key: str(value)
+        for key, value in flat_config(cfg).items()
         if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
     }
     _set_file(flat, "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
@@ -319,7 +291,8 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
         if is_lazy(node.CONFIG_FILE) or foreign_teacher(node.CONFIG_FILE):
             return flat  # no YAML: its name and OPTS say what it is
         teacher = merged_config(node.CONFIG_FILE, list(node.OPTS))
-        flat |= {f"teacher's {key}": v for key, v in _flat(teacher.MODEL, "MODEL.").items()}
+        own = flat_config(teacher.MODEL, "MODEL.")
+        flat |= {f"teacher's {key}": str(value) for key, value in own.items()}
         if node.WEIGHTS:  # the file says what weights it has; the keys below, what it is
             del flat["DISTILL.TEACHER.CONFIG_FILE"], flat["teacher's MODEL.WEIGHTS"]
     return flat
@@ -332,16 +305,6 @@ def _set_file(flat: dict[str, str], key: str, path: str) -> None:
         del flat[key]
 
 
-def _flat(node: CfgNode, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value)
-    return flat
-
-
 def fingerprint(path: str) -> str:
     """The start of a file's SHA-256; "" where there is no such file."""
     path = (path or "").partition("?")[0]
@@ -352,7 +315,7 @@ def fingerprint(path: str) -> str:
 
 @functools.cache
 def _fingerprint(path: str, changed: int) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 def first_difference(old: dict[str, str], new: dict[str, str]) -> str:

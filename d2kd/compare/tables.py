@@ -10,12 +10,10 @@ import numpy as np
 from scipy import stats
 from tabulate import tabulate
 
+from ..engine.summary import METRICS
 from ..files import null_to_nan, parse_json, shown, write_text
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
-
-
 LINE_KEYS = ("suite", "baseline", "role", "arm", "config", "opts", "results")
 RUN_KEYS = ("seed", "times", "same_time_as", "threads", "folder", "iterations", "step_seconds")
 ALPHA, POWER = 0.05, 0.8  # chance of a false gain in a whole table; of finding a true one
@@ -52,8 +50,9 @@ def prepared(lines: list[dict]) -> list[dict]:
     return [line for line in lines if line["role"] != "student"]
 
 
-def is_control(run: dict) -> bool:
-    """Whether a run is one of another length, which controls what longer training gains."""
+def is_control(runs: dict[int, dict]) -> bool:
+    """Whether an arm's runs are of another length, which controls what longer training gains."""
+    run = next(iter(runs.values()))
     return run["times"] != 1 or bool(run["same_time_as"])
 
 
@@ -202,26 +201,20 @@ def gain_table(lines: list[dict], task: str) -> Table | None:
     """What each method gains over the control of equal time, else over the baseline, with Holm's
     correction for the number of methods; None where no method has two seeds."""
     arms, baseline = by_arm(lines), lines[0]["baseline"]
-    methods = {
-        label: runs
-        for label, runs in arms.items()
-        if label != baseline and not is_control(next(iter(runs.values())))
-    }
+    methods = [name for name, runs in arms.items() if name != baseline and not is_control(runs)]
     references = {label: reference_of(label, arms, baseline) for label in methods}
-    gains = [
-        paired_gains(runs, arms.get(references[label], {}), task) for label, runs in methods.items()
-    ]
+    gains = [paired_gains(arms[name], arms.get(references[name], {}), task) for name in methods]
+    if not any(len(values) > 1 for values in gains):
+        return None
     rows = []
-    tests = holm(gains)
-    for label, values, (p, half) in zip(methods, gains, tests, strict=True):
+    for label, values, (p, half) in zip(methods, gains, holm(gains), strict=True):
         least = detectable_gain(gains, len(values))
         interval = "" if np.isnan(half) else f" ± {half:.1f}"
         cells = [f"{values.mean():+.1f}{interval}" if len(values) else "-"]
         cells += ["-" if np.isnan(p) else f"{p:.3f}", "-" if np.isnan(least) else f"{least:.1f}"]
         rows.append([label, references[label], str(len(values)), *cells])
     headers = ["run", "against", "seeds", "gain in AP", "p", "detectable"]
-    is_tested = any(len(values) > 1 for values in gains)
-    return Table(f"{TASKS[task]}: gains, tested", headers, rows) if is_tested else None
+    return Table(f"{TASKS[task]}: gains, tested", headers, rows)
 
 
 def reference_of(label: str, arms: dict[str, dict[int, dict]], baseline: str) -> str:
@@ -317,13 +310,12 @@ def notes(lines: list[dict]) -> str:
     )
 
 
-def write_markdown(output: Path, pictures: dict[str, str] | None = None) -> str:
+def write_markdown(lines: list[dict], output: Path, pictures: dict[str, str] | None = None) -> str:
     """Write report.md of the runs that finished; returns the tables.
 
     Args:
         pictures: title -> file in ``output``, to be shown after the tables.
     """
-    lines = read_lines(output / "results.jsonl")
     text = markdown(lines)
     title = plain_markdown(lines[0]["suite"] if lines else "") or "Comparison"
     page = f"# {title}\n\n{text}\n"

@@ -76,18 +76,19 @@ def changed_settings(cfg: CfgNode) -> dict[str, Any]:
     """
     default = get_cfg()
     add_distillation_config(default)
-    default = _flat(default)
     missing = object()
-    own = json.loads(json.dumps(_flat(cfg), default=str))  # tuples are lists, as when read back
-    default = json.loads(json.dumps(default, default=str))
+    own, default = (  # tuples are lists, as when read back
+        json.loads(json.dumps(flat_config(one), default=str)) for one in (cfg, default)
+    )
     return {key: value for key, value in own.items() if default.get(key, missing) != value}
 
 
-def _flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+def flat_config(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """All keys of a config with their values, nodes dissolved: "SOLVER.MAX_ITER" -> 1000."""
     flat: dict[str, Any] = {}
     for name, value in node.items():
         if isinstance(value, CfgNode):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_config(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

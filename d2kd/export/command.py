@@ -24,9 +24,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import inference_on_dataset
-from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments import CommandParser, positive
 from ..compare.pictures import pick_records
@@ -44,16 +43,8 @@ from ..engine.trainer import DistillTrainer, without_start
 from ..errors import ConfigError
 from ..files import shown, write_json
 from .detector import ExportedDetector
-from .graph import (
-    Interface,
-    check_onnx,
-    detect,
-    output_names,
-    traceable,
-    write_onnx,
-    write_torchscript,
-)
-from .latency import Latency, file_megabytes, latency_table, measure
+from .graph import Interface, check_onnx, detect, traceable, write_onnx, write_torchscript
+from .latency import Latency, latency_table, measure
 from .parity import Parity, compare, parity_table
 
 FORMATS = ("torchscript", "onnx")
@@ -67,8 +58,8 @@ class Export:
     """A student, the images to compare on, and the files that it becomes.
 
     Args:
-        cfg: of the student, or of the training that it comes from.
-        weights: its checkpoint.
+        cfg: of the student, or of the training that it comes from; ``MODEL.WEIGHTS`` is the
+            student's checkpoint.
         images: files; () takes images of ``DATASETS.TEST``.
         size: (H, W) of the canvas; None: the smallest that holds all the images at the size of
             ``INPUT.MIN_SIZE_TEST`` and ``MAX_SIZE_TEST``.
@@ -78,7 +69,6 @@ class Export:
     def __init__(
         self,
         cfg: CfgNode,
-        weights: str,
         *,
         images: Sequence[str] = (),
         size: tuple[int, int] | None = None,
@@ -91,7 +81,7 @@ class Export:
         check_output_dir(self.output)
         files, classes = images_and_classes(cfg, images)
         pictures = [read_image(name, cfg.INPUT.FORMAT) for name in files]
-        self.student = load_student(cfg, weights)
+        self.student = load_student(cfg)
         blank = torch.zeros(3, *(size or canvas_size(cfg, pictures)))
         padding = self.student.pixel_mean.flatten().tolist()
         self.interface = Interface(
@@ -99,7 +89,7 @@ class Export:
             tuple(blank.shape[1:]),
             tuple(padding),
             classes,
-            output_names(traceable(self.student, blank)),
+            tuple(traceable(self.student, blank).outputs_schema.keys),
         )
         self.canvases = [self.interface.canvas(picture.copy())[0] for picture in pictures]
         self.files: dict[str, tuple[str, str]] = {}  # name -> path, device
@@ -107,22 +97,15 @@ class Export:
     def write(self, formats: Sequence[str]) -> None:
         """Write the files; TorchScript for each device, as it runs only where it was made for."""
         os.makedirs(self.output, exist_ok=True)
-        for name, device in self._wanted(formats):
-            path = os.path.join(self.output, name)
+        names = {"cpu": "student.ts", "cuda": "student_cuda.ts"}
+        wanted = {names[d]: d for d in self.devices if "torchscript" in formats}
+        wanted |= {"student.onnx": "cpu"} if "onnx" in formats else {}
+        for name, device in wanted.items():
+            path, canvas = os.path.join(self.output, name), self.canvases[0].to(device)
             write = write_onnx if name.endswith(".onnx") else write_torchscript
-            write(self._adapter(device), self.canvases[0].to(device), self.interface, path)
+            write(traceable(self.student.to(device), canvas), canvas, self.interface, path)
             self.files[name] = path, device
             print(f"wrote {shown(path)}", flush=True)
-
-    def _wanted(self, formats: Sequence[str]) -> list[tuple[str, str]]:
-        """Name and device of each file."""
-        names = {"cpu": "student.ts", "cuda": "student_cuda.ts"}
-        found = [(names[d], d) for d in self.devices if "torchscript" in formats]
-        return found + [("student.onnx", "cpu")] * ("onnx" in formats)
-
-    def _adapter(self, device: str) -> TracingAdapter:
-        canvas = self.canvases[0].to(device)
-        return traceable(self.student.to(device), canvas)
 
     @torch.no_grad()
     def compare(self) -> dict[str, Parity]:
@@ -146,10 +129,12 @@ class Export:
             models: dict[str, tuple[Callable[[], object], float]] = {}
             for name, model in (("teacher", teacher), ("student", self.student)):
                 if model is not None:
-                    models[name] = eager(model.to(device), canvas), megabytes(model)
-            for name, path in self._files_for(device):
-                run = functools.partial(ExportedDetector(path, device).run, canvas)
-                models[name] = run, file_megabytes(path)
+                    call = functools.partial(detect, model.to(device), [{"image": canvas}])
+                    models[name] = call, megabytes(model)
+            for name, (path, home) in self.files.items():
+                if device == home or (name == "student.onnx" and onnx_has_cuda()):
+                    run = functools.partial(ExportedDetector(path, device).run, canvas)
+                    models[name] = run, os.path.getsize(path) / 1e6
             rows += measure(models, device, repeats)
         return rows
 
@@ -159,31 +144,18 @@ class Export:
         check_datasets(cfg, train=False)
         cfg.OUTPUT_DIR = self.output
         for name, (path, device) in self.files.items():
-            run = _OnFiles(ExportedDetector(path, device))
-            results = {}
+            run = functools.partial(_detect_in_files, ExportedDetector(path, device))
+            found[name] = {}
             for dataset in cfg.DATASETS.TEST:
                 loader = DistillTrainer.build_test_loader(cfg, dataset)
                 evaluator = DistillTrainer.build_evaluator(cfg, dataset)
-                results[dataset] = inference_on_dataset(run, loader, evaluator)
-            found[name] = results
-        return found
-
-    def _files_for(self, device: str) -> list[tuple[str, str]]:
-        """Name and path of the files that run on ``device``."""
-        found = [(n, path) for n, (path, d) in self.files.items() if d == device]
-        if device == "cuda" and "student.onnx" in self.files and onnx_has_cuda():
-            found.append(("student.onnx", self.files["student.onnx"][0]))
+                found[name][dataset] = inference_on_dataset(run, loader, evaluator)
         return found
 
 
-class _OnFiles:
-    """A detector on the image files that Detectron2's evaluation names."""
-
-    def __init__(self, detector: ExportedDetector):
-        self.detector = detector
-
-    def __call__(self, inputs: list[dict]) -> list[dict]:
-        return [self.detector(read_image(item["file_name"], "BGR")) for item in inputs]
+def _detect_in_files(detector: ExportedDetector, inputs: list[dict]) -> list[dict]:
+    """Detections in the image files that Detectron2's evaluation names."""
+    return [detector(read_image(item["file_name"], "BGR")) for item in inputs]
 
 
 def onnx_has_cuda() -> bool:
@@ -192,23 +164,15 @@ def onnx_has_cuda() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def eager(model: nn.Module, canvas: Tensor) -> Callable[[], object]:
-    """A call of ``model`` with the one image, without what comes behind the graph."""
-    return lambda: detect(model, [{"image": canvas}])
-
-
 def megabytes(model: nn.Module) -> float:
     """Of the model's parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
-def load_student(cfg: CfgNode, weights: str) -> nn.Module:
-    """The student of ``cfg`` with ``weights``, on the CPU, in evaluation.
-
-    Raises:
-        ConfigError: the weights are not there, or not for all of the model.
-    """
+def load_student(cfg: CfgNode) -> nn.Module:
+    """The student of ``cfg`` with its weights, on the CPU, in evaluation."""
+    weights = cfg.MODEL.WEIGHTS
     if "://" not in weights and not os.path.isfile(weights):
         raise ConfigError(f"no file '{weights}': name the student's weights as MODEL.WEIGHTS")
     model = build_model(without_start(student_config(cfg))).eval()
@@ -219,11 +183,7 @@ def load_student(cfg: CfgNode, weights: str) -> nn.Module:
 
 
 def images_and_classes(cfg: CfgNode, images: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Files to compare on, and the names of the classes.
-
-    Raises:
-        ConfigError: there is no such file, or no dataset to take images from.
-    """
+    """Files to compare on, and the names of the classes."""
     for name in images:
         if not os.path.isfile(name):
             raise ConfigError(f"--images: no file '{name}'")
@@ -266,48 +226,33 @@ def load_teacher(cfg: CfgNode) -> nn.Module | None:
 def build_parser() -> CommandParser:
     """The command's arguments."""
     parser = CommandParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", help="output folder of a training")
-    parser.add_argument("--config-file", metavar="FILE", help="without a folder: the config")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument(
-        "--size",
-        type=positive,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="of the input (default: the smallest that holds the images, as in evaluation)",
-    )
-    parser.add_argument(
-        "--images", nargs="+", default=[], metavar="FILE", help="default: 8 of DATASETS.TEST"
-    )
-    parser.add_argument("--output", default="", help="default: 'export' in the output folder")
-    parser.add_argument(
-        "--repeats", type=positive, default=30, help="calls that are timed (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--evaluate", action="store_true", help="also the AP of each file on DATASETS.TEST"
-    )
-    parser.add_argument("--no-teacher", action="store_true", help="do not time the teacher")
+    add = parser.add_argument
+    add("folder", nargs="?", help="output folder of a training")
+    add("--config-file", metavar="FILE", help="without a folder: the config")
+    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    size = "of the input (default: the smallest that holds the images, as in evaluation)"
+    add("--size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
+    add("--images", nargs="+", default=[], metavar="FILE", help="default: 8 of DATASETS.TEST")
+    add("--output", default="", help="default: 'export' in the output folder")
+    add("--repeats", type=positive, default=30, help="calls that are timed (default: %(default)s)")
+    add("--evaluate", action="store_true", help="also the AP of each file on DATASETS.TEST")
+    add("--no-teacher", action="store_true", help="do not time the teacher")
     add_import_argument(parser)
     return parser
 
 
-def read_config(args: argparse.Namespace) -> tuple[CfgNode, str]:
-    """The config that the arguments name, and the student's weights.
-
-    Raises:
-        ConfigError: neither or both of folder and config are given, or there is no training.
-    """
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config that the arguments name, with the student's weights."""
     if bool(args.folder) == bool(args.config_file):
         raise ConfigError("name the output folder of a training, or a --config-file")
     if not args.folder:
-        cfg = merged_config(args.config_file, args.opts)
-        return cfg, cfg.MODEL.WEIGHTS
+        return merged_config(args.config_file, args.opts)
     path = os.path.join(args.folder, CONFIG_FILE)
     if not os.path.isfile(path):
         raise ConfigError(f"'{args.folder}' is no output folder of a training: no {CONFIG_FILE}")
-    cfg = merged_config(path, ["OUTPUT_DIR", args.folder, *args.opts])
-    own = "MODEL.WEIGHTS" in args.opts
-    return cfg, cfg.MODEL.WEIGHTS if own else os.path.join(args.folder, STUDENT_FILE)
+    weights = os.path.join(args.folder, STUDENT_FILE)
+    own = ["OUTPUT_DIR", args.folder, "MODEL.WEIGHTS", weights]
+    return merged_config(path, [*own, *args.opts])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -322,9 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_onnx()
     for name in args.imports:
         import_user_module(name)
-    cfg, weights = read_config(args)
+    cfg = read_config(args)
     size = tuple(args.size) if args.size else None
-    export = Export(cfg, weights, images=args.images, size=size, output=args.output)
+    export = Export(cfg, images=args.images, size=size, output=args.output)
     export.write(args.formats)
     parity = export.compare()
     print(f"\n{parity_table(parity)}\n")
@@ -337,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{torch.get_num_threads()} CPU thread(s), {args.repeats} calls in turn."
     )
     report = {
-        "weights": weights,
+        "weights": shown(cfg.MODEL.WEIGHTS),
         "interface": asdict(export.interface),
         "parity": {name: {**asdict(p), "holds": p.holds} for name, p in parity.items()},
         "latency": [asdict(row) for row in rows],

@@ -22,7 +22,6 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,8 +66,8 @@ class Interface:
             ConfigError: ``text`` is not what :meth:`json` gave.
         """
         try:
-            values = {key: _tuple(value) for key, value in json.loads(text).items()}
-            return cls(**values)
+            values = json.loads(text).items()
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"'{path}' was not written by d2kd export") from error
 
@@ -91,18 +90,13 @@ class Interface:
         return canvas, fitted
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def detect(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
     """The outputs of the graph, by eager ``model``, for the one image of ``inputs``."""
     if hasattr(model, "roi_heads"):
         found = model.inference(inputs, do_postprocess=False)[0]
     else:
         found = model(inputs)[0]["instances"]
-    fields = {"pred_classes": "classes", "scores": "scores"}
-    outputs = {name: found.get(field) for field, name in fields.items()}
+    outputs = {"classes": found.pred_classes, "scores": found.scores}
     outputs["boxes"] = found.pred_boxes.tensor
     if found.has("pred_masks"):
         outputs["masks"] = found.pred_masks[:, 0]
@@ -125,10 +119,6 @@ def traceable(model: nn.Module, canvas: Tensor) -> TracingAdapter:
             f"a {name} cannot be exported: {type(error).__name__}: {error}"
         ) from error
     return adapter
-
-
-def output_names(adapter: TracingAdapter) -> tuple[str, ...]:
-    return tuple(adapter.outputs_schema.keys)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tabulate import tabulate
 
-from ..benchmark.command import interleaved
+from ..benchmark.steps import interleaved
 
 WARM_UP = 3
 
@@ -58,7 +57,3 @@ def latency_table(rows: list[Latency]) -> str:
     ]
     headers = ["model", "device", "MB", "median, ms", "95th percentile, ms"]
     return tabulate(cells, headers, tablefmt="pipe", disable_numparse=True)
-
-
-def file_megabytes(path: str) -> float:
-    return os.path.getsize(path) / 1e6

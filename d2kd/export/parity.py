@@ -61,16 +61,14 @@ class Parity:
         same = (box <= BOX_TOLERANCE) & (score <= SCORE_TOLERANCE) & (mask <= MASK_TOLERANCE)
         same &= ~other_class[rows, columns]
         rest = [np.delete(a["scores"], rows[same]), np.delete(b["scores"], columns[same])]
-        self._add_rest(np.concatenate(rest), a["scores"], limit)
+        self.others += sum(map(len, rest))
+        if len(a["scores"]) >= limit:
+            last = a["scores"].min() + SCORE_TOLERANCE
+            self.at_the_cut += int((np.concatenate(rest) <= last).sum())
         self.images += 1
         self.detections += len(a["scores"])
         for name, values in (("box", box), ("score", score), ("mask", mask)):
             setattr(self, name, max(getattr(self, name), float(values[same].max(initial=0))))
-
-    def _add_rest(self, rest: np.ndarray, scores: np.ndarray, limit: int) -> None:
-        self.others += len(rest)
-        if len(scores) >= limit:
-            self.at_the_cut += int((rest <= scores.min() + SCORE_TOLERANCE).sum())
 
 
 def compare(pairs: Iterable[tuple[Outputs, Outputs]], limit: int) -> Parity:

@@ -80,14 +80,13 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
     assert len(json.loads(file.read_text())["rows"]) == 2
     grow = ["--growth", "--sizes", "64", "--batches", "2", "--object-counts", "0"]
     benchmark.main([*words, "SSIM", ONE_BY_ONE, "MAR", *grow])
-    identities = [json.dumps(benchmark.identity(row)) for row in measured]
+    identities = [benchmark.identity(row) for row in measured]
     assert len(identities) == len(set(identities)) == 3 * 3
     benchmark.main([*words, "SSIM", "--teacher-precision", "bf16", "--growth", "--sizes", "320"])
     printed = capsys.readouterr().out
     assert "| 64 px" in printed and "| 0 objects" in printed and "bf16" in printed
     assert "limit" in printed and "RoIAlign ms" in printed
     assert 0 < file.with_suffix(".png").stat().st_size < 150_000
-    assert "1.200 (above 1.10)" in report.cost_table(json.loads(file.read_text()))
 
 
 def test_rows_of_another_machine_are_refused(tmp_path):
@@ -141,7 +140,6 @@ def test_every_head_has_a_row():
 def test_flop_bound_and_empty_tables():
     """The bound is the ratio of operations; a table without rows says so."""
     assert report.flop_bound(fake_row({})) == pytest.approx(1.1)
-    assert report.flop_bound({"flops": None}) is None
     data = {"environment": {}, "base": {"size": 1, "batch": 1, "objects": 1}, "rows": []}
     for table in (report.main_table, report.growth_table, report.teacher_table):
         assert table(data) == report.NOT_MEASURED

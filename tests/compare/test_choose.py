@@ -88,7 +88,7 @@ class World:
         self.fails: set[str] = set()
         self.teacher_ap = teacher_ap
         monkeypatch.setattr(choices.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(processes, "run_stage", self.run_stage)
+        monkeypatch.setattr(processes.LocalProcesses, "run_stage", self.run_stage)
         monkeypatch.setattr(reports, "draw_pictures", lambda *_: {})
         monkeypatch.setattr(candidates_, "check_teacher", self.check_teacher)
         if not checks:  # which take most of the time
@@ -175,11 +175,10 @@ def test_balanced_candidates(pair):
 def test_what_a_pair_can_serve(pair, tmp_path):
     """Heads that the pair cannot serve are named with the reason; the teacher is evaluated."""
     heads = ["SSIM", "MaskMimic", "SSIM+MaskMimic", "CrossKD"]
-    served = candidates_.examine(pair, heads, tmp_path / "out")
-    assert served.heads == ["SSIM", "CrossKD"]
-    assert served.refused.keys() == {"MaskMimic", "SSIM+MaskMimic"}
-    assert "MaskMimic" in served.refused["MaskMimic"]
-    assert "bbox" in served.teacher
+    refused, teacher = candidates_.examine(pair, heads, tmp_path / "out")
+    assert refused.keys() == {"MaskMimic", "SSIM+MaskMimic"}
+    assert "MaskMimic" in refused["MaskMimic"]
+    assert "bbox" in teacher
     with pytest.raises(ConfigError, match="no head fits the pair: .*MaskMimic"):
         candidates_.examine(pair, ["MaskMimic"], tmp_path / "out")
 
@@ -495,9 +494,9 @@ def test_the_choosing_seeds_do_not_confirm(pair, monkeypatch):
 # --- as a user runs it ----------------------------------------------------------------------------
 
 
-def in_a_fork(name, command, done, logs, threads, **_) -> None:
-    """A training as :func:`d2kd.compare.processes.run_stage` starts it, in a process that has
-    PyTorch loaded."""
+def in_a_fork(_, name, command, done, logs, threads) -> None:
+    """A training as :class:`d2kd.compare.processes.LocalProcesses` starts it, in a process that
+    has PyTorch loaded."""
     if done.exists():
         return
 
@@ -520,7 +519,7 @@ def test_a_real_choice(pair, monkeypatch, capsys):
     with NO GAIN, and also where the user insists on it."""
     monkeypatch.setattr(choices, "MIN_ITERATIONS", 2)
     monkeypatch.setattr(choices, "PROBE_ITERATIONS", 2)
-    monkeypatch.setattr(processes, "run_stage", in_a_fork)
+    monkeypatch.setattr(processes.LocalProcesses, "run_stage", in_a_fork)
     arguments = ["--config-file", "student.yaml", "--teacher", "teacher.yaml", "--heads", "SSIM"]
     arguments += ["--teacher-weights", "random", "--weights", "1", "3", "--seeds", "2"]
     arguments += ["--jobs", "2", "--minutes", "0.01", "--output", "out", "SOLVER.MAX_ITER", "4"]

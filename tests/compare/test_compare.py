@@ -192,7 +192,7 @@ def test_order_and_controls(tmp_path):
     assert work.ready(control)
     # The trainings import what the comparison does.
     work.imports = ["--import=heads.py"]
-    assert "--import=heads.py" in work.command(work.suite.arms["alone"], {})
+    assert "--import=heads.py" in work.arguments(work.suite.arms["alone"], {})
     # 60 steps of 0.75 s and 6 s more are 51 s, in which the student alone makes 102 steps.
     assert work.config(*control)[0].SOLVER.MAX_ITER == 102
 
@@ -225,7 +225,7 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
         (folder / "results.json").write_text(json.dumps({"results": {"bbox": {"AP": 9.0}}}))
 
     monkeypatch.setattr(work, "stage", stage)
-    monkeypatch.setattr(comparisons, "write_markdown", lambda output: None)
+    monkeypatch.setattr(comparisons, "write_markdown", lambda *_: None)
     (tmp_path / "out").mkdir()
     for _ in range(2):
         work.run([])
@@ -320,7 +320,7 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
         assert (folder / "settings.json").is_file() and "--resume" in command
 
     monkeypatch.setattr(work, "stage", stage)
-    monkeypatch.setattr(comparisons, "write_markdown", lambda output: None)
+    monkeypatch.setattr(comparisons, "write_markdown", lambda *_: None)
     monkeypatch.setattr(work, "check", lambda runs: None)
     work.run(["long", "alone"])
     assert started == ["alone 1", "long 1", "alone 2", "long 2"]
@@ -338,12 +338,12 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
 def test_after_a_failure_the_rest_goes_on(tmp_path):
     """A stage that fails names its log; the others are done, but for those that wait for it."""
     ended = []
-    running = processes.Processes()
+    running = processes.LocalProcesses(2)
 
     def work(task: str) -> None:
         done = tmp_path / task
         code = f"print('oh no'); open({str(done)!r}, 'w'); raise SystemExit({task == 'bad'})"
-        processes.run_stage(task, ["-c", code], done, tmp_path / "logs", 1, processes=running)
+        running.run_stage(task, ["-c", code], done, tmp_path / "logs", 1)
 
     failed = processes.run_in_order(
         ["bad", "waits", "good", "last"],
@@ -368,13 +368,13 @@ def test_a_defect_is_no_failed_run():
 def test_failed_runs_are_reported(tmp_path, monkeypatch):
     """The report has what finished; then the command fails, and says which runs and why."""
 
-    def run_stage(name, command, done, *_, **__):
+    def run_stage(_, name, command, done, *__):
         if name == "wide 2":
             raise processes.StageFailed("wide 2 failed (no memory); its output is in wide_2.log")
         own = "iterations", "step_seconds", "hook_seconds", "train_seconds", "results"
         done.write_text(json.dumps({key: fake_lines()[2][key] for key in own}))
 
-    monkeypatch.setattr(processes, "run_stage", run_stage)
+    monkeypatch.setattr(processes.LocalProcesses, "run_stage", run_stage)
     monkeypatch.setattr(comparisons.Comparison, "check", lambda *_: None)
     monkeypatch.setattr(reports, "draw_pictures", lambda *_: {})
     (tmp_path / "suite.yaml").write_text(ARMS)
@@ -425,11 +425,11 @@ def test_broken_results_are_named(tmp_path, row, message):
 
 def test_stopping(tmp_path):
     """Stopping ends the processes that run, and starts no other."""
-    running = processes.Processes()
+    running = processes.LocalProcesses(1)
 
     def work(task: str) -> None:
         code = "import time; print('eta: 1  iter: 1  total_loss: 1'); time.sleep(60)"
-        processes.run_stage(task, ["-c", code], tmp_path / "no", tmp_path, 1, processes=running)
+        running.run_stage(task, ["-c", code], tmp_path / "no", tmp_path, 1)
 
     thread = threading.Thread(target=lambda: pytest.raises(ConfigError, work, "run"))
     thread.start()
@@ -444,14 +444,14 @@ def test_stopping(tmp_path):
 
 def test_what_another_comparison_makes_is_not_made_twice(tmp_path):
     """Suites share teachers: of two comparisons one trains it, the other is told."""
-    done = tmp_path / "teacher" / "results.json"
+    done, running = tmp_path / "teacher" / "results.json", processes.LocalProcesses(1)
     make = ["-c", f"open({str(done)!r}, 'w')"]
     done.parent.mkdir()
     with processes.lock_file(done.parent / ".results.json.lock", "teacher"):
         with pytest.raises(ConfigError, match="another process works on it"):
-            processes.run_stage("teacher", make, done, tmp_path / "logs", 1)
+            running.run_stage("teacher", make, done, tmp_path / "logs", 1)
     assert not done.exists()
-    processes.run_stage("teacher", make, done, tmp_path / "logs", 1)
+    running.run_stage("teacher", make, done, tmp_path / "logs", 1)
     assert done.exists()
 
 
@@ -731,8 +731,7 @@ def test_curves(tmp_path):
     path = tmp_path / "metrics.json"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     curves = plots.read_metrics(path)
-    assert [x.tolist() for x in curves["loss"]] == [[19, 39], [3.0, 2.0]]
-    assert [x.tolist() for x in curves["AP"]] == [[40], [7.0]]
+    assert curves == {"loss": {19: 3.0, 39: 2.0}, "AP": {40: 7.0}}
     assert plots.smooth(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3.0, 4.0]
 
 

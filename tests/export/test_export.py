@@ -99,9 +99,8 @@ def exported(request, tmp_path_factory, digits_root) -> tuple[CfgNode, Export, s
     folder = tmp_path_factory.mktemp("exported")
     cfg = student("mask")
     cfg.OUTPUT_DIR = str(folder)
-    weights = save(decided(cfg), folder / "student_final.pth")
-    cfg.MODEL.WEIGHTS = weights
-    export = Export(cfg.clone(), weights, size=(96, 160))
+    cfg.MODEL.WEIGHTS = save(decided(cfg), folder / "student_final.pth")
+    export = Export(cfg.clone(), size=(96, 160))
     export.write([request.param])
     return cfg, export, str(folder / "export" / FILES[request.param])
 
