@@ -22,7 +22,7 @@ def copied(path: Path) -> dict:
 
 def verdict(state: dict) -> str:
     """What a choose.json says in the end, and after how long."""
-    return f"After {state['seconds'] / 60:.0f} minutes: `{state['verdict']['text']}`"
+    return f"After {state['seconds'] / 60:.1f} minutes: `{state['verdict']['text']}`"
 
 
 def in_rungs(state: dict, candidate: str) -> tuple[int, float]:
