@@ -62,11 +62,7 @@ def anchor_shapes(cfg: CfgNode) -> np.ndarray:
 
 
 def best_iou(sides: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """(n,) largest IoU of each object with an anchor at the same centre.
-
-    Args:
-        sides: (n, 2). anchors: (A, 2), A > 0.
-    """
+    """(n,) largest IoU of each of (n, 2) objects with one of (A, 2) anchors at the same centre."""
     best = np.zeros(len(sides))
     area = sides.prod(axis=1)
     for anchor in anchors:  # a few; all pairs at once may not fit into memory
@@ -79,12 +75,7 @@ def best_iou(sides: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 def check_sizes(
     sides: np.ndarray, strides: dict[str, int], anchors: np.ndarray
 ) -> Iterator[Finding]:
-    """What is said about the objects of a training set.
-
-    Args:
-        sides: (n, 2) of :func:`sides_in_training`.
-        strides: of :func:`strides_of`. anchors: (A, 2) of :func:`anchor_shapes`.
-    """
+    """What is said about the objects of a training set, from the three functions above."""
     if not len(sides):
         return
     root = np.sqrt(np.maximum(sides, 0).prod(axis=1))
