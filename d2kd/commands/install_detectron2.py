@@ -32,7 +32,6 @@ import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import NoReturn
 
 REQUIREMENT = "labgym==3.1.2"
 WHEEL_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
@@ -296,11 +295,6 @@ def ensure_detectron2(site_packages: Path, wheel: Path | None = None) -> str:
     return f"Detectron2 {version} (pure Python, from {REQUIREMENT}) installed in {package}"
 
 
-def complain(message: str) -> NoReturn:
-    """End with one line, as all of d2kd does; argparse would print the usage before it."""
-    sys.exit(f"error: {message}; see --help")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 if a Detectron2 can be imported afterwards."""
     parser = argparse.ArgumentParser(
@@ -309,7 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--wheel", type=Path, help=f"a downloaded {REQUIREMENT} wheel, for machines off the network"
     )
-    parser.error = complain  # type: ignore[method-assign]
+    # One line, as all of d2kd ends; argparse would print the usage before it.
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore
     args = parser.parse_args(argv)
     # Leave by an exception, so that the temporary folder goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
