@@ -14,8 +14,6 @@ from .coco import Table, numbers, types_of
 
 NO_MASK, POLYGONS, RLE, PACKED_RLE, BROKEN = range(5)
 
-# Annotations whose polygons are looked at together, so that their points never lie in memory twice.
-_CHUNK = 20_000
 # Of a packed count: 35 bits hold any that pycocotools can read.
 _MOST_CHARACTERS = 7
 
@@ -48,46 +46,26 @@ class Masks:
         )
         for place in np.flatnonzero(self.usable):
             self._look_at_rle(place, table.annotation_sizes[place])
-        polygons = np.flatnonzero(self.kind == POLYGONS)
-        for start in range(0, len(polygons), _CHUNK):
-            self._look_at_polygons(polygons[start : start + _CHUNK])
+        for place in np.flatnonzero(self.kind == POLYGONS):
+            self._look_at_polygons(place)
 
-    def _look_at_polygons(self, chosen: np.ndarray) -> None:
-        """Fills ``usable``, ``some_short`` and ``extent`` of some annotations."""
-        lists = [self.values[index] for index in chosen]
-        if types_of(list(chain.from_iterable(lists))) != {list}:
-            good = np.array([types_of(one) == {list} for one in lists])
-            bad = chosen[~good]
-            self.kind[bad] = BROKEN
-            self.flat[bad] = [types_of(self.values[index]) <= {int, float} for index in bad]
-            if good.any():
-                self._look_at_polygons(chosen[good])
-            return
-        owner = np.repeat(np.arange(len(lists)), np.fromiter(map(len, lists), np.int64, len(lists)))
-        polygons = list(chain.from_iterable(lists))
-        lengths = np.fromiter(map(len, polygons), np.int64, len(polygons))
-        valid = (lengths >= 6) & (lengths % 2 == 0)
-        points = numbers(
-            list(chain.from_iterable(p for p, keep in zip(polygons, valid, strict=True) if keep))
-        )
+    def _look_at_polygons(self, place: int) -> None:
+        """Fills ``usable``, ``some_short`` and ``extent`` of one annotation."""
+        polygons = self.values[place]
+        types = types_of(polygons)
+        points = numbers(list(chain.from_iterable(polygons))) if types == {list} else None
         if points is None:
-            good = np.array([numbers(list(chain.from_iterable(one))) is not None for one in lists])
-            self.kind[chosen[~good]] = BROKEN
-            if good.any():
-                self._look_at_polygons(chosen[good])
+            self.kind[place], self.flat[place] = BROKEN, types <= {int, float}
             return
-        counts = np.bincount(owner[valid], lengths[valid] // 2, len(lists)).astype(np.int64)
-        has_points = counts > 0
-        self.usable[chosen] = has_points
-        self.some_short[chosen[has_points]] = (
-            np.bincount(owner[~valid], minlength=len(lists))[has_points] > 0
-        )
-        if len(points):
-            starts = np.concatenate([[0], np.cumsum(counts[has_points])[:-1]])
+        usable = usable_polygons(polygons)
+        self.usable[place] = bool(usable)
+        if usable and len(usable) < len(polygons):
+            self.some_short[place] = True
+            points = numbers(list(chain.from_iterable(usable)))
+        if usable:
             xy = points.reshape(-1, 2)
-            self.extent[chosen[has_points]] = np.concatenate(
-                [np.minimum.reduceat(xy, starts), np.maximum.reduceat(xy, starts)], axis=1
-            )
+            self.extent[place, :2] = xy.min(axis=0)
+            self.extent[place, 2:] = xy.max(axis=0)
 
     def _look_at_rle(self, place: int, image_size: np.ndarray) -> None:
         """Fills ``wrong_size``, ``wrong_sum`` and ``empty`` of one annotation of an image of this
