@@ -54,11 +54,7 @@ def build_parser() -> CommandParser:
 def check_config(
     cfg: CfgNode, images: bool = True, threads: int = 0
 ) -> tuple[list[DatasetReport], list[SheetRow]]:
-    """Checks all datasets of ``cfg``.
-
-    Args:
-        images: also open the images.
-        threads: that open them; 0: one a processor.
+    """Checks all datasets of ``cfg``, and their ``images`` in so many threads (0: one a processor).
 
     Returns:
         A report for each dataset, and what can be drawn of those that are not refused.

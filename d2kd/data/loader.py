@@ -57,12 +57,8 @@ class NamingMapper:
         self.mapper = mapper
 
     def __call__(self, record: dict) -> dict:
-        """The sample of ``record``.
-
-        Raises:
-            ImageError: the image cannot be read, has more than 8 bits per channel, or is of another
-                size than the record says.
-        """
+        """The sample of ``record``, or an ImageError: the image cannot be read, has more than 8
+        bits per channel, or is of another size than the record says."""
         self._refuse(record, deep_only=True)
         try:
             return self.mapper(record)

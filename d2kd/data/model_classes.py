@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import student_config
 from ..errors import ConfigError
 from .catalog import is_from_config, is_readable
 from .classes import classes_of, list_of, read_categories
@@ -55,12 +56,9 @@ def number_of_classes(cfg: CfgNode) -> int | None:
 
 
 def _class_node(cfg: CfgNode) -> str | None:
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "Distiller":
-        architecture = cfg.DISTILL.STUDENT_META_ARCH
     nodes = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
     nodes |= {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    return nodes.get(architecture)
+    return nodes.get(student_config(cfg).MODEL.META_ARCHITECTURE)
 
 
 def check_class_count(

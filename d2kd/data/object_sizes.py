@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from ..config import student_config
 from .records import box_of
 from .report import Finding
 
@@ -37,9 +38,7 @@ def sides_in_training(records: list[dict], cfg: CfgNode) -> np.ndarray:
 def strides_of(cfg: CfgNode) -> dict[str, int]:
     """Name -> stride of the levels on which the detector of ``cfg`` looks for objects; {} where it
     is of a kind that is not known here."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "Distiller":
-        architecture = cfg.DISTILL.STUDENT_META_ARCH
+    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     nodes = {"GeneralizedRCNN": "RPN", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
     if architecture not in nodes:
         return {}
@@ -51,7 +50,7 @@ def strides_of(cfg: CfgNode) -> dict[str, int]:
 
 def anchor_shapes(cfg: CfgNode) -> np.ndarray:
     """(A, 2) width and height of all anchors; (0, 2) for a detector without."""
-    is_fcos = "FCOS" in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT_META_ARCH)
+    is_fcos = student_config(cfg).MODEL.META_ARCHITECTURE == "FCOS"
     if is_fcos or cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
         return np.zeros((0, 2))
     node = cfg.MODEL.ANCHOR_GENERATOR
