@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..config import student_config
 from ..errors import ConfigError
 from .catalog import is_from_config, is_readable
 from .classes import classes_of, list_of, read_categories
@@ -55,10 +54,16 @@ def number_of_classes(cfg: CfgNode) -> int | None:
     return cfg.MODEL[node].NUM_CLASSES if node else None
 
 
+def architecture(cfg: CfgNode) -> str:
+    """The meta-architecture of the detector itself, where ``cfg`` is of a Distiller."""
+    is_distiller = cfg.MODEL.META_ARCHITECTURE == "Distiller"
+    return cfg.DISTILL.STUDENT_META_ARCH if is_distiller else cfg.MODEL.META_ARCHITECTURE
+
+
 def _class_node(cfg: CfgNode) -> str | None:
     nodes = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
     nodes |= {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    return nodes.get(student_config(cfg).MODEL.META_ARCHITECTURE)
+    return nodes.get(architecture(cfg))
 
 
 def check_class_count(

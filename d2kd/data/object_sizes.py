@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
-from ..config import student_config
+from .model_classes import architecture
 from .records import box_of
 from .report import Finding
 
@@ -38,20 +38,18 @@ def sides_in_training(records: list[dict], cfg: CfgNode) -> np.ndarray:
 def strides_of(cfg: CfgNode) -> dict[str, int]:
     """Name -> stride of the levels on which the detector of ``cfg`` looks for objects; {} where it
     is of a kind that is not known here."""
-    architecture = student_config(cfg).MODEL.META_ARCHITECTURE
     nodes = {"GeneralizedRCNN": "RPN", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    if architecture not in nodes:
+    if architecture(cfg) not in nodes:
         return {}
     with torch.device("meta"):  # shapes only
         shapes = build_backbone(cfg).output_shape()
-    levels = cfg.MODEL[nodes[architecture]].IN_FEATURES
+    levels = cfg.MODEL[nodes[architecture(cfg)]].IN_FEATURES
     return {name: shapes[name].stride for name in levels}
 
 
 def anchor_shapes(cfg: CfgNode) -> np.ndarray:
     """(A, 2) width and height of all anchors; (0, 2) for a detector without."""
-    is_fcos = student_config(cfg).MODEL.META_ARCHITECTURE == "FCOS"
-    if is_fcos or cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
+    if architecture(cfg) == "FCOS" or cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
         return np.zeros((0, 2))
     node = cfg.MODEL.ANCHOR_GENERATOR
     sizes = np.unique(np.concatenate([np.atleast_1d(s) for s in node.SIZES]).astype(float))
