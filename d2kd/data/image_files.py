@@ -113,7 +113,7 @@ def where_it_may_be(root: str, name: str) -> str:
         return f"it is there as '{os.path.basename(stem)}{other_case}'"
     for path in sorted(glob.glob(os.path.join(glob.escape(root), "*", glob.escape(name)))):
         if os.path.isfile(path):
-            return f"it is there with the image directory {path.removesuffix(name).rstrip('/')}"
+            return f"it is there with the image directory {path.removesuffix(name).rstrip(os.sep)}"
     return ""
 
 
