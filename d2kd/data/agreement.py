@@ -89,7 +89,6 @@ class Agreement:
         self.confusion = np.zeros((num_classes, num_classes + 1), dtype=int)
         self._images: list[tuple[Boxes, Boxes]] = []
         self._pairs: list[list[tuple[int, int, float]]] = []
-        self._scores: list[np.ndarray] = []
         self._hits: list[np.ndarray] = []
 
     def add(self, truth: Boxes, found: Boxes) -> None:
@@ -99,7 +98,6 @@ class Agreement:
         for at, own in zip(truth.classes, overlap >= MATCH, strict=True):
             best = found.classes[own][:1]
             self.confusion[at, best[0] if len(best) else -1] += 1
-        self._scores.append(found.scores)
         self._hits.append(_hits(truth, found, overlap))
         self._images.append((truth, found))
         self._pairs.append(list(self._pair(truth, found)))
@@ -132,7 +130,8 @@ class Agreement:
 
     def calibration(self) -> tuple[float, float]:
         """Expected calibration error over ten bins of the score, and mean score less precision."""
-        scores, hits = np.concatenate(self._scores), np.concatenate(self._hits)
+        scores = np.concatenate([found.scores for _, found in self._images])
+        hits = np.concatenate(self._hits)
         if not len(scores):
             return 0.0, 0.0
         bins = np.minimum((scores * _BINS).astype(int), _BINS - 1)
