@@ -9,8 +9,11 @@ DATASETS.TRAIN and DATASETS.TEST; datasets/README.md says what is in them.
 
 from __future__ import annotations
 
+from functools import partial
+
 from d2kd.cli import end_in_one_line
-from d2kd.data.photographs import ANIMALS, prepare
+from d2kd.data.files import run_conversion
+from d2kd.data.photographs import ANIMALS, convert
 
 if __name__ == "__main__":
-    end_in_one_line(lambda: prepare(ANIMALS, __doc__))
+    end_in_one_line(lambda: run_conversion("animals", partial(convert, ANIMALS), __doc__))

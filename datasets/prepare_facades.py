@@ -9,8 +9,11 @@ DATASETS.TRAIN and DATASETS.TEST; datasets/README.md says what is in them.
 
 from __future__ import annotations
 
+from functools import partial
+
 from d2kd.cli import end_in_one_line
-from d2kd.data.photographs import FACADES, prepare
+from d2kd.data.files import run_conversion
+from d2kd.data.photographs import FACADES, convert
 
 if __name__ == "__main__":
-    end_in_one_line(lambda: prepare(FACADES, __doc__))
+    end_in_one_line(lambda: run_conversion("facades", partial(convert, FACADES), __doc__))

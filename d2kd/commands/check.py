@@ -11,12 +11,11 @@ objects are too small for the model, and draws samples with their annotations.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from tqdm import tqdm
 
 from ..arguments import CommandParser, file_to_write, natural
 from ..config_rules import check_detectron2_keys
@@ -28,29 +27,9 @@ from ..data.custom import dataset_uses, register_coco_format_datasets
 from ..data.examine import examine
 from ..data.object_sizes import anchor_shapes, check_sizes, sides_in_training, strides_of
 from ..data.report import DatasetReport, error_line, report_lines
-from ..data.sheet import draw_sheet
+from ..data.sheet import SheetRow, draw_sheet
 from ..engine.setup import add_import_argument, import_user_module, merged_config
 from ..errors import ConfigError
-
-_SHEET = "dataset_check.jpg"
-
-
-@dataclass
-class DatasetCheck:
-    """What a full check of the datasets of a config found.
-
-    Attributes:
-        reports: one for each dataset.
-        rows: (name, records, class names) of those that can be drawn.
-    """
-
-    reports: list[DatasetReport] = field(default_factory=list)
-    rows: list[tuple[str, list[dict], list[str]]] = field(default_factory=list)
-
-    @property
-    def refused(self) -> bool:
-        """Whether training or evaluation would refuse a dataset."""
-        return any(report.fatal for report in self.reports)
 
 
 def build_parser() -> CommandParser:
@@ -60,7 +39,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--sheet",
         type=lambda text: text and str(file_to_write(".jpg", ".jpeg", ".png")(text)),
-        default=_SHEET,
+        default="dataset_check.jpg",
         metavar="FILE",
         help="where the samples go; '' draws none (default: %(default)s)",
     )
@@ -72,12 +51,13 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def check_config(cfg: CfgNode, images: bool = True, threads: int = 0) -> DatasetCheck:
-    """Checks all datasets of ``cfg``.
+def check_config(
+    cfg: CfgNode, images: bool = True, threads: int = 0
+) -> tuple[list[DatasetReport], list[SheetRow]]:
+    """Checks all datasets of ``cfg``, and their ``images`` in so many threads (0: one a processor).
 
-    Args:
-        images: also open the images.
-        threads: that open them; 0: one a processor.
+    Returns:
+        A report for each dataset, and what can be drawn of those that are not refused.
 
     Raises:
         ConfigError: a dataset is not known, or its files are not there.
@@ -89,26 +69,22 @@ def check_config(cfg: CfgNode, images: bool = True, threads: int = 0) -> Dataset
         check_present(name)
     if images:
         uses = {name: replace(use, headers=0) for name, use in uses.items()}
-    found = DatasetCheck(examine(cfg, uses))
+    reports, rows = examine(cfg, uses), []
     if images:
-        _open_images(uses, found.reports, threads)
-    for report in found.reports:
-        if not report.fatal:
-            found.rows.append(_row(report.name))
-    for name, records, _ in found.rows:
-        if uses[name].train:
-            report = next(report for report in found.reports if report.name == name)
+        _open_images(uses, reports, threads)
+    for report in reports:
+        if report.fatal:
+            continue
+        records = DatasetCatalog.get(report.name)
+        classes = MetadataCatalog.get(report.name).get("thing_classes", ())
+        rows.append((report.name, records, list(classes)))
+        if uses[report.name].train:
             sides = sides_in_training(records, cfg)
             report.findings += check_sizes(sides, strides_of(cfg), anchor_shapes(cfg))
-    return found
+    return reports, rows
 
 
-def _row(name: str) -> tuple[str, list[dict], list[str]]:
-    records = DatasetCatalog.get(name)
-    return name, records, list(MetadataCatalog.get(name).get("thing_classes", ()))
-
-
-def _open_images(uses: dict[str, Use], reports: Iterable[DatasetReport], threads: int) -> None:
+def _open_images(uses: dict[str, Use], reports: list[DatasetReport], threads: int) -> None:
     """Adds to each report what its images show."""
     looked: dict[str, tuple[str, Table, dict[int, check_images.Look]]] = {}
     for report in reports:
@@ -119,43 +95,32 @@ def _open_images(uses: dict[str, Use], reports: Iterable[DatasetReport], threads
             table = Table(read_json(str(metadata.json_file)))
         except ConfigError:  # said already
             continue
-        with tqdm(total=len(table.images), desc=report.name, disable=None, leave=False) as bar:
-            looks = check_images.look_at_all(
-                table, str(metadata.image_root), threads, lambda count, bar=bar: bar.update(1)
-            )
+        looks = check_images.look_at_all(table, str(metadata.image_root), threads, report.name)
         looked[report.name] = (report.name, table, looks)
         report.findings += check_images.judge(table, looks)
     for report in reports:
-        if report.name in looked and uses[report.name].test:
-            report.findings += _compare_with_trained(report.name, uses, looked)
-
-
-def _compare_with_trained(name: str, uses: dict[str, Use], looked: dict) -> Iterator:
-    for other, use in uses.items():
-        if use.train and other != name and other in looked:
-            yield from check_images.compare(looked[other], looked[name])
+        for other, use in uses.items():
+            is_pair = uses[report.name].test and use.train and other != report.name
+            if is_pair and {other, report.name} <= looked.keys():
+                report.findings += check_images.compare(looked[other], looked[report.name])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Checks the datasets of a config, prints all that was found and draws a sheet.
-
-    Raises:
-        ConfigError: in one line: a mistake in the arguments, or, after the report, datasets that
-            training would refuse.
-    """
+    """Checks the datasets of a config, prints all that was found and draws a sheet; ends in an
+    error where training would refuse one."""
     args = build_parser().parse_command(argv)
     for name in args.imports:
         import_user_module(name)
     cfg = merged_config(args.config_file, args.opts)
-    found = check_config(cfg, not args.no_images, args.threads)
-    for line in report_lines(found.reports, limit=None):
+    reports, rows = check_config(cfg, not args.no_images, args.threads)
+    for line in report_lines(reports, limit=None):
         print(line)
-    for report in found.reports:
+    for report in reports:
         if not report.findings:
             print(f"{report.heading()}: nothing to say")
-    if args.sheet and found.rows:
+    if args.sheet and rows:
         os.makedirs(os.path.dirname(args.sheet) or ".", exist_ok=True)
-        draw_sheet(found.rows).save(args.sheet)
+        draw_sheet(rows).save(args.sheet)
         print(f"wrote {args.sheet}: look whether boxes and masks fit")
-    if found.refused:
-        raise ConfigError(error_line(found.reports))
+    if any(report.fatal for report in reports):
+        raise ConfigError(error_line(reports))

@@ -25,7 +25,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes as D2Boxes
 from detectron2.structures import Instances
@@ -73,6 +72,8 @@ def build_parser() -> CommandParser:
         help="default: %(default)s",
     )
     add_import_argument(parser)
+    # A training's, for read_config.
+    parser.set_defaults(eval_only=False, resume=False, num_gpus=1, num_machines=1)
     return parser
 
 
@@ -84,11 +85,7 @@ def _share(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check the teacher of a config, print the page, and write it with the sheet.
-
-    Raises:
-        ConfigError: in one line, before anything is written.
-    """
+    """Check the teacher of a config, print the page, and write it with the sheet."""
     args = build_parser().parse_command(argv)
     cfg = _read_config(args)
     datasets = {"train": cfg.DATASETS.TRAIN[:1], "val": cfg.DATASETS.TEST[:1]}
@@ -138,9 +135,8 @@ def _baseline(cfg: CfgNode, path: str) -> nn.Module:
 
 def _read_config(args: argparse.Namespace) -> CfgNode:
     """The checked config; no weights of the student need be there."""
-    defaults = vars(default_argument_parser().parse_args([]))
-    opts = [*args.opts, "MODEL.WEIGHTS", ""]
-    cfg = read_config(argparse.Namespace(**{**defaults, **vars(args), "opts": opts}))
+    args.opts += ["MODEL.WEIGHTS", ""]
+    cfg = read_config(args)
     if not cfg.DISTILL.TEACHER.CONFIG_FILE:
         raise ConfigError("DISTILL.TEACHER.CONFIG_FILE is empty: there is no teacher to check")
     if not (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):

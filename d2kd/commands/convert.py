@@ -21,11 +21,7 @@ from ..models.torchvision_resnet import (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert the file that the arguments name.
-
-    Raises:
-        ConfigError: in one line, before anything is written.
-    """
+    """Convert the file that the arguments name."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("input", help="a state dict, saved by torch.save")
     parser.add_argument(

@@ -26,8 +26,8 @@ from ..compare.suite import Arm, Suite, as_list, read_suite, uses_teacher, weigh
 from ..compare.tables import Table, by_arm, error_text, mean_of, paired_gains, prepared, read_lines
 from ..config_files import resolve_config_file
 from ..config_paths import SHIPPED
-from ..data.files import dataset_root
-from ..data.photographs import ANIMALS, convert, json_path
+from ..data.files import dataset_root, json_path
+from ..data.photographs import ANIMALS, convert
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 
@@ -47,11 +47,8 @@ NEXT = (
 
 
 def demo_suite(data: str, output: Path, opts: dict) -> Suite:
-    """The suite of "digits" or "animals", whose teacher is trained in ``output`` too.
-
-    Args:
-        opts: overrides of all trainings.
-    """
+    """The suite of "digits" or "animals" with overrides of all trainings, whose teacher is trained
+    in ``output`` too."""
     folder = output / "teacher"
     opts = {**opts, "DISTILL.TEACHER.WEIGHTS": str(folder / "student_final.pth")}
     path = resolve_config_file(f"suites/demo_{data}.yaml", "d2kd demo")
@@ -61,11 +58,8 @@ def demo_suite(data: str, output: Path, opts: dict) -> Suite:
 
 
 def train(comparison: Comparison, seeds: list[int]) -> None:
-    """All trainings, two at a time; those that need no teacher do not wait for it.
-
-    Raises:
-        ConfigError: of the first that failed, when all others are done.
-    """
+    """All trainings, two at a time; those that need no teacher do not wait for it. A failure is
+    raised when all others are done."""
     teacher, runs = comparison.suite.prepared[0], comparison.runs(seeds=seeds)
     comparison.check(runs)
     comparison.output.mkdir(parents=True, exist_ok=True)
@@ -139,11 +133,8 @@ def _range(runs: dict[int, dict]) -> str:
 
 
 def closing_lines(lines: list[dict], committed: list[dict]) -> list[str]:
-    """What was gained, what it cost, what to type next.
-
-    Args:
-        committed: the same of several seeds, on the same data; [] if there is none.
-    """
+    """What was gained, what it cost, what to type next; ``committed``: the lines of several seeds
+    on the same data, if there are some."""
     arms, teacher = by_arm(lines), prepared(lines)[0]
     base, distilled = arms[lines[0]["baseline"]], arms[DISTILLED]
     step = mean_of(distilled, "step_seconds") / mean_of(base, "step_seconds")
@@ -175,12 +166,7 @@ def draw(comparison: Comparison, seed: int, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the trainings that are not done yet, and report.
-
-    Raises:
-        ConfigError: in one line.
-        KeyboardInterrupt: says how to go on.
-    """
+    """Run the trainings that are not done yet, and report."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--photos", type=Path, metavar="CLONE", help=f"of {ANIMALS.repository}")
     parser.add_argument(

@@ -19,13 +19,11 @@ two trainings, student/ with student_final.pth, student_config.yaml and receipt.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -48,7 +46,7 @@ from ..engine.launch import ending_in_one_line, start, under_torchrun
 from ..engine.setup import add_import_argument, import_user_module, merged_config
 from ..engine.summary import metrics_table
 from ..errors import ConfigError
-from ..files import null_to_nan, shown, write_text
+from ..files import null_to_nan, read_json, shown, write_text
 from ..lazy_config import is_lazy
 from .distill_configs import (
     as_yaml,
@@ -157,10 +155,7 @@ def distill(
 
 
 class Plan:
-    """The two trainings that a call asks for.
-
-    Args:
-        student, teacher, data, heads, out, opts: see :func:`distill`.
+    """The two trainings that a call of :func:`distill` asks for.
 
     Attributes:
         student: its config.
@@ -239,11 +234,7 @@ class Plan:
     # --- before anything is written -------------------------------------------------------------
 
     def check(self, num_gpus: int) -> None:
-        """Check both configs, the data, the pair, the weights to start from, and ``out``.
-
-        Raises:
-            ConfigError: in one line.
-        """
+        """Check both configs, the data, the pair, the weights to start from, and ``out``."""
         self._check_same()
         with tempfile.TemporaryDirectory() as folder:
             student = self.student.clone()
@@ -314,18 +305,14 @@ class Plan:
     def result(self) -> DistillResult:
         """What is there at the end."""
         folder = self.student.OUTPUT_DIR
-
-        def read(name: str) -> dict:
-            return json.loads(Path(folder, name).read_text())
-
-        receipt = read(output.RECEIPT_FILE)
-        teacher = receipt["teacher"]["results"]
+        receipt = read_json(os.path.join(folder, output.RECEIPT_FILE))
+        results = read_json(os.path.join(folder, output.RESULTS_FILE))["results"]
         return DistillResult(
             folder=folder,
             weights=os.path.join(folder, STUDENT_FILE),
             config=os.path.join(folder, STUDENT_CONFIG),
-            results=null_to_nan(read(output.RESULTS_FILE)["results"]),
-            teacher_results=null_to_nan(teacher),
+            results=null_to_nan(results),
+            teacher_results=null_to_nan(receipt["teacher"]["results"]),
             teacher_weights=self.student.DISTILL.TEACHER.WEIGHTS,
             receipt=receipt,
         )
@@ -422,27 +409,23 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> None:
-    logs.start()
-    result = distill(
-        args.student,
-        args.teacher,
-        args.data,
-        heads=[name.strip() for name in args.heads.split(",") if name.strip()],
-        out=str(args.out),
-        iterations=args.iterations,
-        batch=args.batch,
-        num_gpus=args.num_gpus,
-        opts=args.opts,
-        imports=args.imports,
-    )
-    found = {"student": result.results, "teacher": result.teacher_results}
-    report = shown(os.path.join(os.path.abspath(args.out), "report.md"))
-    print(f"\n{metrics_table(found)}\n\nstudent: {shown(result.weights)}   report: {report}")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil as the arguments say; what goes wrong ends the program in one line."""
     args = build_parser().parse_command(argv)
     with ending_in_one_line():
-        _run(args)
+        logs.start()
+        result = distill(
+            args.student,
+            args.teacher,
+            args.data,
+            heads=[name.strip() for name in args.heads.split(",") if name.strip()],
+            out=str(args.out),
+            iterations=args.iterations,
+            batch=args.batch,
+            num_gpus=args.num_gpus,
+            opts=args.opts,
+            imports=args.imports,
+        )
+    found = {"student": result.results, "teacher": result.teacher_results}
+    report = shown(os.path.join(os.path.abspath(args.out), "report.md"))
+    print(f"\n{metrics_table(found)}\n\nstudent: {shown(result.weights)}   report: {report}")

@@ -36,11 +36,8 @@ from ..lazy_config import is_lazy
 def read_config(
     config: str | CfgNode, opts: Sequence[Any], *, other_teacher: bool = False
 ) -> CfgNode:
-    """The config of a file or name, or a copy of a config, with overrides merged.
-
-    Args:
-        other_teacher: forget the weights and overrides of the teacher that the config itself names.
-    """
+    """The config of a file or name, or a copy of a config, with overrides merged; ``other_teacher``
+    forgets the weights and overrides of the teacher that the config itself names."""
     if isinstance(config, str):
         if is_lazy(config):
             raise ConfigError(
@@ -61,11 +58,7 @@ def read_config(
 
 
 def set_data(cfg: CfgNode, data: Sequence[str]) -> None:
-    """Let ``cfg`` train and evaluate on ``data``; the datasets are registered.
-
-    Raises:
-        ConfigError: it is neither four paths nor two names, or a file is not there.
-    """
+    """Let ``cfg`` train and evaluate on ``data``; the datasets are registered."""
     if len(data) == 4:
         entries = []
         for json_file, images in (data[:2], data[2:]):
@@ -90,11 +83,7 @@ def set_data(cfg: CfgNode, data: Sequence[str]) -> None:
 
 
 def class_names(cfg: CfgNode) -> tuple[str, ...]:
-    """The classes of the first training set, in the order in which a detector numbers them.
-
-    Raises:
-        ConfigError: they cannot be told.
-    """
+    """The classes of the first training set, in the order in which a detector numbers them."""
     name = cfg.DATASETS.TRAIN[0]
     metadata = MetadataCatalog.get(name)
     if is_readable(name):
@@ -149,20 +138,13 @@ def why_train(
         except ConfigError as error:
             if not find_file(weights.partition("?")[0]):
                 raise
-            return f"its weights are not for this model and these classes ({first_words(error)})"
+            why = str(error).partition(":")[0]
+            return f"its weights are not for this model and these classes ({why})"
     return ""
 
 
-def first_words(error: Exception) -> str:
-    return str(error).partition(":")[0]
-
-
 def check_training(cfg: CfgNode, num_gpus: int) -> None:
-    """Check all that can be checked of a training that may go on: its config, data, pair, weights.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """Check all that can be checked of a training that may go on: config, data, pair, weights."""
     check_config(cfg, train=True, resume=True)
     validate_loader_config(cfg, max(num_gpus, 1))
     if not find_checkpoint(cfg.OUTPUT_DIR):

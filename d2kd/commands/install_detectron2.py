@@ -32,7 +32,6 @@ import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import NoReturn
 
 REQUIREMENT = "labgym==3.1.2"
 WHEEL_SHA256 = "a2900cff8a3fb508e1975f19b5f9abd9f261966db87b0c332697fb4138c1cb2b"
@@ -91,10 +90,7 @@ class InstallError(Exception):
 
 
 def probe_detectron2(extra_path: Path | None = None) -> dict[str, str]:
-    """Import Detectron2 in a fresh interpreter.
-
-    Args:
-        extra_path: a folder to look in before all others.
+    """Import Detectron2 in a fresh interpreter, from ``extra_path`` before all other folders.
 
     Returns:
         ``state`` ("absent", "works" or "broken") and, as far as known, ``path``, ``version``,
@@ -229,17 +225,8 @@ def record_row(path: Path, root: Path) -> tuple[str, str, str]:
 
 
 def install_copy(site_packages: Path, wheel: Path | None, replaced: list[Path]) -> str:
-    """Install the wheel's Detectron2 and return its version.
-
-    Args:
-        site_packages: where ``detectron2`` and its dist-info go.
-        wheel: the wheel, or None to download it.
-        replaced: what lies there of an earlier copy, and goes.
-
-    Raises:
-        InstallError: no download, wrong hash, or a copy that does not import; site-packages is
-            as it was.
-    """
+    """Install the wheel's Detectron2, which is downloaded if there is none, in place of what is
+    ``replaced`` of an earlier copy, and return its version. An error leaves all as it was."""
     with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=site_packages) as folder:
         staging, old = Path(folder) / "new", Path(folder) / "old"
         staging.mkdir()
@@ -267,10 +254,6 @@ def install_copy(site_packages: Path, wheel: Path | None, replaced: list[Path]) 
 def ensure_detectron2(site_packages: Path, wheel: Path | None = None) -> str:
     """Make sure that a Detectron2 imports, and return one line that says what was done.
 
-    Args:
-        site_packages: where a missing Detectron2 is installed.
-        wheel: the wheel to take it from, or None to download it if it is needed.
-
     Raises:
         InstallError: no Detectron2 could be installed, or one is there that does not import.
     """
@@ -296,11 +279,6 @@ def ensure_detectron2(site_packages: Path, wheel: Path | None = None) -> str:
     return f"Detectron2 {version} (pure Python, from {REQUIREMENT}) installed in {package}"
 
 
-def complain(message: str) -> NoReturn:
-    """End with one line, as all of d2kd does; argparse would print the usage before it."""
-    sys.exit(f"error: {message}; see --help")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 if a Detectron2 can be imported afterwards."""
     parser = argparse.ArgumentParser(
@@ -309,7 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--wheel", type=Path, help=f"a downloaded {REQUIREMENT} wheel, for machines off the network"
     )
-    parser.error = complain  # type: ignore[method-assign]
+    # One line, as all of d2kd ends; argparse would print the usage before it.
+    parser.error = lambda message: sys.exit(f"error: {message}; see --help")  # type: ignore
     args = parser.parse_args(argv)
     # Leave by an exception, so that the temporary folder goes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))

@@ -14,22 +14,21 @@ import os
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import Backbone, build_resnet_backbone
+from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor, nn
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_convert, box_iou, roi_align
 
 from ..arguments import CommandParser, natural, positive
 from ..data.custom import check_datasets
 from ..engine.setup import merged_config
 from ..errors import ConfigError
-from ..files import check_folder, write_atomically
+from ..files import check_folder, write_tensors
 from ..models.timm_fpn import build_timm_backbone
 
 
@@ -38,11 +37,10 @@ def read_dataset(name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     images, boxes, labels = [], [], []
     for record in DatasetCatalog.get(name):
         images.append(torch.from_numpy(read_image(record["file_name"], "BGR").copy()))
-        xywh = np.array([a["bbox"] for a in record["annotations"]], np.float32).reshape(-1, 4)
-        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        boxes.append(torch.from_numpy(corners))
-        labels.append(torch.tensor([a["category_id"] for a in record["annotations"]]))
-    return torch.stack(images).permute(0, 3, 1, 2), boxes, [x.long() for x in labels]
+        xywh = torch.tensor([a["bbox"] for a in record["annotations"]]).float().reshape(-1, 4)
+        boxes.append(box_convert(xywh, "xywh", "xyxy"))
+        labels.append(torch.tensor([a["category_id"] for a in record["annotations"]]).long())
+    return torch.stack(images).permute(0, 3, 1, 2), boxes, labels
 
 
 def sample_crops(
@@ -69,18 +67,13 @@ def sample_crops(
     return torch.cat([torch.stack(rois), noise]), torch.cat([torch.tensor(targets), negatives])
 
 
-def build_bottom_up(cfg: CfgNode) -> Backbone:
-    """The network below the pyramid: a ResNet, or the model of timm that the config names."""
-    build = build_timm_backbone if "timm" in cfg.MODEL.BACKBONE.NAME else build_resnet_backbone
-    return build(cfg, ShapeSpec(channels=3))
-
-
 def pretrain(cfg: CfgNode, steps: int, batch: int, crop: int, seed: int) -> dict[str, Tensor]:
     """Train the bottom-up backbone of ``cfg`` on crops; returns weights by the detector's names."""
     torch.manual_seed(seed)
     images, boxes, labels = read_dataset(cfg.DATASETS.TRAIN[0])
     classes = 1 + max(int(x.max()) for x in labels if len(x))
-    backbone = build_bottom_up(cfg).to(cfg.MODEL.DEVICE).train()
+    build = build_timm_backbone if "timm" in cfg.MODEL.BACKBONE.NAME else build_resnet_backbone
+    backbone = build(cfg, ShapeSpec(channels=3)).to(cfg.MODEL.DEVICE).train()
     top = list(backbone.output_shape())[-1]
     classifier = nn.Linear(backbone.output_shape()[top].channels, classes + 1)
     classifier.to(cfg.MODEL.DEVICE)
@@ -138,16 +131,12 @@ def grow(weights: dict[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
 
 def save(weights: dict[str, Tensor], path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_atomically(path, lambda temporary: torch.save({"model": weights}, temporary))
+    write_tensors({"model": weights}, path)
     print(f"wrote {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pre-train, and write one file or two.
-
-    Raises:
-        ConfigError: in one line, before the training.
-    """
+    """Pre-train, and write one file or two."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output", help="a .pth file; default: MODEL.WEIGHTS of the config")

@@ -136,6 +136,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{make,show,time}")
     maker = commands.add_parser("make", help="make prototypes and save them")
+    maker.set_defaults(**vars(setup.build_parser().parse_args([])))  # a training's, for launch
     maker.add_argument(
         "--config-file", required=True, help="a config with the GlobalKnowledge head"
     )
@@ -156,16 +157,9 @@ def build_parser() -> CommandParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make, show or time prototypes.
-
-    Raises:
-        ConfigError: in one line.
-    """
+    """Make, show or time prototypes."""
     args = build_parser().parse_command(argv)
     if args.command == "make":
-        # What the arguments of a training are where this command has none.
-        defaults = vars(setup.build_parser().parse_args([]))
-        args = argparse.Namespace(**{**defaults, **vars(args)})
         launch(make, args)
     elif args.opts:
         raise ConfigError(f"{args.command} takes no KEY VALUE overrides")

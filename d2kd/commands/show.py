@@ -16,8 +16,6 @@ the teacher with its weights, and the student with MODEL.WEIGHTS.
 
 from __future__ import annotations
 
-import argparse
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,15 +23,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from ..arguments import CommandParser, file_to_write, natural, positive
 from ..config import student_config
@@ -46,17 +40,13 @@ from ..engine.setup import add_import_argument, read_config
 from ..errors import ConfigError
 from ..geometry.anchor_masks import MASK_KINDS
 from ..heads.mar import MAR
-from .sketches import build_distiller, draw_rows, sketch_image
+from .sketches import Row, build_distiller, draw_image, draw_rows, sketch_image
 
 COLUMNS = 4  # images side by side where there are no masks
 
 
 def read_images(cfg: CfgNode, indices: Sequence[int]) -> list[dict]:
-    """Images of ``DATASETS.TRAIN`` as the student gets them.
-
-    Raises:
-        ConfigError: a dataset is not there, or there are fewer images.
-    """
+    """Images of ``DATASETS.TRAIN`` as the student gets them."""
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a dataset to show images of")
     check_datasets(cfg)
@@ -69,26 +59,25 @@ def read_images(cfg: CfgNode, indices: Sequence[int]) -> list[dict]:
     return [mapper(records[index]) for index in indices]
 
 
-def masks_by_kind(
-    cfg: CfgNode, items: list[dict], kinds: list[str]
-) -> list[dict[str, dict[int, Tensor]]]:
-    """Of each image kind -> stride -> (H, W)."""
+def mask_rows(cfg: CfgNode, items: list[dict], kinds: Sequence[str]) -> list[tuple[dict, Row]]:
+    """A row per image and kind of mask, with a map per level."""
     torch.manual_seed(0)
     with building("the student"):
         student = build_model(student_config(cfg)).train()
     spec = describe_detector(student, "student")
     head, taps = MAR(cfg, spec, spec), Taps(student, spec)
-    masks = []
+    rows = []
     for item in items:
         with taps, torch.no_grad(), EventStorage():
             student([item])
         batch = Batch.from_inputs([item], student.device)
-        bundle, found = taps.bundle(batch), {}
+        bundle = taps.bundle(batch)
+        height, width = item["image"].shape[1:]
         for kind in kinds:
             levels = head.build_masks(bundle, batch.gt_boxes, kind)
-            found[kind] = {stride: mask[0].cpu() for stride, mask in levels.items()}
-        masks.append(found)
-    return masks
+            cells = {f"stride {s}: largest {m.max():.3g}": (s, m[0]) for s, m in levels.items()}
+            rows.append((item, Row(f"{kind} on {width} x {height}", cells)))
+    return rows
 
 
 def draw_images(items: list[dict], input_format: str) -> plt.Figure:
@@ -96,65 +85,13 @@ def draw_images(items: list[dict], input_format: str) -> plt.Figure:
     columns = min(len(items), COLUMNS)
     rows = -(-len(items) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows), squeeze=False)
-    for axis in axes.flat[len(items) :]:
+    for axis in axes.flat:
         axis.set_axis_off()
     for axis, item in zip(axes.flat, items, strict=False):
-        image = _rgb(item, input_format)
-        _show(axis, image, _boxes(item), f"{image.shape[1]} x {image.shape[0]}")
+        height, width = item["image"].shape[1:]
+        draw_image(axis, item, input_format, f"{width} x {height}")
     figure.tight_layout(pad=0.5)
     return figure
-
-
-def draw_masks(
-    items: list[dict], masks: list[dict[str, dict[int, Tensor]]], input_format: str
-) -> plt.Figure:
-    """A row per image and kind: the image with its boxes, then a column per level."""
-    rows = [
-        (item, kind, levels)
-        for item, found in zip(items, masks, strict=True)
-        for kind, levels in found.items()
-    ]
-    columns = 1 + max(len(levels) for _, _, levels in rows)
-    size = (2.2 * columns, 2.5 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for row, (item, kind, levels) in zip(axes, rows, strict=True):
-        image, boxes = _rgb(item, input_format), _boxes(item)
-        _show(row[0], image, boxes, f"{kind} on {image.shape[1]} x {image.shape[0]}")
-        for axis, (stride, mask) in zip(row[1:], levels.items(), strict=True):
-            _show(axis, image, boxes, f"stride {stride}: largest {mask.max():.3g}", grey=True)
-            _overlay(axis, mask, stride)
-    figure.tight_layout(pad=0.5)
-    return figure
-
-
-def _rgb(item: dict, input_format: str) -> np.ndarray:
-    image = item["image"].permute(1, 2, 0).numpy()
-    return image[..., ::-1] if input_format == "BGR" else image
-
-
-def _boxes(item: dict) -> list[list[float]]:
-    return item["instances"].gt_boxes.tensor.tolist()
-
-
-def _show(axis, image: np.ndarray, boxes: list, title: str, grey: bool = False) -> None:
-    if grey:  # a faint image, so that the mask's colours carry the meaning
-        image = np.repeat(image.mean(axis=2, keepdims=True) * 0.5 + 127, 3, axis=2).astype(np.uint8)
-    axis.imshow(image)
-    for x1, y1, x2, y2 in boxes:
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=0.7, ec="#0050ff"))
-    axis.set_title(title, fontsize=8)
-    axis.set_axis_off()
-
-
-def _overlay(axis, mask: Tensor, stride: int) -> None:
-    """Lay ``mask`` over the image, a square per cell, transparent where it is zero."""
-    height, width = mask.shape
-    limits = axis.axis()
-    values = np.ma.masked_equal(mask.numpy(), 0)
-    extent = (-0.5, width * stride - 0.5, height * stride - 0.5, -0.5)
-    top = max(float(mask.max()), 1e-6)
-    axis.imshow(values, extent=extent, cmap="YlOrRd", vmin=0, vmax=top, alpha=0.75)
-    axis.axis(limits)
 
 
 def show_heads(cfg: CfgNode, items: list[dict], heads: Sequence[str], args) -> None:
@@ -165,13 +102,10 @@ def show_heads(cfg: CfgNode, items: list[dict], heads: Sequence[str], args) -> N
         rows = sketch_image(distiller, item, heads)
         for row in rows:
             print(f"image {index}: {row.title}: {', '.join(row.cells)}".rstrip(": "))
-        image, boxes = _rgb(item, cfg.INPUT.FORMAT), _boxes(item)
-        draw_image = functools.partial(_show, image=image, boxes=boxes, grey=True)
-        figure = draw_rows(rows, draw_image, _overlay)
         path = args.output
         if len(items) > 1:
             path = path.with_stem(f"{path.stem}_{index}")
-        save(figure, path, args.dpi)
+        save(draw_rows([(item, row) for row in rows], cfg.INPUT.FORMAT), path, args.dpi)
 
 
 def save(figure: plt.Figure, path: Path, dpi: int) -> None:
@@ -203,28 +137,24 @@ def build_parser() -> CommandParser:
     parser.add_argument("--output", type=file_to_write(*endings), default="output/show.png")
     parser.add_argument("--dpi", type=positive, default=100)
     add_import_argument(parser)
+    parser.set_defaults(resume=False, num_gpus=1, num_machines=1)  # a training's, for read_config
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw what the arguments say.
-
-    Raises:
-        ConfigError: in one line, before anything is written.
-    """
+    """Draw what the arguments say."""
     args = build_parser().parse_command(argv)
     # Without --heads neither the teacher's files nor weights need be there.
     args.eval_only = args.heads is None
     args.opts = [*args.opts, *(["MODEL.WEIGHTS", ""] if args.heads is None else [])]
-    defaults = vars(default_argument_parser().parse_args([]))
-    cfg = read_config(argparse.Namespace(**{**defaults, **vars(args)}))
+    cfg = read_config(args)
     items = read_images(cfg, args.images)
     if args.heads is not None:
         show_heads(cfg, items, args.heads, args)
         return
     kinds = args.kinds or ([cfg.DISTILL.MAR.MASK.KIND] if "MAR" in cfg.DISTILL.HEADS else [])
     if kinds:
-        figure = draw_masks(items, masks_by_kind(cfg, items, kinds), cfg.INPUT.FORMAT)
+        figure = draw_rows(mask_rows(cfg, items, kinds), cfg.INPUT.FORMAT)
     else:
         figure = draw_images(items, cfg.INPUT.FORMAT)
     save(figure, args.output, args.dpi)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from matplotlib.collections import LineCollection
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -34,11 +36,7 @@ class Row(NamedTuple):
 
 
 def build_distiller(cfg: CfgNode, heads: Sequence[str]) -> Distiller:
-    """The Distiller of ``cfg`` with its weights, to look at one step of.
-
-    Raises:
-        ConfigError: it has no such heads, or its weights do not fit.
-    """
+    """The Distiller of ``cfg`` with its weights, to look at one step of."""
     known = list(cfg.DISTILL.HEADS) if cfg.MODEL.META_ARCHITECTURE == "Distiller" else []
     if not known or set(heads) - set(known):
         raise ConfigError(f"--heads {' '.join(heads)}: the config's DISTILL.HEADS are {known}")
@@ -127,32 +125,48 @@ def pull_of(loss: Any, student: FeatureBundle) -> dict[int, Tensor]:
     }
 
 
-def draw_rows(
-    rows: list[Row],
-    draw_image: Callable[..., None],
-    overlay: Callable[[Any, Tensor, int], None],
-) -> plt.Figure:
-    """The rows of an image, one below the other.
-
-    Args:
-        draw_image: (axis, title=...) draws the image.
-        overlay: (axis, map, stride) lays a map over it.
-    """
-    columns = 1 + max(len(row.cells) for row in rows)
+def draw_rows(rows: Sequence[tuple[dict, Row]], input_format: str) -> plt.Figure:
+    """Rows, each with the training image that it is of, one below the other."""
+    columns = 1 + max(len(row.cells) for _, row in rows)
     size = (2.2 * columns, 2.8 * len(rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for axis_row, row in zip(axes, rows, strict=True):
-        for axis in axis_row:
-            axis.set_axis_off()
-        draw_image(axis_row[0], title=textwrap.fill(row.title, 36))
-        for axis, (title, (first, second)) in zip(axis_row[1:], row.cells.items(), strict=False):
-            draw_image(axis, title=title)
-            if isinstance(first, int):
-                overlay(axis, second.cpu(), first)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for (first, *others), (item, row) in zip(axes, rows, strict=True):
+        draw_image(first, item, input_format, textwrap.fill(row.title, 36))
+        for axis, (title, (place, values)) in zip(others, row.cells.items(), strict=False):
+            draw_image(axis, item, input_format, title, grey=True)
+            if isinstance(place, int):
+                draw_map(axis, values.cpu(), place)
             else:
-                draw_graph(axis, first.cpu(), second.cpu())
+                draw_graph(axis, place.cpu(), values.cpu())
     figure.tight_layout(pad=0.5)
     return figure
+
+
+def draw_image(axis: Any, item: dict, input_format: str, title: str, grey: bool = False) -> None:
+    """A training image with its boxes; ``grey``: faint, so that colours over it carry the
+    meaning."""
+    image = item["image"].permute(1, 2, 0).numpy()
+    if input_format == "BGR":
+        image = image[..., ::-1]
+    if grey:
+        image = np.repeat(image.mean(axis=2, keepdims=True) * 0.5 + 127, 3, axis=2).astype(np.uint8)
+    axis.imshow(image)
+    for x1, y1, x2, y2 in item["instances"].gt_boxes.tensor.tolist():
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=0.7, ec="#0050ff"))
+    axis.set_title(title, fontsize=8)
+
+
+def draw_map(axis: Any, values: Tensor, stride: int) -> None:
+    """Lay a map over the image, a square per cell, transparent where it is zero."""
+    height, width = values.shape
+    limits = axis.axis()
+    extent = (-0.5, width * stride - 0.5, height * stride - 0.5, -0.5)
+    top = max(float(values.max()), 1e-6)
+    shown = np.ma.masked_equal(values.numpy(), 0)
+    axis.imshow(shown, extent=extent, cmap="YlOrRd", vmin=0, vmax=top, alpha=0.75)
+    axis.axis(limits)
 
 
 def draw_graph(axis: Any, boxes: Tensor, edges: Tensor) -> None:

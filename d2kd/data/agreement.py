@@ -6,7 +6,7 @@ Boxes are (n, 4) xyxy in pixels of the original image.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -53,11 +53,11 @@ class Disagreement:
     """
 
     image: int
-    other_class: list[tuple[int, int]] = field(default_factory=list)
-    displaced: list[tuple[int, int]] = field(default_factory=list)
-    extra: list[int] = field(default_factory=list)
-    missed: list[int] = field(default_factory=list)
-    weight: float = 0.0
+    other_class: list[tuple[int, int]]
+    displaced: list[tuple[int, int]]
+    extra: list[int]
+    missed: list[int]
+    weight: float
 
     def words(self) -> str:
         """E.g. "2 of another class, 1 displaced"."""
@@ -89,7 +89,6 @@ class Agreement:
         self.confusion = np.zeros((num_classes, num_classes + 1), dtype=int)
         self._images: list[tuple[Boxes, Boxes]] = []
         self._pairs: list[list[tuple[int, int, float]]] = []
-        self._scores: list[np.ndarray] = []
         self._hits: list[np.ndarray] = []
 
     def add(self, truth: Boxes, found: Boxes) -> None:
@@ -99,7 +98,6 @@ class Agreement:
         for at, own in zip(truth.classes, overlap >= MATCH, strict=True):
             best = found.classes[own][:1]
             self.confusion[at, best[0] if len(best) else -1] += 1
-        self._scores.append(found.scores)
         self._hits.append(_hits(truth, found, overlap))
         self._images.append((truth, found))
         self._pairs.append(list(self._pair(truth, found)))
@@ -132,7 +130,8 @@ class Agreement:
 
     def calibration(self) -> tuple[float, float]:
         """Expected calibration error over ten bins of the score, and mean score less precision."""
-        scores, hits = np.concatenate(self._scores), np.concatenate(self._hits)
+        scores = np.concatenate([found.scores for _, found in self._images])
+        hits = np.concatenate(self._hits)
         if not len(scores):
             return 0.0, 0.0
         bins = np.minimum((scores * _BINS).astype(int), _BINS - 1)
@@ -149,22 +148,20 @@ class Agreement:
         truth, found = self._images[image]
         overlap = _overlaps(truth.boxes, found.boxes) >= MATCH
         sure = found.scores >= self.confident
-        one = Disagreement(image)
-        one.displaced = [(a, b) for a, b, gap in self._pairs[image] if gap > limit]
-        agreed = {a for a, _, _ in self._pairs[image]}
+        agreed, used = ({pair[side] for pair in self._pairs[image]} for side in (0, 1))
+        displaced = [(a, b) for a, b, gap in self._pairs[image] if gap > limit]
+        other_class, missed = [], []
         for at in set(range(len(truth.classes))) - agreed:
             there = np.flatnonzero(overlap[at])
-            if len(there) and sure[there[0]] and found.classes[there[0]] != truth.classes[at]:
-                one.other_class.append((at, int(there[0])))
-            elif not len(there):
-                one.missed.append(at)
-        used = {b for _, b, _ in self._pairs[image]}
-        alone = sure & ~overlap.any(0) if len(truth.classes) else sure
-        one.extra = [int(b) for b in np.flatnonzero(alone) if b not in used]
-        certain = [b for _, b in (*one.other_class, *one.displaced)] + one.extra
-        strength = float(found.scores[certain].sum()) + 0.25 * len(one.missed)
-        one.weight = strength / np.sqrt(1 + len(truth.classes))
-        return one
+            if not len(there):
+                missed.append(at)
+            elif sure[there[0]] and found.classes[there[0]] != truth.classes[at]:
+                other_class.append((at, int(there[0])))
+        extra = [int(b) for b in np.flatnonzero(sure & ~overlap.any(0)) if b not in used]
+        certain = [b for _, b in (*other_class, *displaced)] + extra
+        strength = float(found.scores[certain].sum()) + 0.25 * len(missed)
+        weight = strength / np.sqrt(1 + len(truth.classes))
+        return Disagreement(image, other_class, displaced, extra, missed, weight)
 
     def image(self, at: int) -> tuple[Boxes, Boxes]:
         """Annotations and detections of an image, the latter by falling score, as indexed in a
@@ -202,35 +199,22 @@ def _hits(truth: Boxes, found: Boxes, overlap: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class WrongClass:
-    """A class whose objects the detector mostly takes for another one.
-
-    Attributes:
-        share: of those that it found, in parts of one.
-        swapped: it takes those of the other class for this one, too.
-    """
+    """A class whose objects the detector mostly takes for another one."""
 
     name: int
     taken_for: int
-    share: float
-    swapped: bool
+    share: float  # of those that it found, in parts of one
+    swapped: bool  # it takes those of the other class for this one, too
 
 
 def wrong_classes(confusion: np.ndarray, at_least: int = 5) -> list[WrongClass]:
-    """Classes of which more than half of the objects found are given to one other class.
-
-    Args:
-        confusion: of :class:`Agreement`, perhaps a sum of several.
-        at_least: objects of a class that must be found.
-    """
+    """Classes of which more than half of the objects found, and as many as ``at_least``, are given
+    to one other class."""
     found = confusion[:, :-1]
     totals, taken = found.sum(1), found.argmax(1)
     share = found.max(1) / np.maximum(totals, 1)
-    wrong = {
-        int(c)
-        for c in range(len(found))
-        if totals[c] >= at_least and taken[c] != c and share[c] > 0.5
-    }
+    wrong = (totals >= at_least) & (taken != np.arange(len(found))) & (share > 0.5)
     return [
-        WrongClass(c, int(taken[c]), float(share[c]), taken[c] in wrong and taken[taken[c]] == c)
-        for c in sorted(wrong)
+        WrongClass(c, int(taken[c]), float(share[c]), wrong[taken[c]] and taken[taken[c]] == c)
+        for c in np.flatnonzero(wrong).tolist()
     ]

@@ -5,25 +5,19 @@ bccd/meta.json, bccd/annotations/{train,val,test}.json, bccd/images/*.jpg
 
 from __future__ import annotations
 
-import json
 import shutil
 import xml.etree.ElementTree as ET
-from collections import Counter
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import ConfigError
-from .files import build_directory
+from .files import check_replaceable, coco_content, write_dataset
 from .report import shown
 
 CLASSES = ["RBC", "WBC", "Platelets"]
 SPLITS = ("train", "val", "test")
 PREPARE = "python datasets/prepare_bccd.py CLONE_OF_BCCD"
-
-
-def json_path(directory: Path, split: str) -> Path:
-    return directory / "annotations" / f"{split}.json"
 
 
 def convert_bccd(clone: Path, output: Path) -> tuple[dict[str, dict[str, int]], list[str]]:
@@ -36,22 +30,18 @@ def convert_bccd(clone: Path, output: Path) -> tuple[dict[str, dict[str, int]], 
         ConfigError: `clone` is not BCCD or not complete, or `output` holds something else.
     """
     source = _find_source(clone)
-    _check_replaceable(output)
+    check_replaceable(output, "bccd")
     changes: list[str] = []
     contents = {split: _read_split(source, split, changes) for split in SPLITS}
 
-    def fill(fresh: Path) -> None:
-        (fresh / "images").mkdir()
-        (fresh / "annotations").mkdir()
-        for split, content in contents.items():
+    def write(images: Path) -> dict[str, dict]:
+        for content in contents.values():
             for image in content["images"]:
                 name = image["file_name"]
-                shutil.copyfile(source / "JPEGImages" / name, fresh / "images" / name)
-            json_path(fresh, split).write_text(json.dumps(content))
-        (fresh / "meta.json").write_text(json.dumps({"dataset": "bccd", "version": 1}) + "\n")
+                shutil.copyfile(source / "JPEGImages" / name, images / name)
+        return contents
 
-    build_directory(output, fill, is_current=lambda: False)
-    return {split: _count(content) for split, content in contents.items()}, changes
+    return write_dataset(output, {"dataset": "bccd", "version": 1}, write), changes
 
 
 def _find_source(clone: Path) -> Path:
@@ -66,59 +56,21 @@ def _find_source(clone: Path) -> Path:
     )
 
 
-def _check_replaceable(output: Path) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        meta = json.loads((output / "meta.json").read_text())
-        if meta["dataset"] == "bccd":
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{output} exists and was not made by this script: move it away")
-
-
 def _read_split(source: Path, split: str, changes: list[str]) -> dict:
     """COCO content of one split. What is wrong with single boxes is noted in `changes`."""
     names = _names(source / "ImageSets" / "Main" / f"{split}.txt")
-    images, annotations = [], []
-    for name in names:
-        size, boxes = _read_image(source, name, changes)
-        image_id = len(images) + 1
-        images.append(
-            {"id": image_id, "file_name": f"{name}.jpg", "width": size[0], "height": size[1]}
-        )
-        for label, (left, top, right, bottom) in boxes:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": CLASSES.index(label) + 1,
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": (right - left) * (bottom - top),
-                    "iscrowd": 0,
-                }
-            )
-    return {
-        "info": {"description": f"BCCD, {split}"},
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
-        "images": images,
-        "annotations": annotations,
-    }
+    images = ((f"{name}.jpg", *_read_image(source, name, changes)) for name in names)
+    return coco_content({"description": f"BCCD, {split}"}, CLASSES, images)
 
 
 def _names(path: Path) -> list[str]:
-    """Names of images, one a line, without extension.
-
-    Raises:
-        ConfigError: one is no plain name: with folders in it, files outside of the clone would be
-            read, and written outside of the output.
-    """
+    """Names of images, one a line, without extension."""
     names = _read(path).split()
     if not names:
         raise ConfigError(f"BCCD: {path} names no image")
     for name in names:
-        if Path(name).name != name or "\\" in name or "\0" in name or name == "..":
+        # With folders in it, files outside of the clone would be read, and of the output written.
+        if Path(name).name != name or name == "..":
             raise ConfigError(
                 f"BCCD: {path} names {shown(name, 60)}, which is not the plain name of an image"
             )
@@ -126,7 +78,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _read_image(source: Path, name: str, changes: list[str]) -> tuple[tuple[int, int], list]:
-    """Size (width, height) of image `name` and its usable `(class, (x0, y0, x1, y1))`."""
+    """Size (width, height) of image `name`, and class, box and area of its usable objects."""
     annotation_path = source / "Annotations" / f"{name}.xml"
     try:
         with Image.open(source / "JPEGImages" / f"{name}.jpg") as image:
@@ -137,7 +89,7 @@ def _read_image(source: Path, name: str, changes: list[str]) -> tuple[tuple[int,
     except ET.ParseError as error:
         raise ConfigError(f"BCCD: {annotation_path} is no valid XML ({error})") from error
 
-    boxes = []
+    objects = []
     for index, item in enumerate(root.iter("object"), start=1):
         label = (item.findtext("name") or "").strip()
         try:
@@ -155,8 +107,11 @@ def _read_image(source: Path, name: str, changes: list[str]) -> tuple[tuple[int,
         else:
             if box != _from_one_based(corners):
                 changes.append(f"{name}: clipped box {index} ({label}) to the image {corners}")
-            boxes.append((label, box))
-    return size, boxes
+            left, top, right, bottom = box
+            width, height = right - left, bottom - top
+            values = {"bbox": [left, top, width, height], "area": width * height}
+            objects.append((CLASSES.index(label), values))
+    return size, objects
 
 
 def _from_one_based(corners: list[float]) -> tuple[float, ...]:
@@ -181,10 +136,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"BCCD: cannot read {path} ({error})") from error
-
-
-def _count(content: dict) -> dict[str, int]:
-    """Number of images, and of boxes per class."""
-    boxes = Counter(item["category_id"] for item in content["annotations"])
-    count = {"images": len(content["images"])}
-    return count | {name: boxes[i + 1] for i, name in enumerate(CLASSES)}

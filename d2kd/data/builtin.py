@@ -14,7 +14,7 @@ from detectron2.data.datasets import load_coco_json
 
 from ..errors import ConfigError
 from . import bccd, digits, photographs
-from .files import dataset_root
+from .files import dataset_root, json_path
 
 
 def register_builtin_datasets(root: Path) -> None:
@@ -26,17 +26,17 @@ def register_builtin_datasets(root: Path) -> None:
             _register(
                 f"{family}_{split}",
                 partial(_load_digits, directory=directory, split=split),
-                json_file=str(digits.json_path(directory, split)),
+                json_file=str(json_path(directory, split)),
                 image_root=str(directory / split),
                 thing_classes=digits.CLASSES,
                 made_on_first_use=True,
             )
     for split in bccd.SPLITS:
-        path = bccd.json_path(root / "bccd", split)
+        path = json_path(root / "bccd", split)
         _register_prepared(f"bccd_{split}", path, bccd.CLASSES, bccd.PREPARE)
     for family in photographs.FAMILIES.values():
         for split in photographs.SPLITS:
-            path = photographs.json_path(root / family.name, split)
+            path = json_path(root / family.name, split)
             _register_prepared(f"{family.name}_{split}", path, family.classes, family.command)
 
 
@@ -65,7 +65,7 @@ def _register(name: str, load, **metadata) -> None:
 
 def _load_digits(directory: Path, split: str, name: str) -> list[dict]:
     digits.ensure_digits(directory, digits.SPECS[directory.name])
-    return load_coco_json(str(digits.json_path(directory, split)), str(directory / split), name)
+    return load_coco_json(str(json_path(directory, split)), str(directory / split), name)
 
 
 def _load_prepared(path: Path, images: Path, command: str, name: str) -> list[dict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -16,37 +15,37 @@ from .report import shown
 
 FORMAT_KEY = "DATASETS.COCO_FORMAT"
 
-# Registered by this module: name -> (annotation file, image directory).
-registered: dict[str, tuple[str, str]] = {}
-# Datasets of others that are loaded by this package since they were checked.
-taken_over: set[str] = set()
+
+def is_from_config(name: str) -> bool:
+    """Whether a dataset is one of ``DATASETS.COCO_FORMAT``, of this or an earlier config."""
+    return MetadataCatalog.get(name).get("registered_by") == FORMAT_KEY
+
+
+def is_loaded_here(name: str) -> bool:
+    """Whether :func:`~d2kd.data.loading.load` loads a dataset: one of ``DATASETS.COCO_FORMAT``, or
+    one of others that was checked."""
+    return getattr(DatasetCatalog[name], "func", None) is loading.load
 
 
 def is_readable(name: str) -> bool:
     """Whether a dataset is a COCO-format file that is loaded just as Detectron2 loads it, so that
     it can be read here in its place."""
-    metadata, function = MetadataCatalog.get(name), DatasetCatalog[name]
-    if metadata.get("made_on_first_use") or not _has_local_file(name):
-        return False
     by_detectron2 = "register_coco_instances.<locals>.<lambda>"
-    return (
-        (isinstance(function, partial) and function.func is loading.load)
-        or metadata.get("registered_by") == "d2kd"
-        or getattr(function, "__qualname__", "") == by_detectron2
+    return is_evaluated_from_file(name) and (
+        is_loaded_here(name)
+        or MetadataCatalog.get(name).get("registered_by") == "d2kd"
+        or getattr(DatasetCatalog[name], "__qualname__", "") == by_detectron2
     )
 
 
 def is_evaluated_from_file(name: str) -> bool:
     """Whether pycocotools reads the annotation file, whatever function loads the dataset."""
-    made = MetadataCatalog.get(name).get("made_on_first_use")
-    return not made and _has_local_file(name)
-
-
-def _has_local_file(name: str) -> bool:
     metadata = MetadataCatalog.get(name)
     paths = [metadata.get(key) for key in ("json_file", "image_root")]
-    return metadata.get("evaluator_type") == "coco" and all(
-        isinstance(path, (str, os.PathLike)) and "://" not in str(path) for path in paths
+    return (
+        not metadata.get("made_on_first_use")
+        and metadata.get("evaluator_type") == "coco"
+        and all(isinstance(p, (str, os.PathLike)) and "://" not in str(p) for p in paths)
     )
 
 
@@ -71,7 +70,7 @@ def check_present(name: str) -> None:
         if not PathManager.exists(path):
             if command := metadata.get("prepare_command"):
                 hint = f"run '{command}'"
-            elif name in registered:
+            elif is_from_config(name):
                 hint = f"paths of {FORMAT_KEY} start at {os.getcwd()}"
             else:
                 hint = f"datasets lie in '{dataset_root()}', see datasets/README.md"

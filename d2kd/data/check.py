@@ -13,41 +13,30 @@ from dataclasses import dataclass
 import numpy as np
 
 from .check_boxes import boxes_without_area
-from .coco import Table, hashable, is_number, marked, numbers, repeated, types_of
+from .coco import Table, hashable, marked, number_or_nan, repeated, types_of
 from .report import Finding, findings, shown
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a config does with a dataset.
-
-    Attributes:
-        train, test: it is trained on, evaluated on.
-        masks: instance masks are used (MODEL.MASK_ON).
-        keypoints: their number (0: not used), and how many must be visible in an image that is
-            trained on.
-        keep_empty: images without objects are trained on.
-        strict_paths: DATASETS.STRICT_PATHS.
-        files: its images are looked for, and some opened (``headers``).
-    """
+    """What a config does with a dataset."""
 
     train: bool = True
     test: bool = False
-    masks: bool = True
-    keypoints: int = 0
-    min_keypoints: int = 0
-    keep_empty: bool = False
+    masks: bool = True  # instance masks are used
+    keypoints: int = 0  # their number, 0 where they are not used
+    min_keypoints: int = 0  # that must be visible in an image that is trained on
+    keep_empty: bool = False  # images without objects are trained on
     strict_paths: bool = False
-    files: bool = True
-    headers: int = 32
+    files: bool = True  # its images are looked for,
+    headers: int = 32  # and so many opened
 
 
 def check_structure(table: Table, strict_ids: bool = True) -> Iterator[Finding]:
     """Required keys, their types, and ids: what everything else relies on.
 
-    Args:
-        strict_ids: refuse annotation ids that occur twice. COCO's own minival files have some, and
-            Detectron2 lets them pass.
+    ``strict_ids`` refuses annotation ids that occur twice. COCO's own minival files have some, and
+    Detectron2 lets them pass.
     """
     yield from _check_images(table)
     yield from _check_annotation_keys(table)
@@ -126,23 +115,14 @@ def _check_annotation_ids(table: Table) -> Iterator[Finding]:
 
 
 def _check_flags(table: Table) -> Iterator[Finding]:
-    example = table.annotation_words
-    ignore = table.column(table.annotations, "ignore")
-    if not types_of(ignore) <= {type(None)}:
-        yield from findings(
-            marked(ignore, bool),
-            "annotations have 'ignore' set, which Detectron2 does not know",
-            "use 'iscrowd': 1 for regions that are neither object nor background, or remove them",
-            example,
-        )
-    crowd = table.column(table.annotations, "iscrowd")
-    known = (0, 1, None)
-    if not types_of(crowd) <= {int, type(None)} or not set(crowd) <= set(known):
-        bad = marked(crowd, lambda v: type(v) in (str, list, dict) or v not in known)
-        remedy = "use 1 for regions of many objects, else 0"
-        yield from findings(
-            bad, "annotations have an 'iscrowd' that is not 0 or 1", remedy, example
-        )
+    yield from table.findings(
+        marked(table.column(table.annotations, "ignore"), bool),
+        "annotations have 'ignore' set, which Detectron2 does not know",
+        "use 'iscrowd': 1 for regions that are neither object nor background, or remove them",
+    )
+    bad = marked(table.column(table.annotations, "iscrowd"), lambda v: v not in (0, 1, None))
+    text = "annotations have an 'iscrowd' that is not 0 or 1"
+    yield from table.findings(bad, text, "use 1 for regions of many objects, else 0")
 
 
 def check_links(table: Table, use: Use) -> Iterator[Finding]:
@@ -200,40 +180,27 @@ def _check_trained_images(table: Table, use: Use) -> Iterator[Finding]:
 
 def check_repairs(table: Table, use: Use) -> Iterator[Finding]:
     """What evaluation needs and d2kd computes, and what is read otherwise than it may look."""
-    crowd = table.column(table.annotations, "iscrowd")
-    if None in crowd:
-        missing = marked(crowd, lambda value: value is None)
-        text = "annotations have no 'iscrowd'"
-        yield from findings(missing, text, "taken as 0", table.annotation_words, fatal=False)
+    missing = marked(table.column(table.annotations, "iscrowd"), lambda value: value is None)
+    text = "annotations have no 'iscrowd'"
+    yield from table.findings(missing, text, "taken as 0", fatal=False)
     if not use.test:
         return
-    missing = ~known_area(table)
+    text = "annotations have no 'area'"
     remedy = "computed from the mask, or from the box where there is none"
-    yield from findings(
-        missing, "annotations have no 'area'", remedy, table.annotation_words, fatal=False
-    )
-    yield from findings(
-        ~usable_ids(table),
-        "annotation ids are not positive whole numbers",
-        "numbered from 1 for evaluation: pycocotools takes id 0 for 'not found'",
-        table.annotation_words,
-        fatal=False,
-    )
+    yield from table.findings(~known_area(table), text, remedy, fatal=False)
+    text = "annotation ids are not positive whole numbers"
+    remedy = "numbered from 1 for evaluation: pycocotools takes id 0 for 'not found'"
+    yield from table.findings(~usable_ids(table), text, remedy, fatal=False)
 
 
 def known_area(table: Table) -> np.ndarray:
     """(M,) bool, whether the annotation says its area."""
-    areas = table.column(table.annotations, "area")
-    found = numbers(areas)
-    if found is None:
-        found = np.array([v if is_number(v) and abs(v) < 1e18 else np.nan for v in areas], float)
+    areas = number_or_nan(table.column(table.annotations, "area"))
     with np.errstate(invalid="ignore"):
-        return (found >= 0) & (found < np.inf)
+        return (areas >= 0) & (areas < np.inf)
 
 
 def usable_ids(table: Table) -> np.ndarray:
     """(M,) bool, annotation ids that pycocotools reads correctly: positive whole numbers."""
     ids = table.column(table.annotations, "id")
-    if types_of(ids) <= {int} and (not ids or min(ids) > 0):
-        return np.ones(len(ids), bool)
-    return marked(ids, lambda v: type(v) is int and v > 0)
+    return marked(ids, lambda value: type(value) is int and value > 0)

@@ -19,11 +19,8 @@ _FAR_OUT = 0.1
 
 
 def check_boxes(table: Table, masks: Masks | None) -> Iterator[Finding]:
-    """Boxes that are none, that are of another format, or that leave their image.
-
-    Args:
-        masks: where they are known, they tell x1, y1, x2, y2 from x, y, width, height.
-    """
+    """Boxes that are none, that are of another format, or that leave their image. Masks, where they
+    are known, tell x1, y1, x2, y2 from x, y, width, height."""
     values = table.column(table.annotations, "bbox")
 
     def example(place: int) -> str:

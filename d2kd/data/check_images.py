@@ -6,17 +6,17 @@ import hashlib
 import io
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..errors import first_line
-from .check_files import judge_headers
 from .coco import Table
-from .image_files import UNREADABLE, Header, header_of, image_path, missing_files
+from .image_files import UNREADABLE, Header, header_of, judge_headers, missing_files
 from .report import Finding, shown, some
 
 # Images are decoded at about this size where the format can: enough to tell that a file is whole.
@@ -26,17 +26,12 @@ _HASH_SIDE = 16
 
 @dataclass(frozen=True)
 class Look:
-    """What opening one image showed.
+    """What opening one image showed."""
 
-    Attributes:
-        header: its header, or why the image cannot be read.
-        digest: of the file's bytes; "" where there is no file.
-        picture: of what it shows: the signs of differences of neighbours in a tiny grey copy; ""
-            where it cannot be read, or shows one colour.
-    """
-
-    header: Header | str
-    digest: bytes = b""
+    header: Header | str  # or why the image cannot be read
+    digest: bytes = b""  # of the file's bytes; empty where there is no file
+    # Signs of the differences of neighbours in a tiny grey copy; empty where it cannot be read, or
+    # shows one colour.
     picture: bytes = b""
 
 
@@ -61,27 +56,21 @@ def look_at(path: str) -> Look:
     return Look(header, digest, signs.tobytes() if grey.std() > 2 else b"")
 
 
-def look_at_all(
-    table: Table, root: str, threads: int = 0, progress: Callable[[int], None] = lambda count: None
-) -> dict[int, Look]:
-    """Looks at all images of a dataset that are there.
+def look_at_all(table: Table, root: str, threads: int = 0, title: str = "") -> dict[int, Look]:
+    """Looks at all images of a dataset that are there, behind a progress bar of this title.
 
     Args:
         threads: 0 for as many as there are processors; decoding does not hold Python's lock.
-        progress: called with the number of images that are done.
 
     Returns:
         Position in ``table.images`` -> what was seen.
     """
     names = [name if type(name) is str else "" for name in table.names]
     places = np.flatnonzero(~missing_files(root, names)).tolist()
-    looks: dict[int, Look] = {}
+    paths = [os.path.join(root, names[place]) for place in places]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        paths = (image_path(root, names[place]) for place in places)
-        for place, look in zip(places, pool.map(look_at, paths), strict=True):
-            looks[place] = look
-            progress(len(looks))
-    return looks
+        looks = tqdm(pool.map(look_at, paths), title, len(paths), disable=None, leave=False)
+        return dict(zip(places, looks, strict=True))
 
 
 def judge(table: Table, looks: dict[int, Look]) -> Iterator[Finding]:
@@ -98,76 +87,47 @@ def judge(table: Table, looks: dict[int, Look]) -> Iterator[Finding]:
             "Detectron2 turns them: boxes must be those of the turned image",
             some(shown(table.names[place]) for place in turned),
         )
-    for places in _groups(looks, "digest"):
-        yield Finding(
-            f"{len(places):,} images are the same file",
-            "the objects of one are background in the other, unless all have the same annotations",
-            some(shown(table.names[place]) for place in places),
-        )
-
-
-def _groups(looks: dict[int, Look], attribute: str) -> list[list[int]]:
-    """Places of images that agree in an attribute, in groups of two and more."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
+    same: dict[bytes, list[int]] = defaultdict(list)
     for place, look in looks.items():
-        if getattr(look, attribute):
-            groups[getattr(look, attribute)].append(place)
-    return [places for places in groups.values() if len(places) > 1]
+        same[look.digest].append(place)
+    same.pop(b"", None)
+    for places in same.values():
+        if len(places) > 1:
+            yield Finding(
+                f"{len(places):,} images are the same file",
+                "the objects of one are background in the other, unless all have the same "
+                "annotations",
+                some(shown(table.names[place]) for place in places),
+            )
 
 
 def compare(
     trained: tuple[str, Table, dict[int, Look]], tested: tuple[str, Table, dict[int, Look]]
 ) -> Iterator[Finding]:
-    """Images of a test set that a training set has, too.
-
-    Args:
-        trained, tested: name, table and looks of a dataset.
-    """
+    """Images of a test set that a training set has, too; of each its name, table and looks."""
     name, table, looks = trained
     _, tested_table, tested_looks = tested
-    remedy = "take them out of one: AP says nothing about images that were trained on"
+    remove = "take them out of one: AP says nothing about images that were trained on"
+    split = "they may be made of one photograph: split by photograph"
     seen: set[int] = set()
-    for attribute, text in (
-        ("digest", f"are in '{name}', too: the same file"),
-        ("picture", f"look like one in '{name}'"),
+    for text, remedy, sign in (
+        (f"are in '{name}', too: the same file", remove, lambda file, look: look.digest),
+        (f"look like one in '{name}'", remove, lambda file, look: look.picture),
+        (f"have the name of one in '{name}' up to '.rf.'", split, lambda file, look: _source(file)),
     ):
-        known = {getattr(look, attribute): place for place, look in looks.items()}
-        known.pop(b"", None)
-        pairs = [
-            (place, known[getattr(look, attribute)])
-            for place, look in tested_looks.items()
-            if getattr(look, attribute) in known and place not in seen
-        ]
+        known = {sign(table.names[place], look): place for place, look in looks.items()}
+        signs = {p: sign(tested_table.names[p], look) for p, look in tested_looks.items()}
+        pairs = [(p, known[s]) for p, s in signs.items() if s and s in known and p not in seen]
+        seen |= {place for place, _ in pairs}
         if pairs:
-            seen |= {place for place, _ in pairs}
             examples = (
                 f"{shown(tested_table.names[mine])} and {shown(table.names[other])}"
                 for mine, other in pairs
             )
-            yield Finding(
-                f"{len(pairs):,} of {len(tested_looks):,} images {text}",
-                remedy,
-                some(examples),
-            )
-    yield from _same_source(name, table, tested_table)
+            head = f"{len(pairs):,} of {len(tested_looks):,} images {text}"
+            yield Finding(head, remedy, some(examples))
 
 
-def _same_source(name: str, table: Table, tested: Table) -> Iterator[Finding]:
-    """Images that Roboflow made of one original: "cat_jpg.rf.<hash>.jpg"."""
-
-    def sources(names: list) -> dict[str, str]:
-        return {
-            os.path.basename(n).rpartition(".rf.")[0]: n
-            for n in names
-            if type(n) is str and ".rf." in n
-        }
-
-    mine, theirs = sources(tested.names), sources(table.names)
-    both = sorted(mine.keys() & theirs.keys())
-    if both:
-        yield Finding(
-            f"{len(both):,} of {len(tested.names):,} images have the name of one in '{name}' up to "
-            "'.rf.'",
-            "they may be made of one photograph: split by photograph",
-            some(f"{shown(mine[source])} and {shown(theirs[source])}" for source in both),
-        )
+def _source(file: str) -> str:
+    """What Roboflow's copies of one original, "cat_jpg.rf.<hash>.jpg", have in common; else ""."""
+    return os.path.basename(file).rpartition(".rf.")[0]

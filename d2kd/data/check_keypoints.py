@@ -14,7 +14,6 @@ from .report import Finding, findings, plural, shown
 def check_keypoints(table: Table, use: Use) -> Iterator[Finding]:
     """Lists of keypoints. Only called where they are used."""
     values = table.column(table.annotations, "keypoints")
-    example = table.annotation_words
     linked = table.image_of >= 0
     missing = marked(values, lambda value: not value)
     wrong = np.array(
@@ -29,11 +28,11 @@ def check_keypoints(table: Table, use: Use) -> Iterator[Finding]:
         "(MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS), 0 for those that are not there"
     )
     text = f"annotations have keypoints that are not {3 * use.keypoints} numbers"
-    yield from findings(linked & wrong, text, remedy, example)
+    yield from table.findings(linked & wrong, text, remedy)
     if wrong.any():
         return
-    text, remedy = "annotations have no keypoints", "taken as not visible"
-    yield from findings(linked & missing & ~table.crowd, text, remedy, example, fatal=False)
+    unsaid, text = linked & missing & ~table.crowd, "annotations have no keypoints"
+    yield from table.findings(unsaid, text, "taken as not visible", fatal=False)
     if use.train and use.min_keypoints:
         yield from _check_visible(table, values, use)
 

@@ -7,29 +7,24 @@ first training set gives the order, and the others are matched to it by name.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
 
 from .coco import Table, hashable, read_json, types_of
 from .report import Finding, plural, shown, some
 
-_MOST_SHOWN = 60  # characters of a list of names
-
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of one file, in the order in which a detector numbers them.
-
-    Attributes:
-        names: of class 0, 1, ...
-        ids: their category ids in the file.
-    """
+    """The classes of one file, in the order in which a detector numbers them."""
 
     names: tuple[str, ...]
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # in the file
 
     @property
     def number_of(self) -> dict[int, int]:
@@ -59,11 +54,11 @@ def classes_of(
     Returns:
         The classes, None where they cannot be told, and what there is to say.
     """
-    findings = _broken_categories(categories)
+    findings = list(_broken_categories(categories))
     if findings:
         return None, findings
     entries = sorted(categories, key=lambda category: category["id"])
-    names = [_name(category["name"]) for category in entries]
+    names = [str(category["name"]) for category in entries]
     ids = [category["id"] for category in entries]
     root = _root(entries, names, used)
     if root is not None and not _is_counted(names, root, reference, expected):
@@ -98,45 +93,31 @@ def _double_names(names: list[str], ids: list[int]) -> Finding | None:
     )
 
 
-def _broken_categories(categories: list[dict]) -> list[Finding]:
+def _broken_categories(categories: list[dict]) -> Iterator[Finding]:
     """Categories without a name or a whole number as id, or with the id of another."""
     if not categories:
-        return [Finding("it has no categories", "'categories' is an empty list", fatal=True)]
+        yield Finding("it has no categories", "'categories' is an empty list", fatal=True)
     ids = [category.get("id") for category in categories]
     names = [category.get("name") for category in categories]
     bad_ids = [type(value) is not int for value in ids]
     bad_names = [type(value) not in (str, int, float) or value == "" for value in names]
-    findings = []
     for bad, text in ((bad_ids, "whole number as 'id'"), (bad_names, "'name'")):
         if any(bad):
-            examples = some(
-                shown(category, 60)
-                for category, is_bad in zip(categories, bad, strict=True)
-                if is_bad
-            )
+            examples = some(shown(category, 60) for category in compress(categories, bad))
             head = f"{sum(bad)} of {len(categories)} categories have no {text}"
-            findings.append(Finding(head, "each needs both", examples, fatal=True))
+            yield Finding(head, "each needs both", examples, fatal=True)
     counts = Counter(value for value in ids if type(value) is int)
     double = [str(value) for value, count in counts.items() if count > 1]
     if double:
         head = f"category ids occur several times: {list_of(double)}"
-        findings.append(Finding(head, "give each category its own", fatal=True))
-    return findings
-
-
-def _name(name: str | int | float) -> str:
-    return name if type(name) is str else str(name)
+        yield Finding(head, "give each category its own", fatal=True)
 
 
 def _root(entries: list[dict], names: list[str], used: Collection) -> int | None:
     """Position of a category that no object has and that all others have as supercategory."""
-    if len(entries) < 2:
-        return None
     for place, entry in enumerate(entries):
-        others = entries[:place] + entries[place + 1 :]
-        if entry["id"] not in used and all(
-            other.get("supercategory") == names[place] for other in others
-        ):
+        parents = [other.get("supercategory") for other in entries if other is not entry]
+        if parents and entry["id"] not in used and set(hashable(parents)) == {names[place]}:
             return place
     return None
 
@@ -152,30 +133,26 @@ def _is_counted(
     return expected == len(names)
 
 
-def check_category_ids(table: Table) -> list[Finding]:
+def check_category_ids(table: Table) -> Iterator[Finding]:
     """Annotations of a category that the file does not list."""
     known = {category.get("id") for category in table.categories if type(category.get("id")) is int}
     counts = Counter(hashable(table.category_ids))
     counts.pop(None, None)  # missing or no id at all, which is named elsewhere
     unknown = {category: count for category, count in counts.items() if category not in known}
     if not unknown or not known:
-        return []
+        return
     remedy = "it must be the 'id' of one of 'categories'"
     if types_of(list(unknown)) - {int}:
         remedy += ", a whole number"
     elif set(counts) <= set(range(len(known))):
         remedy += f"; they look numbered from 0, where ids start at {min(known)}"
     total = len(table.category_ids)
-    return [
-        Finding(
-            f"{sum(unknown.values()):,} of {total:,} annotations have an unknown category_id",
-            remedy,
-            some(
-                f"{shown(category)}: {plural(n, 'annotation')}" for category, n in unknown.items()
-            ),
-            fatal=True,
-        )
-    ]
+    yield Finding(
+        f"{sum(unknown.values()):,} of {total:,} annotations have an unknown category_id",
+        remedy,
+        some(f"{shown(category)}: {plural(n, 'annotation')}" for category, n in unknown.items()),
+        fatal=True,
+    )
 
 
 def _match(
@@ -212,7 +189,7 @@ def different_names(
     )
 
 
-def list_of(names: Sequence[str], limit: int = _MOST_SHOWN) -> str:
+def list_of(names: Sequence[str], limit: int = 60) -> str:
     """Names for a message, cut to about ``limit`` characters."""
     shown_names: list[str] = []
     for name in names:
@@ -222,14 +199,13 @@ def list_of(names: Sequence[str], limit: int = _MOST_SHOWN) -> str:
     return ", ".join(shown_names)
 
 
-def check_counts(table: Table, classes: Classes) -> list[Finding]:
+def check_counts(table: Table, classes: Classes) -> Iterator[Finding]:
     """Classes of a training set that no object has."""
     used = set(hashable(table.category_ids))
     empty = [n for n, i in zip(classes.names, classes.ids, strict=True) if i not in used]
-    if not empty:
-        return []
-    head = f"{len(empty)} of {plural(len(classes.names), 'class')} have no object"
-    return [Finding(head, "they cannot be learned", some(map(shown, empty)))]
+    if empty:
+        head = f"{len(empty)} of {plural(len(classes.names), 'class')} have no object"
+        yield Finding(head, "they cannot be learned", some(map(shown, empty)))
 
 
 def read_categories(path: str) -> list[dict]:
@@ -238,18 +214,10 @@ def read_categories(path: str) -> list[dict]:
     Raises:
         ConfigError: see :func:`~d2kd.data.coco.read_json`.
     """
-    key = '"categories"'
-    if os.path.isfile(path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            place = text.find(key)
-            if place >= 0 and text.find(key, place + 1) < 0:  # else one of them is something else
-                start = text.index("[", place + len(key))
-                if text[place + len(key) : start].strip() == ":":
-                    found = json.JSONDecoder().raw_decode(text, start)[0]
-                    if types_of(found) == {dict}:
-                        return found
-        except (OSError, ValueError):
-            pass  # read_json says what is wrong
+    with contextlib.suppress(OSError, ValueError):  # read_json says what is wrong
+        _, *rest = Path(path).read_text(encoding="utf-8").split('"categories":')
+        if len(rest) == 1:  # else one of them is something else
+            found, _ = json.JSONDecoder().raw_decode(rest[0].lstrip())
+            if isinstance(found, list) and types_of(found) == {dict}:
+                return found
     return read_json(path)["categories"]

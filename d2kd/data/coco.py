@@ -14,7 +14,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ConfigError, first_line
-from .report import shown
+from .report import Finding, findings, shown
 
 # Types that the ids of images may have; one of them in one file.
 _IMAGE_ID_TYPES = (int, str)
@@ -140,6 +140,12 @@ class Table:
         image = self.image_of[annotation]
         return str(self.names[image]) if image >= 0 else "no image"
 
+    def findings(
+        self, bad: np.ndarray, text: str, remedy: str, fatal: bool = True
+    ) -> Iterator[Finding]:
+        """:func:`~d2kd.data.report.findings` with the annotations as examples."""
+        return findings(bad, text, remedy, self.annotation_words, fatal)
+
     def annotation_words(self, annotation: int) -> str:
         """Which annotation it is, for a report."""
         name = shown(self.image_name(annotation))
@@ -182,21 +188,27 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def numbers(values: list, count: int | None = None) -> np.ndarray | None:
+def numbers(values: list) -> np.ndarray | None:
     """(n,) float64 of ``values`` if all are numbers, else None."""
     if not types_of(values) <= {int, float}:
         return None
     try:
-        return np.fromiter(values, np.float64, len(values) if count is None else count)
+        return np.fromiter(values, np.float64, len(values))
     except OverflowError:  # a whole number of hundreds of digits
         return None
 
 
-def _whole_numbers(values: list) -> np.ndarray:
-    """(n,) float; NaN where a value is not a positive whole number."""
+def number_or_nan(values: list) -> np.ndarray:
+    """(n,) float64; NaN where a value is no number, or too large for one."""
     found = numbers(values)
     if found is None:
-        found = np.array([v if is_number(v) and abs(v) < 1e9 else np.nan for v in values], float)
+        found = np.array([v if is_number(v) and abs(v) < 1e18 else np.nan for v in values], float)
+    return found
+
+
+def _whole_numbers(values: list) -> np.ndarray:
+    """(n,) float; NaN where a value is not a positive whole number."""
+    found = number_or_nan(values)
     with np.errstate(invalid="ignore"):
         return np.where((found > 0) & (found < 1e9) & (found == np.floor(found)), found, np.nan)
 

@@ -23,15 +23,8 @@ except ImportError:
 
 
 def fast_evaluation(truth: Any, detections: Any, kind: str) -> Any:
-    """What evaluates ``detections`` against ``truth``, both pycocotools' ``COCO``.
-
-    Args:
-        kind: "bbox", "segm" or "keypoints"; for the last, and for images whose ids are text,
-            pycocotools itself.
-
-    Returns:
-        an object that is used as pycocotools' ``COCOeval``.
-    """
+    """What evaluates ``detections`` against ``truth``, used as pycocotools' ``COCOeval``, which it
+    is for keypoints, and for images whose ids are text."""
     if kind == "keypoints" or not all(isinstance(image_id, int) for image_id in truth.imgs):
         return COCOeval(truth, detections, kind)
     return _exact_evaluation()(truth, detections, kind, print_function=print)
@@ -95,11 +88,6 @@ def fast_metrics() -> Iterator[None]:
         yield
     finally:
         coco_evaluation.COCOeval_opt = compiled
-
-
-def has_compiled_metrics() -> bool:
-    """Whether Detectron2 brings its own."""
-    return coco_evaluation.COCOeval_opt is not COCOeval
 
 
 def has_fast_metrics() -> bool:

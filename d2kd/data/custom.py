@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from ..errors import ConfigError
 from ..keys import Options, config_keys, key
 from . import loading
-from .catalog import FORMAT_KEY, check_present, registered, unknown_name
+from .catalog import FORMAT_KEY, check_present, is_from_config, unknown_name
 from .check import Use
 from .examine import examine
 from .keypoints import keypoint_metadata
@@ -86,9 +86,7 @@ def log_reports(logger: logging.Logger) -> None:
 
 
 def register_coco_format_datasets(cfg: CfgNode) -> None:
-    """Registers each entry of ``DATASETS.COCO_FORMAT``; the files are read on first use.
-
-    Registering the same once more changes nothing.
+    """Registers each entry of ``DATASETS.COCO_FORMAT``, once; the files are read on first use.
 
     Raises:
         ConfigError: in one line, for a malformed entry or a taken name.
@@ -98,14 +96,14 @@ def register_coco_format_datasets(cfg: CfgNode) -> None:
         raise ConfigError(f"{FORMAT_KEY} is {shown(entries)}; it must be a list of lists")
     for entry in entries:
         name, json_file, image_root, keypoints = _parts(entry)
-        if registered.get(name) != (json_file, image_root) or name not in DatasetCatalog:
-            if name in DatasetCatalog:
-                raise ConfigError(f"{FORMAT_KEY}: the name '{name}' is taken, choose another")
+        metadata = MetadataCatalog.get(name)
+        if name not in DatasetCatalog:
             DatasetCatalog.register(name, partial(loading.load, name))
-            MetadataCatalog.get(name).set(
-                json_file=json_file, image_root=image_root, evaluator_type="coco"
-            )
-            registered[name] = (json_file, image_root)
+            metadata.set(json_file=json_file, image_root=image_root)
+            metadata.set(evaluator_type="coco", registered_by=FORMAT_KEY)
+        known = metadata.get("json_file"), metadata.get("image_root")
+        if not is_from_config(name) or known != (json_file, image_root):
+            raise ConfigError(f"{FORMAT_KEY}: the name '{name}' is taken, choose another")
         loading.ask(name, Question(json_file, image_root, Use(masks=cfg.MODEL.MASK_ON)))
         loading.set_metadata(name, **keypoints)
 
@@ -120,20 +118,12 @@ def _parts(entry: Any) -> tuple[str, str, str, dict]:
         )
     name, *paths = entry[:3]
     json_file, image_root = (str(Path(path).expanduser()) for path in paths)
-    return (
-        name,
-        json_file,
-        image_root,
-        keypoint_metadata(name, entry[3] if entry[3:] else {}),
-    )
+    return name, json_file, image_root, keypoint_metadata(name, entry[3] if entry[3:] else {})
 
 
 def dataset_uses(cfg: CfgNode, train: bool) -> dict[str, Use]:
-    """Name -> use of each dataset of the config, training sets first.
-
-    Raises:
-        ConfigError: a name is not registered.
-    """
+    """Name -> use of each dataset of the config, training sets first, all of which must be
+    registered."""
     trained = list(cfg.DATASETS.TRAIN) if train else []
     tested = list(cfg.DATASETS.TEST)
     for part, names in (("TRAIN", trained), ("TEST", tested)):

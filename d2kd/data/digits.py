@@ -15,17 +15,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from .classes import Classes
+from .coco import Table, read_json
 from .digits_render import PLAIN, Look, Material, render_image
-from .files import build_directory
+from .files import build_directory, coco_content, is_empty, json_path
 from .polygons import mask_to_polygons
+from .records import Reading, make_records
+from .sheet import SheetRow, draw_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +108,7 @@ def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
     Raises:
         ConfigError: `directory` holds something that is not a digits dataset.
     """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if is_empty(directory):
         return None
     try:
         meta = json.loads((directory / "meta.json").read_text())
@@ -117,15 +122,19 @@ def read_meta(directory: Path) -> tuple[int, DigitsSpec] | None:
         ) from error
 
 
-def json_path(directory: Path, split: str) -> Path:
-    return directory / "annotations" / f"{split}.json"
-
-
 def _write_split(directory: Path, split: str, spec: DigitsSpec) -> None:
+    (directory / split).mkdir()
+    info = {"description": f"digits, {split}", "version": str(VERSION)}
+    content = coco_content(info, CLASSES, _draw_images(directory / split, split, spec))
+    path = json_path(directory, split)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, separators=(",", ":")))
+
+
+def _draw_images(folder: Path, split: str, spec: DigitsSpec) -> Iterator[tuple]:
+    """Writes the images of a split to `folder`; yields what :func:`coco_content` takes."""
     material = Material.load(split, PLAIN if spec.plain else Look())
     count = getattr(spec, split)
-    (directory / split).mkdir()
-    images, annotations = [], []
     progress = tqdm(
         range(count), f"Making digits, {split}", miniters=max(1, count // 10), mininterval=0
     )
@@ -135,29 +144,15 @@ def _write_split(directory: Path, split: str, spec: DigitsSpec) -> None:
         with_digits = index % EMPTY_EVERY != EMPTY_EVERY - 1
         image, digits = render_image(rng, material, spec.size, with_digits)
         name = f"{index:06d}.jpg"
-        Image.fromarray(image).save(directory / split / name, **JPEG)
-        record = {"id": index + 1, "file_name": name, "width": spec.size, "height": spec.size}
-        images.append(record)
-        for label, mask in digits:
-            annotation = {"id": len(annotations) + 1, "image_id": record["id"], "iscrowd": 0}
-            annotations.append(annotation | _annotation(label, mask))
-    content = {
-        "info": {"description": f"digits, {split}", "version": str(VERSION)},
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)],
-        "images": images,
-        "annotations": annotations,
-    }
-    path = json_path(directory, split)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, separators=(",", ":")))
+        Image.fromarray(image).save(folder / name, **JPEG)
+        yield name, (spec.size, spec.size), [(label, _annotation(mask)) for label, mask in digits]
 
 
-def _annotation(label: int, mask: np.ndarray) -> dict:
+def _annotation(mask: np.ndarray) -> dict:
     """COCO fields of one digit with the visible `mask` (H, W); the box is tight around it."""
     rows, columns = np.nonzero(mask)
     left, top = int(columns.min()), int(rows.min())
     return {
-        "category_id": label + 1,
         "bbox": [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top],
         "area": int(mask.sum()),
         "segmentation": mask_to_polygons(mask),
@@ -166,24 +161,11 @@ def _annotation(label: int, mask: np.ndarray) -> dict:
 
 def contact_sheet(directory: Path, columns: int = 6, tile: int = 160) -> Image.Image:
     """The first images of each split, once as they are and once with their annotations."""
-    sheet = Image.new("RGB", (columns * tile, 2 * len(SPLITS) * tile))
-    for row, split in enumerate(SPLITS):
-        content = json.loads(json_path(directory, split).read_text())
-        for column, record in enumerate(content["images"][:columns]):
-            with Image.open(directory / split / record["file_name"]) as image:
-                plain = image.resize((tile, tile))
-            sheet.paste(plain, (column * tile, 2 * row * tile))
-            own = [a for a in content["annotations"] if a["image_id"] == record["id"]]
-            _draw_annotations(plain, own, tile / record["width"])
-            sheet.paste(plain, (column * tile, (2 * row + 1) * tile))
-    return sheet
-
-
-def _draw_annotations(image: Image.Image, annotations: list[dict], scale: float) -> None:
-    draw = ImageDraw.Draw(image)
-    for annotation in annotations:
-        x, y, width, height = (scale * value for value in annotation["bbox"])
-        for polygon in annotation["segmentation"]:
-            draw.polygon([scale * value for value in polygon], outline="cyan")
-        draw.rectangle((x, y, x + width, y + height), outline="yellow")
-        draw.text((x + 2, y - 1), CLASSES[annotation["category_id"] - 1], fill="yellow")
+    reading = Reading(Classes(tuple(CLASSES), tuple(range(1, len(CLASSES) + 1))))
+    rows: list[SheetRow] = []
+    for split in SPLITS:
+        table = Table(read_json(str(json_path(directory, split))))
+        records = make_records(table, str(directory / split), reading)[:columns]
+        rows.append((split, [{**record, "annotations": []} for record in records], CLASSES))
+        rows.append((f"{split}, annotated", records, CLASSES))
+    return draw_sheet(rows, columns, tile)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
 
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from .classes import Classes
-from .coco_metrics import fast_metrics, has_compiled_metrics, has_fast_metrics
+from .coco_metrics import fast_metrics, has_fast_metrics
 from .loading import reading_of
 from .records import Reading, repair_for_evaluation
 
@@ -34,20 +34,18 @@ class CocoEvaluator(COCOEvaluator):
         output_dir: str | None = None,
         *,
         kpt_oks_sigmas: tuple[float, ...] = (),
-        **options: Any,
     ):
-        # A dataset that is no COCO file is converted to one, which an earlier run may have left
-        # here: it may be of other data.
-        options.setdefault("allow_cached_coco", False)
-        is_fast = options.pop("use_fast_impl", True)
+        is_compiled = coco_evaluation.COCOeval_opt is not COCOeval
         super().__init__(
             dataset_name,
             output_dir=output_dir,
             kpt_oks_sigmas=list(kpt_oks_sigmas),
-            use_fast_impl=is_fast and has_compiled_metrics(),
-            **options,
+            use_fast_impl=is_compiled,
+            # A dataset that is no COCO file is converted to one, which an earlier run may have left
+            # here: it may be of other data.
+            allow_cached_coco=False,
         )
-        self._lends_metrics = is_fast and not has_compiled_metrics() and has_fast_metrics()
+        self._lends_metrics = not is_compiled and has_fast_metrics()
         self._use_fast_impl |= self._lends_metrics
         self._repair(reading_of(dataset_name), len(kpt_oks_sigmas))
 

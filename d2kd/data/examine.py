@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from . import loading
-from .catalog import is_evaluated_from_file, is_readable, registered, taken_over
+from .catalog import is_evaluated_from_file, is_loaded_here, is_readable
 from .check import Use
 from .classes import different_names, list_of
 from .keypoints import check_keypoint_names
@@ -21,14 +21,8 @@ from .report import DatasetReport, Finding, plural, some
 
 
 def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
-    """Reads and checks datasets, compares their classes, and writes their metadata.
-
-    Args:
-        uses: name -> use, training sets first.
-
-    Returns:
-        A report for each.
-    """
+    """Reads and checks the datasets of ``uses``, training sets first, compares their classes, and
+    writes their metadata. A report for each."""
     reference = None if any(use.train for use in uses.values()) else trained_classes(cfg)
     expected = number_of_classes(cfg)
     answers: dict[str, Answer] = {}
@@ -38,8 +32,9 @@ def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
     for name, use in uses.items():
         if is_readable(name) or (use.test and is_evaluated_from_file(name)):
             answers[name] = _examine_file(name, use, reference, expected)
-            report, names = answers[name].report, _names_in(answers[name])
+            report, reading = answers[name].report, answers[name].reading
             report = replace(report, findings=list(report.findings))
+            names = reading.classes.names if reading else None
         else:
             report = DatasetReport(name)
             names = MetadataCatalog.get(name).get("thing_classes")
@@ -60,10 +55,9 @@ def examine(cfg: CfgNode, uses: dict[str, Use]) -> list[DatasetReport]:
     for name, answer in answers.items():
         if answer.reading is not None and is_readable(name):
             loading.describe(name, answer.reading.classes)
-            if name not in registered:  # of register_coco_instances: through this loader, too
+            if not is_loaded_here(name):  # of register_coco_instances: through this loader, too
                 DatasetCatalog.remove(name)
                 DatasetCatalog.register(name, partial(loading.load, name))
-                taken_over.add(name)
     return reports
 
 
@@ -72,7 +66,7 @@ def _examine_file(
 ) -> Answer:
     metadata = MetadataCatalog.get(name)
     owner = "the training set"
-    if reference is None and name not in registered and name not in taken_over:
+    if reference is None and not is_loaded_here(name):
         stated = metadata.get("thing_classes")
         reference = None if stated is None else tuple(stated)
         owner = f"what '{name}' is registered with"
@@ -82,12 +76,7 @@ def _examine_file(
     return loading.inspect(name, Question(*paths, use, reference, owner, expected))
 
 
-def _names_in(answer: Answer) -> tuple[str, ...] | None:
-    return answer.reading.classes.names if answer.reading else None
-
-
-def _other_order(names: Iterable[str], reference: tuple[str, ...]) -> Finding:
-    names = list(names)
+def _other_order(names: Sequence[str], reference: tuple[str, ...]) -> Finding:
     if set(names) != set(reference):
         return different_names(names, reference)
     return Finding(
@@ -107,13 +96,13 @@ def _choose_mask_format(
         count = answers[report.name].rle if report.name in answers else 0
         if not count:
             continue
-        text = f"{plural(count, 'object')} with RLE masks"
+        remedy = "INPUT.MASK_FORMAT set to bitmask"
         if cfg.is_frozen():
-            report.findings.append(Finding(text, "set INPUT.MASK_FORMAT bitmask", fatal=True))
+            remedy = "set INPUT.MASK_FORMAT bitmask"
         else:
-            report.findings.append(Finding(text, "INPUT.MASK_FORMAT set to bitmask"))
-    if any(answer.rle for answer in answers.values()) and not cfg.is_frozen():
-        cfg.INPUT.MASK_FORMAT = "bitmask"
+            cfg.INPUT.MASK_FORMAT = "bitmask"
+        text = f"{plural(count, 'object')} with RLE masks"
+        report.findings.append(Finding(text, remedy, fatal=cfg.is_frozen()))
 
 
 def _compare_images(

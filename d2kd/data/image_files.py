@@ -3,8 +3,9 @@ and what their headers say."""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,9 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import first_line
+from .check import Use
+from .coco import Table, marked, repeated
+from .report import Finding, findings, shown, some
 
 # Pillow's modes with more than 8 bits per channel. Detectron2 converts them by Pillow's convert(),
 # which clips at 255: nearly all of a 16-bit picture becomes white.
@@ -23,19 +27,12 @@ _ORIENTATION = 274  # EXIF tag
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image file says.
+    """What the header of an image file says."""
 
-    Attributes:
-        size: width and height in pixels as stored.
-        mode: Pillow's.
-        turned: whether its EXIF orientation swaps width and height, which Detectron2 heeds.
-        has_orientation: whether EXIF asks for any rotation or mirroring.
-    """
-
-    size: tuple[int, int]
-    mode: str
-    turned: bool = False
-    has_orientation: bool = False
+    size: tuple[int, int]  # width and height in pixels as stored
+    mode: str  # Pillow's
+    turned: bool  # its EXIF orientation swaps width and height, which Detectron2 heeds
+    has_orientation: bool  # EXIF asks for any rotation or mirroring
 
     @property
     def deep(self) -> bool:
@@ -58,18 +55,9 @@ def header_of(image: Image.Image) -> Header:
 
 
 def read_header(path: str) -> Header:
-    """The header of an image file.
-
-    Raises:
-        One of ``UNREADABLE``: it is not there, or no image.
-    """
+    """The header of an image file; raises one of ``UNREADABLE`` where there is none."""
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
         return header_of(image)
-
-
-def image_path(root: str, name: str) -> str:
-    """Path of an image, joined as Detectron2 does it."""
-    return os.path.join(root, name)
 
 
 def missing_files(root: str, names: Sequence[str]) -> np.ndarray:
@@ -86,7 +74,7 @@ def missing_files(root: str, names: Sequence[str]) -> np.ndarray:
             listed[folder] = _files_in(os.path.join(root, folder) if folder else root)
         missing[index] = base not in listed[folder]
     for index in np.flatnonzero(missing):
-        missing[index] = not os.path.isfile(image_path(root, names[index]))
+        missing[index] = not os.path.isfile(os.path.join(root, names[index]))
     return missing
 
 
@@ -106,7 +94,7 @@ def leaves_folder(root: str, name: str) -> bool:
     if ".." not in name and not os.path.isabs(name):
         return False
     top = os.path.abspath(root)
-    return os.path.commonpath([top, os.path.abspath(image_path(root, name))]) != top
+    return os.path.commonpath([top, os.path.abspath(os.path.join(root, name))]) != top
 
 
 def where_it_may_be(root: str, name: str) -> str:
@@ -115,26 +103,94 @@ def where_it_may_be(root: str, name: str) -> str:
     stem, extension = os.path.splitext(name)
     other_case = extension.upper() if extension.islower() else extension.lower()
     parent = os.path.dirname(os.path.abspath(root))
-    if "\\" in name and os.path.isfile(image_path(root, name.replace("\\", "/"))):
+    if "\\" in name and os.path.isfile(os.path.join(root, name.replace("\\", "/"))):
         return "file names are written with '\\' where this system needs '/'"
     if os.path.isfile(os.path.join(parent, name)):
         return f"it is there with the image directory {parent}"
-    if os.path.isfile(image_path(root, base)):
+    if os.path.isfile(os.path.join(root, base)):
         return "it is there without the folder in its file_name"
-    if os.path.isfile(image_path(root, stem + other_case)):
+    if os.path.isfile(os.path.join(root, stem + other_case)):
         return f"it is there as '{os.path.basename(stem)}{other_case}'"
-    for entry in _folders_in(root):
-        if os.path.isfile(os.path.join(root, entry, name)):
-            return f"it is there with the image directory {os.path.join(root, entry)}"
+    for path in sorted(glob.glob(os.path.join(glob.escape(root), "*", glob.escape(name)))):
+        if os.path.isfile(path):
+            return f"it is there with the image directory {path.removesuffix(name).rstrip(os.sep)}"
     return ""
 
 
-def _folders_in(folder: str) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())[:100]
-    except OSError:
-        return []
+def check_files(table: Table, root: str, use: Use) -> Iterator[Finding]:
+    """Image files: there, inside their folder, and of the size and kind that the JSON says."""
+    names = [name if type(name) is str else "" for name in table.names]
+
+    def example(place: int) -> str:
+        return shown(names[place], 60)
+
+    leaving = marked(names, lambda name: leaves_folder(root, name))
+    yield from findings(
+        leaving,
+        f"image names lead out of the image directory {shown(root, 60)}",
+        "refused by DATASETS.STRICT_PATHS"
+        if use.strict_paths
+        else "they are read all the same; DATASETS.STRICT_PATHS True refuses them",
+        example,
+        fatal=use.strict_paths,
+    )
+    missing = missing_files(root, names)
+    if missing.any():
+        first = names[int(np.flatnonzero(missing)[0])]
+        hint = where_it_may_be(root, first)
+        remedy = f"of the first, {hint}" if hint else "add them, or remove them from the JSON"
+        text = f"images are not there, in {shown(root, 60)}"
+        yield from findings(missing, text, remedy, example)
+    yield from findings(
+        repeated(names),
+        "images share their file with another",
+        "the objects of one are background in the other",
+        example,
+        fatal=False,
+    )
+    if use.headers:  # evenly spread: whole folders may be of another kind
+        present = np.flatnonzero(~missing)
+        step = max(1, len(present) // use.headers)
+        headers: dict[int, Header | str] = {}
+        for place in present[::step][: use.headers].tolist():
+            try:
+                headers[place] = read_header(os.path.join(root, names[place]))
+            except UNREADABLE as error:
+                headers[place] = first_line(error)
+        yield from judge_headers(table, headers)
+
+
+def judge_headers(table: Table, headers: Mapping[int, Header | str]) -> Iterator[Finding]:
+    """Images that cannot be read, are too deep, or are of another size than the JSON says.
+
+    Args:
+        headers: position in ``table.images`` -> its header, or why it cannot be read.
+    """
+    unreadable, deep, other_size = [], [], []
+    for place, header in headers.items():
+        name = shown(table.names[place])
+        if isinstance(header, str):
+            unreadable.append(f"{name} ({header})")
+            continue
+        if header.deep:
+            deep.append(f"{name} (mode {header.mode})")
+        stated, seen = table.sizes[place], header.seen_size
+        if not np.isnan(stated).any() and tuple(stated) != seen:
+            turned = ", turned by its EXIF orientation" if header.turned else ""
+            stated = f"{stated[0]:.0f} x {stated[1]:.0f}"
+            other_size.append(f"{name} is {seen[0]} x {seen[1]}{turned}, not {stated}")
+    for bad, text, remedy in (
+        (unreadable, "cannot be read", "repair or remove them"),
+        (
+            deep,
+            "have more than 8 bits per channel, which Detectron2 turns white",
+            "convert them to 8 bits",
+        ),
+        (other_size, "have another size than the JSON says", "mend 'width' and 'height' there"),
+    ):
+        if bad:
+            head = f"{len(bad):,} of {len(headers):,} images that were opened {text}"
+            yield Finding(head, remedy, some(bad), fatal=True)
 
 
 def explain_unreadable(record: dict, deep_only: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -45,51 +45,38 @@ def keypoint_metadata(name: str, stated: Any) -> dict:
     return metadata
 
 
-def check_keypoint_names(cfg: CfgNode, name: str, use: Use, names: list[str]) -> list[Finding]:
+def check_keypoint_names(cfg: CfgNode, name: str, use: Use, names: list[str]) -> Iterator[Finding]:
     """How many keypoints have names, which swap in a mirrored image, and the sigmas of evaluation.
-
-    Args:
-        names: of the dataset, or of the training set for one that states none.
-    """
-    metadata = MetadataCatalog.get(name)
-    findings = []
+    A dataset that states no names has those of the training set."""
     if len(names) != use.keypoints:
         found = f"there are {len(names)}: {list_of(names)}" if names else "there are none"
-        findings.append(
-            Finding(
-                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {use.keypoints}, but of keypoint names "
-                + found,
-                f"state keypoint_names as fourth item of {FORMAT_KEY}, or in 'categories'",
-                fatal=True,
-            )
+        yield Finding(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {use.keypoints}, but of keypoint names "
+            f"{found}",
+            f"state keypoint_names as fourth item of {FORMAT_KEY}, or in 'categories'",
+            fatal=True,
         )
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # pycocotools' own, of persons
     if use.test and sigmas != use.keypoints:
-        findings.append(
-            Finding(
-                f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values for {use.keypoints} keypoints",
-                "evaluation needs one for each, e.g. 0.05",
-                fatal=True,
-            )
+        yield Finding(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values for {use.keypoints} keypoints",
+            "evaluation needs one for each, e.g. 0.05",
+            fatal=True,
         )
-    pairs = metadata.get("keypoint_flip_map")
+    pairs = MetadataCatalog.get(name).get("keypoint_flip_map")
     if pairs is None or name in _pairs_by_name:
         _pairs_by_name.add(name)
         pairs = mirrored_pairs(names)
         if use.train and cfg.INPUT.RANDOM_FLIP == "horizontal":
             said = ", ".join(f"{a} and {b}" for a, b in pairs) or "no two"
-            findings.append(
-                Finding(
-                    f"keypoints that swap in mirrored images: {said}",
-                    f"by their names; keypoint_flip_map of {FORMAT_KEY} states others",
-                )
+            yield Finding(
+                f"keypoints that swap in mirrored images: {said}",
+                f"by their names; keypoint_flip_map of {FORMAT_KEY} states others",
             )
     loading.set_metadata(name, keypoint_names=names, keypoint_flip_map=pairs)
-    return findings
 
 
-def mirrored_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+def mirrored_pairs(names: list[str]) -> list[tuple[str, str]]:
     """Pairs of names that differ in "left" and "right" only."""
-    names = list(names)
     pairs = ((name, name.replace("left", "right")) for name in names if "left" in name)
     return [(left, right) for left, right in pairs if right in names]

@@ -20,6 +20,7 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
@@ -50,22 +51,14 @@ _WORKER_PREFIX = f"{ImageError.__module__}.{ImageError.__qualname__}"
 
 
 class NamingMapper:
-    """A mapper whose error of a broken image is one line that names the file.
-
-    Args:
-        mapper: record -> sample, e.g. Detectron2's DatasetMapper.
-    """
+    """A mapper whose error of a broken image is one line that names the file."""
 
     def __init__(self, mapper: Callable[[dict], dict]):
         self.mapper = mapper
 
     def __call__(self, record: dict) -> dict:
-        """The sample of ``record``.
-
-        Raises:
-            ImageError: the image cannot be read, has more than 8 bits per channel, or is of another
-                size than the record says.
-        """
+        """The sample of ``record``, or an ImageError: the image cannot be read, has more than 8
+        bits per channel, or is of another size than the record says."""
         self._refuse(record, deep_only=True)
         try:
             return self.mapper(record)
@@ -156,10 +149,6 @@ class BatchSampler(torchdata.Sampler):
                 yield keys[self.rank :: self.world_size]
 
 
-def _identity(batch: list) -> list:
-    return batch
-
-
 def validate_loader_config(cfg: CfgNode, world_size: int) -> None:
     """Check what the loader needs of ``cfg``, for ``world_size`` processes.
 
@@ -206,7 +195,7 @@ def build_train_loader(cfg: CfgNode, seed: int, start: int = 0) -> torchdata.Dat
         _SeededMap(DatasetFromList(records, copy=False), NamingMapper(DatasetMapper(cfg, True))),
         batch_sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=_identity,
+        collate_fn=trivial_batch_collator,
         persistent_workers=cfg.DATALOADER.NUM_WORKERS > 0,
     )
 

@@ -17,11 +17,11 @@ from detectron2.data import MetadataCatalog
 from ..errors import ConfigError
 from .check import Use, check_links, check_repairs, check_structure
 from .check_boxes import check_boxes
-from .check_files import check_files
 from .check_keypoints import check_keypoints
 from .check_masks import check_masks, needs_bitmask
 from .classes import Classes, check_category_ids, check_counts, classes_of
 from .coco import Table, hashable, no_garbage_collection, read_json
+from .image_files import check_files
 from .masks import Masks
 from .records import Reading, make_records
 from .report import DatasetReport, Finding, error_line, plural
@@ -31,41 +31,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one file. Equal questions about an unchanged file have one answer.
-
-    Attributes:
-        json_file, root: annotation file and image directory.
-        use: what the config does with the dataset.
-        reference: names of the classes in the order that counts, or None.
-        owner: in words, what has them.
-        expected: number of classes of the model, or None.
-    """
+    """What is asked of one file. Equal questions about an unchanged file have one answer."""
 
     json_file: str
-    root: str
+    root: str  # the image directory
     use: Use = field(default_factory=Use)
-    reference: tuple[str, ...] | None = None
-    owner: str = "the training set"
-    expected: int | None = None
+    reference: tuple[str, ...] | None = None  # names of the classes in the order that counts
+    owner: str = "the training set"  # in words, what has them
+    expected: int | None = None  # number of classes of the model
 
 
 @dataclass
 class Answer:
-    """What :func:`inspect` found.
-
-    Attributes:
-        report: what there is to say.
-        reading: how to read the file; None where it cannot be read.
-        rle: objects whose masks INPUT.MASK_FORMAT "polygon" cannot take.
-        keypoint_names: as the file states them, or ().
-        records: for the first load, then None.
-    """
+    """What :func:`inspect` found."""
 
     report: DatasetReport
-    reading: Reading | None = None
-    rle: int = 0
-    keypoint_names: tuple[str, ...] = ()
-    records: list[dict] | None = None
+    reading: Reading | None = None  # how to read the file; None where it cannot be read
+    rle: int = 0  # objects whose masks INPUT.MASK_FORMAT "polygon" cannot take
+    keypoint_names: tuple[str, ...] = ()  # as the file states them
+    records: list[dict] | None = None  # for the first load, then None
 
 
 _answers: dict[str, tuple[Question, tuple, Answer]] = {}
@@ -103,24 +87,23 @@ def _inspect_table(table: Table, question: Question, report: DatasetReport) -> A
     classes, about_classes = classes_of(
         table.categories, used, question.reference, question.owner, question.expected
     )
-    report.counts = f"{plural(len(table.images), 'image')}, " + plural(
-        len(table.annotations), "annotation"
-    )
+    images, annotations = len(table.images), len(table.annotations)
+    report.counts = f"{plural(images, 'image')}, {plural(annotations, 'annotation')}"
     masks = Masks(table) if use.masks else None
+    answer = Answer(report, keypoint_names=_keypoint_names(table.categories))
+    if masks is not None and use.train:
+        answer.rle = needs_bitmask(table, masks)
     report.findings += about_classes
     if classes is not None:
         report.findings += check_category_ids(table)
     report.findings += _findings(table, masks, question)
-    if use.train and classes is not None:
-        report.findings += check_counts(table, classes)
-    answer = Answer(report, keypoint_names=_keypoint_names(table.categories))
-    if masks is not None and use.train:
-        answer.rle = needs_bitmask(table, masks)
     if classes is not None:
         answer.reading = Reading(classes, use.masks, use.keypoints)
-    if not report.fatal and answer.reading is not None:
-        with no_garbage_collection():
-            answer.records = make_records(table, question.root, answer.reading)
+        if use.train:
+            report.findings += check_counts(table, classes)
+        if not report.fatal:
+            with no_garbage_collection():
+                answer.records = make_records(table, question.root, answer.reading)
     return answer
 
 
@@ -153,9 +136,9 @@ def load(name: str) -> list[dict]:
     Raises:
         ConfigError: the file has become one that cannot be used.
     """
-    question, _, answer = _answers[name]
-    if answer.reading is None or _answers[name][1] != _stamp(question.json_file):
-        answer = inspect(name, question)
+    question, _, known = _answers[name]
+    answer = inspect(name, question)
+    if answer is not known or answer.reading is None:  # it has changed, or was not read yet
         if answer.report.fatal:
             raise ConfigError(error_line([answer.report]))
         describe(name, answer.reading.classes)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import ConfigError
-from .catalog import is_readable, registered
+from .catalog import is_from_config, is_readable
 from .classes import classes_of, list_of, read_categories
 from .report import Finding, plural
 
@@ -43,7 +43,7 @@ def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] 
         except ConfigError:
             return None
         return classes.names if classes else None
-    stated = known and name not in registered  # else by an earlier config, of another file
+    stated = known and not is_from_config(name)  # else by an earlier config, of another file
     names = MetadataCatalog.get(name).get("thing_classes") if stated else None
     return tuple(names) if names else None
 
@@ -54,26 +54,27 @@ def number_of_classes(cfg: CfgNode) -> int | None:
     return cfg.MODEL[node].NUM_CLASSES if node else None
 
 
+def architecture(cfg: CfgNode) -> str:
+    """The meta-architecture of the detector itself, where ``cfg`` is of a Distiller."""
+    is_distiller = cfg.MODEL.META_ARCHITECTURE == "Distiller"
+    return cfg.DISTILL.STUDENT_META_ARCH if is_distiller else cfg.MODEL.META_ARCHITECTURE
+
+
 def _class_node(cfg: CfgNode) -> str | None:
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "Distiller":
-        architecture = cfg.DISTILL.STUDENT_META_ARCH
     nodes = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS"}
     nodes |= {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    return nodes.get(architecture)
+    return nodes.get(architecture(cfg))
 
 
-def check_class_count(cfg: CfgNode, expected: int | None, names: Iterable[str]) -> list[Finding]:
+def check_class_count(
+    cfg: CfgNode, expected: int | None, names: Sequence[str]
+) -> Iterator[Finding]:
     """With too few classes the last would quietly be background; with too many evaluation fails as
     soon as one of them is predicted."""
-    names = list(names)
-    if expected is None or expected == len(names):
-        return []
-    return [
-        Finding(
+    if expected not in (None, len(names)):
+        yield Finding(
             f"MODEL.{_class_node(cfg)}.NUM_CLASSES is {expected}, but it has "
             f"{plural(len(names), 'class')}: {list_of(names)}",
             f"set it to {len(names)}",
             fatal=True,
         )
-    ]

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from .model_classes import architecture
 from .records import box_of
 from .report import Finding
 
@@ -37,22 +38,18 @@ def sides_in_training(records: list[dict], cfg: CfgNode) -> np.ndarray:
 def strides_of(cfg: CfgNode) -> dict[str, int]:
     """Name -> stride of the levels on which the detector of ``cfg`` looks for objects; {} where it
     is of a kind that is not known here."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "Distiller":
-        architecture = cfg.DISTILL.STUDENT_META_ARCH
     nodes = {"GeneralizedRCNN": "RPN", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    if architecture not in nodes:
+    if architecture(cfg) not in nodes:
         return {}
     with torch.device("meta"):  # shapes only
         shapes = build_backbone(cfg).output_shape()
-    levels = cfg.MODEL[nodes[architecture]].IN_FEATURES
+    levels = cfg.MODEL[nodes[architecture(cfg)]].IN_FEATURES
     return {name: shapes[name].stride for name in levels}
 
 
 def anchor_shapes(cfg: CfgNode) -> np.ndarray:
     """(A, 2) width and height of all anchors; (0, 2) for a detector without."""
-    is_fcos = "FCOS" in (cfg.MODEL.META_ARCHITECTURE, cfg.DISTILL.STUDENT_META_ARCH)
-    if is_fcos or cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
+    if architecture(cfg) == "FCOS" or cfg.MODEL.ANCHOR_GENERATOR.NAME != "DefaultAnchorGenerator":
         return np.zeros((0, 2))
     node = cfg.MODEL.ANCHOR_GENERATOR
     sizes = np.unique(np.concatenate([np.atleast_1d(s) for s in node.SIZES]).astype(float))
@@ -62,11 +59,7 @@ def anchor_shapes(cfg: CfgNode) -> np.ndarray:
 
 
 def best_iou(sides: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """(n,) largest IoU of each object with an anchor at the same centre.
-
-    Args:
-        sides: (n, 2). anchors: (A, 2), A > 0.
-    """
+    """(n,) largest IoU of each of (n, 2) objects with one of (A, 2) anchors at the same centre."""
     best = np.zeros(len(sides))
     area = sides.prod(axis=1)
     for anchor in anchors:  # a few; all pairs at once may not fit into memory
@@ -79,12 +72,7 @@ def best_iou(sides: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 def check_sizes(
     sides: np.ndarray, strides: dict[str, int], anchors: np.ndarray
 ) -> Iterator[Finding]:
-    """What is said about the objects of a training set.
-
-    Args:
-        sides: (n, 2) of :func:`sides_in_training`.
-        strides: of :func:`strides_of`. anchors: (A, 2) of :func:`anchor_shapes`.
-    """
+    """What is said about the objects of a training set, from the three functions above."""
     if not len(sides):
         return
     root = np.sqrt(np.maximum(sides, 0).prod(axis=1))

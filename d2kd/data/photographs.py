@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_tools
 
-from ..arguments import CommandParser, folder_to_write
 from ..errors import ConfigError
-from .files import build_directory, dataset_root
+from .files import check_replaceable, coco_content, write_dataset
 
 SPLITS = ("train", "part", "tune", "val", "test")
 ANNOTATIONS = "_annotations.coco.json"
@@ -33,27 +31,16 @@ JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class Photographs:
-    """One public repository, and what is made of it.
+    """One public repository, and what is made of it."""
 
-    Args:
-        name: of the dataset; also that of its folder.
-        repository: address that a user clones.
-        classes: their names, in the order of their ids from 1.
-        folders: folder of the clone -> the split that its photographs belong to.
-        max_side: pixels of the longer side; larger images are reduced.
-        photograph_ends_at: marks the end of a photograph's name in that of a file. Files of one
-            photograph stay together.
-        shares: fractions of the photographs of a folder's split that go elsewhere instead.
-    """
-
-    name: str
-    repository: str
+    name: str  # of the dataset, and of its folder
+    repository: str  # address that a user clones
     licence: str
-    classes: tuple[str, ...]
-    folders: Mapping[str, str]
-    max_side: int
-    photograph_ends_at: str
-    shares: Mapping[str, float]
+    classes: tuple[str, ...]  # in the order of their ids from 1
+    folders: Mapping[str, str]  # folder of the clone -> split that its photographs belong to
+    max_side: int  # pixels of the longer side; larger images are reduced
+    photograph_ends_at: str  # in the name of a file; files of one photograph stay together
+    shares: Mapping[str, float]  # of the split "train" that go to another split instead
 
     @property
     def command(self) -> str:
@@ -96,10 +83,6 @@ FACADES = Photographs(
 FAMILIES = {family.name: family for family in (ANIMALS, FACADES)}
 
 
-def json_path(directory: Path, split: str) -> Path:
-    return directory / "annotations" / f"{split}.json"
-
-
 def convert(family: Photographs, clone: Path, output: Path) -> tuple[dict[str, dict], list[str]]:
     """Write the splits of a clone to `output`, all of them or nothing.
 
@@ -110,58 +93,21 @@ def convert(family: Photographs, clone: Path, output: Path) -> tuple[dict[str, d
     Raises:
         ConfigError: `clone` is not the repository or incomplete, or `output` holds something else.
     """
-    _check_replaceable(family, output)
+    check_replaceable(output, family.name)
     notes: list[str] = []
     files = _drop_copies(_read_clone(family, clone), notes)
-    contents = _split(family, files)
 
-    def fill(fresh: Path) -> None:
-        (fresh / "images").mkdir()
-        (fresh / "annotations").mkdir()
+    def write(images: Path) -> dict[str, dict]:
         for file in files:
-            file.size = _write_image(file.path, fresh / "images" / file.path.name, family.max_side)
-        for split, members in contents.items():
-            content = _coco_content(family, split, members, notes)
-            json_path(fresh, split).write_text(json.dumps(content))
-        meta = {"dataset": family.name, "source": family.repository, "licence": family.licence}
-        (fresh / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+            file.size = _write_image(file.path, images / file.path.name, family.max_side)
+        return {
+            split: _coco_content(family, split, members, notes)
+            for split, members in _split(family, files).items()
+        }
 
-    build_directory(output, fill, is_current=lambda: False)
-    counts = {split: _count(family, json_path(output, split)) for split in SPLITS}
+    meta = {"dataset": family.name, "source": family.repository, "licence": family.licence}
+    counts = write_dataset(output, meta, write)
     return counts, list(dict.fromkeys(notes))
-
-
-def prepare(family: Photographs, description: str) -> None:
-    """The command of a family: convert the clone that the command line names.
-
-    Raises:
-        ConfigError: see :func:`convert`.
-    """
-    parser = CommandParser(description=description)
-    parser.add_argument("clone", type=Path, help="folder of the clone")
-    parser.add_argument(
-        "--output",
-        type=folder_to_write,
-        default=dataset_root() / family.name,
-        help=f"directory to make (default: %(default)s, where {family.name}_* are looked for)",
-    )
-    args = parser.parse_args()
-    counts, notes = convert(family, args.clone, args.output)
-    print("\n".join(notes))
-    for split, count in counts.items():
-        print(f"{split}: " + ", ".join(f"{number} {name}" for name, number in count.items()))
-    print(f"Wrote {args.output}; {len(notes)} images or objects left out.")
-
-
-def _check_replaceable(family: Photographs, output: Path) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        if json.loads((output / "meta.json").read_text())["dataset"] == family.name:
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{output} exists and was not made by this script: move it away")
 
 
 # --- reading a clone -----------------------------------------------------------------------------
@@ -169,29 +115,22 @@ def _check_replaceable(family: Photographs, output: Path) -> None:
 
 @dataclass
 class PhotographFile:
-    """One image of a clone.
-
-    Args:
-        photograph: name of the photograph that it is, or is a crop of.
-        annotated_size: (width, height) in the annotation file, whose pixels ``objects`` are in.
-        objects: class name and polygons of each.
-        size: (width, height) of the image that was written.
-    """
+    """One image of a clone. Sizes are (width, height)."""
 
     path: Path
-    photograph: str
+    photograph: str  # name of the photograph that it is, or is a crop of
     split: str
-    annotated_size: tuple[int, int]
-    objects: list[tuple[str, list[list[float]]]]
-    size: tuple[int, int] = (0, 0)
+    annotated_size: tuple[int, int]  # in the annotation file, whose pixels ``objects`` are in
+    objects: list[tuple[str, list[list[float]]]]  # class name and polygons of each
+    size: tuple[int, int] = (0, 0)  # of the image that was written
 
 
 def _read_clone(family: Photographs, clone: Path) -> list[PhotographFile]:
-    if not all((clone / folder / ANNOTATIONS).is_file() for folder in family.folders):
+    sources = [f"{folder}/{ANNOTATIONS}" for folder in family.folders]
+    if not all((clone / source).is_file() for source in sources):
         raise ConfigError(
-            f"{clone} is no clone of {family.name}: it has not all of "
-            f"{', '.join(f'{folder}/{ANNOTATIONS}' for folder in family.folders)}; get one with "
-            f"'git clone {family.repository}'"
+            f"{clone} is no clone of {family.name}: it has not all of {', '.join(sources)}; get "
+            f"one with 'git clone {family.repository}'"
         )
     files = []
     for folder, split in family.folders.items():
@@ -241,7 +180,8 @@ def _drop_copies(files: list[PhotographFile], notes: list[str]) -> list[Photogra
     before ``_jpg.rf.``, where the exporter put its hash."""
     kept, seen = [], {}
     for file in files:
-        keys = (file.path.name.split("_jpg.rf.")[0], hashlib.sha256(_bytes(file.path)).digest())
+        digest = hashlib.sha256(file.path.read_bytes()).digest()
+        keys = (file.path.name.split("_jpg.rf.")[0], digest)
         folder = file.path.parent
         first = next((seen[key] for key in keys if key in seen), None)
         if first is not None and first.path.parent != folder:
@@ -254,13 +194,6 @@ def _drop_copies(files: list[PhotographFile], notes: list[str]) -> list[Photogra
         for key in keys:
             seen.setdefault(key, file)
     return kept
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror})") from error
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -316,34 +249,19 @@ def _write_image(source: Path, target: Path, max_side: int) -> tuple[int, int]:
 def _coco_content(
     family: Photographs, split: str, files: list[PhotographFile], notes: list[str]
 ) -> dict:
-    images, annotations = [], []
+    images = []
     for file in files:
-        width, height = file.size
-        image_id = len(images) + 1
-        images.append(
-            {"id": image_id, "file_name": file.path.name, "width": width, "height": height}
-        )
+        objects = []
         for index, (name, polygons) in enumerate(file.objects, start=1):
             found = _describe(polygons, file.annotated_size, file.size)
             if found is None:
                 notes.append(f"{file.path.name}: dropped object {index} ({name}), no extent")
-                continue
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # from 1: pycocotools takes 0 for "none"
-                    "image_id": image_id,
-                    "category_id": family.classes.index(name) + 1,
-                    "iscrowd": 0,
-                    **found,
-                }
-            )
-    return {
-        "info": {"description": f"{family.name}, {split}", "url": family.repository},
-        "licenses": [{"id": 1, "name": family.licence}],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(family.classes)],
-        "images": images,
-        "annotations": annotations,
-    }
+            else:
+                objects.append((family.classes.index(name), found))
+        images.append((file.path.name, file.size, objects))
+    info = {"description": f"{family.name}, {split}", "url": family.repository}
+    content = coco_content(info, family.classes, images)
+    return {**content, "licenses": [{"id": 1, "name": family.licence}]}
 
 
 def _describe(
@@ -364,11 +282,3 @@ def _describe(
         return None
     box = [*low.tolist(), *(high - low).round(2).tolist()]
     return {"bbox": box, "area": float(area), "segmentation": segmentation}
-
-
-def _count(family: Photographs, path: Path) -> dict[str, int]:
-    """Number of images, and of objects of each class."""
-    content = json.loads(path.read_text())
-    objects = Counter(item["category_id"] for item in content["annotations"])
-    count = {"images": len(content["images"])}
-    return count | {name: objects[i + 1] for i, name in enumerate(family.classes)}

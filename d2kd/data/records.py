@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -19,17 +20,11 @@ from .masks import usable_polygons
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read.
+    """How a file is read."""
 
-    Attributes:
-        classes: its classes, in the order of the detector.
-        masks: masks are used; else records have none, and no box is dropped for its mask.
-        keypoints: K, 0 where they are not used.
-    """
-
-    classes: Classes
-    masks: bool = True
-    keypoints: int = 0
+    classes: Classes  # in the order of the detector
+    masks: bool = True  # they are used; else records have none, and no box is dropped for its mask
+    keypoints: int = 0  # K, 0 where they are not used
 
 
 def make_records(table: Table, root: str, reading: Reading) -> list[dict]:
@@ -100,20 +95,18 @@ def _keypoints(values: list | None, count: int) -> list:
 
 
 def repair_for_evaluation(content: dict, reading: Reading) -> None:
-    """Change the content of an annotation file to what pycocotools reads correctly.
+    """Change the content of an annotation file, in place, to what pycocotools reads correctly.
 
     Ids are positive, ``area``, ``iscrowd`` and ``num_keypoints`` are there, boxes without area in
     their image and categories that are no class are not. A file that is right stays as it is.
-
-    Args:
-        content: as read from the file; changed in place.
     """
     table = Table(content)
     content["categories"] = [c for c in table.categories if c["id"] in reading.classes.ids]
     if not table.has_annotations:
         return
-    for place in np.flatnonzero([entry.get("iscrowd") is None for entry in table.annotations]):
-        table.annotations[place]["iscrowd"] = 0
+    for entry in table.annotations:
+        if entry.get("iscrowd") is None:
+            entry["iscrowd"] = 0
     for place in np.flatnonzero(~known_area(table)):
         width, height = table.sizes[table.image_of[place]]
         table.annotations[place]["area"] = _area(table.annotations[place], width, height)
@@ -124,11 +117,7 @@ def repair_for_evaluation(content: dict, reading: Reading) -> None:
                 entry["segmentation"] = usable
     if reading.keypoints:
         _complete_keypoints(table, reading.keypoints)
-    drop = boxes_without_area(table)
-    if drop.any():
-        content["annotations"] = [
-            entry for entry, gone in zip(table.annotations, drop, strict=True) if not gone
-        ]
+    content["annotations"] = list(compress(table.annotations, ~boxes_without_area(table)))
     if not usable_ids(table).all():
         for number, entry in enumerate(content["annotations"], start=1):
             entry["id"] = number
@@ -138,16 +127,12 @@ def _area(entry: dict, width: float, height: float) -> float:
     """Pixels of the mask, or of the box where there is no usable mask."""
     mask = entry.get("segmentation")
     try:
-        if isinstance(mask, list) and mask and all(isinstance(one, list) for one in mask):
-            polygons = usable_polygons(mask)
-            if polygons:
-                parts = mask_util.frPyObjects(polygons, int(height), int(width))
-                return float(mask_util.area(mask_util.merge(parts)))
-        elif isinstance(mask, dict) and [height, width] == mask["size"]:
-            if isinstance(mask["counts"], list):
-                return float(sum(mask["counts"][1::2]))
-            return float(mask_util.area(mask))
-    except (KeyError, TypeError, ValueError):
+        if isinstance(mask, list):
+            parts = mask_util.frPyObjects(usable_polygons(mask), int(height), int(width))
+            return float(mask_util.area(mask_util.merge(parts)))
+        if isinstance(mask, dict) and [height, width] == mask["size"]:
+            return float(mask_util.area(_mask(mask)))
+    except Exception:
         pass  # a mask that is not used may be anything
     return float(entry["bbox"][2]) * float(entry["bbox"][3])
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from ..errors import MAX_LINE
 
 MAX_LINES = 20  # of a report that precedes an error
 EXAMPLES = 5  # of each kind
@@ -15,19 +18,12 @@ _MAX_EXAMPLE = 72
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of thing that was found in a dataset.
+    """One kind of thing that was found in a dataset."""
 
-    Attributes:
-        text: what and how many, e.g. "3 of 18 boxes have a negative width or height".
-        remedy: what to do about it, or what d2kd does.
-        examples: the first few, in words.
-        fatal: training or evaluation would fail or be wrong: it is refused. Else it is only said.
-    """
-
-    text: str
-    remedy: str = ""
-    examples: tuple[str, ...] = ()
-    fatal: bool = False
+    text: str  # what and how many, e.g. "3 of 18 boxes have a negative width or height"
+    remedy: str = ""  # what to do about it, or what d2kd does
+    examples: tuple[str, ...] = ()  # the first few, in words
+    fatal: bool = False  # training or evaluation would fail or be wrong: refused, not only said
 
     def lines(self) -> list[str]:
         """Two lines: what and the remedy; the examples."""
@@ -43,28 +39,17 @@ class Finding:
 
 @dataclass
 class DatasetReport:
-    """All findings of one dataset.
-
-    Attributes:
-        name: of the dataset.
-        source: its annotation file, "" where there is none.
-        counts: what it holds, in words.
-    """
+    """All findings of one dataset."""
 
     name: str
-    source: str = ""
-    counts: str = ""
+    source: str = ""  # its annotation file
+    counts: str = ""  # what it holds, in words
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def fatal(self) -> list[Finding]:
         """The findings that are refused."""
         return [finding for finding in self.findings if finding.fatal]
-
-    @property
-    def notes(self) -> list[Finding]:
-        """The findings that are only said."""
-        return [finding for finding in self.findings if not finding.fatal]
 
     def heading(self) -> str:
         details = ", ".join(part for part in (self.source, self.counts) if part)
@@ -96,9 +81,8 @@ def report_lines(reports: Sequence[DatasetReport], limit: int | None = MAX_LINES
     room = float("inf") if limit is None else limit - 1  # the last line counts what is left out
     blocks: dict[int, list[str]] = {}
     left_out = 0
-    found = [(number, f) for number, report in enumerate(reports) for f in report.fatal]
-    found += [(number, f) for number, report in enumerate(reports) for f in report.notes]
-    for number, finding in found:
+    found = [(number, f) for number, report in enumerate(reports) for f in report.findings]
+    for number, finding in sorted(found, key=lambda pair: not pair[1].fatal):
         lines = finding.lines()
         if number not in blocks:
             lines.insert(0, reports[number].heading())
@@ -113,25 +97,21 @@ def report_lines(reports: Sequence[DatasetReport], limit: int | None = MAX_LINES
     return lines
 
 
-def error_line(reports: Sequence[DatasetReport], limit: int = 300) -> str:
+def error_line(reports: Sequence[DatasetReport]) -> str:
     """The line that a refused dataset ends in: its first finding, and how many more there are."""
     report = next(report for report in reports if report.fatal)
     more = sum(len(other.fatal) for other in reports) - 1
     tail = f" (and {more} more, above)" if more else ""
     where = f"dataset '{_cut(report.name, 40)}'"
     if report.source:
-        where += f" ({_cut_front(report.source, 60)})"
-    return _cut(f"{where}: {report.fatal[0]}", limit - len(tail)) + tail
+        source = report.source if len(report.source) <= 60 else "..." + report.source[-57:]
+        where += f" ({source})"
+    return _cut(f"{where}: {report.fatal[0]}", MAX_LINE - len(tail)) + tail
 
 
 def some(items: Iterable) -> tuple[str, ...]:
     """The first few of many examples, as text."""
-    chosen = []
-    for item in items:
-        chosen.append(str(item))
-        if len(chosen) == EXAMPLES:
-            break
-    return tuple(chosen)
+    return tuple(map(str, itertools.islice(items, EXAMPLES)))
 
 
 def plural(count: int, noun: str) -> str:
@@ -151,7 +131,3 @@ def shown(value: object, limit: int = 40) -> str:
 def _cut(text: str, limit: int) -> str:
     text = " ".join(text.split("\n")).replace("\r", " ")
     return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
-
-
-def _cut_front(text: str, limit: int) -> str:
-    return text if len(text) <= limit else "..." + text[3 - limit :]

@@ -14,33 +14,26 @@ from .records import box_of
 _COLOURS = ("yellow", "cyan", "magenta", "lime", "orange", "deepskyblue", "red", "white")
 
 
-def draw_sheet(
-    rows: Sequence[tuple[str, list[dict], Sequence[str]]],
-    columns: int = 6,
-    tile: int = 320,
-    seed: int = 0,
-) -> Image.Image:
-    """Random images of each dataset, each with its annotations.
+# Name of a dataset, Detectron2's records, names of the classes.
+SheetRow = tuple[str, list[dict], list[str]]
 
-    Args:
-        rows: (name of the dataset, Detectron2's records, names of the classes).
-        columns: images a row. tile: side of one in pixels.
-        seed: of the choice; images with objects come first.
-    """
+
+def draw_sheet(rows: Sequence[SheetRow], columns: int = 6, tile: int = 320) -> Image.Image:
+    """Random images of each dataset, each with its annotations, in tiles of so many pixels."""
     heading = 18
     sheet = Image.new("RGB", (columns * tile, len(rows) * (tile + heading)), "black")
     for row, (name, records, classes) in enumerate(rows):
         top = row * (tile + heading)
         ImageDraw.Draw(sheet).text((4, top + 3), name, fill="white")
-        for column, record in enumerate(choose(records, columns, seed)):
+        for column, record in enumerate(choose(records, columns)):
             picture = draw_record(record, classes, tile)
             sheet.paste(picture, (column * tile, top + heading))
     return sheet
 
 
-def choose(records: list[dict], count: int, seed: int = 0) -> list[dict]:
-    """At most ``count`` random records, those with objects first."""
-    order = np.random.default_rng(seed).permutation(len(records))
+def choose(records: list[dict], count: int) -> list[dict]:
+    """At most ``count`` random records, the same each time, those with objects first."""
+    order = np.random.default_rng(0).permutation(len(records))
     shuffled = [records[index] for index in order]
     return sorted(shuffled, key=lambda record: not record.get("annotations"))[:count]
 

@@ -107,7 +107,7 @@ def test_mistakes_of_the_command_are_one_line(parts, capsys, options, message):
 def test_a_check_from_python(parts):
     """The same as a function, with the records that the loader would have."""
     parts.write()
-    found = check.check_config(parts.config())
-    assert not found.refused
-    assert [(name, len(records)) for name, records, _ in found.rows] == [("t", 6), ("v", 4)]
+    reports, rows = check.check_config(parts.config())
+    assert not any(report.fatal for report in reports)
+    assert [(name, len(records)) for name, records, _ in rows] == [("t", 6), ("v", 4)]
     check_datasets(parts.config())

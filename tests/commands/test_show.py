@@ -9,7 +9,6 @@ from matplotlib import pyplot as plt
 from d2kd import DISTILL_HEAD_REGISTRY
 from d2kd.cli import main
 from d2kd.commands import sketches
-from d2kd.commands.show import _overlay, _show
 from d2kd.errors import ConfigError
 from d2kd.losses.dsig import cosine_graph
 from d2kd.meta_arch import Distiller
@@ -104,16 +103,14 @@ def test_prototypes_and_no_objects(tmp_path):
     for stride in bank.strides:
         student, teacher, present = bank.level(stride)
         student[2, 0], teacher[2, 0], present[2, 0] = 1.0, 1.0, True
-    rows = sketches.sketch_image(distiller, make_batch((0,))[0], heads)
+    item = make_batch((0,))[0]
+    rows = sketches.sketch_image(distiller, item, heads)
     titles = [row.title for row in rows]
     assert "GlobalKnowledge: nearest prototype, teacher" in titles
     for row in rows:
         for first, second in row.cells.values():
             assert second.isfinite().all() and (not isinstance(first, int) or (second >= 0).all())
-    figure = sketches.draw_rows(
-        rows, lambda axis, title: _show(axis, plt.np.zeros((64, 64, 3)), [], title), _overlay
-    )
-    plt.close(figure)
+    plt.close(sketches.draw_rows([(item, row) for row in rows], "BGR"))
 
 
 def test_heads_that_the_config_has_not(tmp_path):

@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
 from pycocotools.coco import COCO
 
-from d2kd.data import catalog, custom, keypoints, loading
+from d2kd.data import custom, keypoints, loading
 from d2kd.engine.trainer import DistillTrainer
 
 from ..detectors import detector_config
@@ -111,13 +111,9 @@ def forget_datasets() -> Iterator[None]:
     for known, data in zip((DatasetCatalog, MetadataCatalog), saved, strict=True):
         known.data.clear()
         known.data.update(data)
-    for name in list(catalog.registered):
-        if name not in DatasetCatalog:
-            del catalog.registered[name]
     for name in list(loading._answers):
         if name not in DatasetCatalog:
             del loading._answers[name]
-    catalog.taken_over.intersection_update(DatasetCatalog.data)
     keypoints._pairs_by_name.intersection_update(DatasetCatalog.data)
     custom._reports.clear()
 

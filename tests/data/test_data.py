@@ -209,11 +209,11 @@ def test_detectron2_trains_on_it_with_either_mask_format(made, cfg, mask_format)
 def test_contact_sheet(made):
     """Two rows a split: the plain images, and the same with annotations drawn."""
     sheet = digits.contact_sheet(made, columns=3, tile=64)
-    assert sheet.size == (3 * 64, 4 * 64)
-    pixels = np.asarray(sheet, int)
-    with Image.open(made / "train" / "000000.jpg") as image:
-        np.testing.assert_array_equal(pixels[:64, :64], np.asarray(image.resize((64, 64)), int))
-    assert np.abs(pixels[64:128] - pixels[:64]).max() > 100
+    assert sheet.size == (3 * 64, 4 * (18 + 64))
+    plain, drawn = (np.asarray(sheet, int)[top : top + 64, :64] for top in (18, 100))
+    images = [Image.open(path).resize((64, 64)) for path in (made / "train").iterdir()]
+    assert any(np.array_equal(plain, image) for image in images)
+    assert 0.02 < (np.abs(drawn - plain).max(axis=-1) > 50).mean() < 0.9
 
 
 # --- digits: files ------------------------------------------------------------------------------
@@ -578,7 +578,6 @@ def name_in_val(source: Path, name: str) -> None:
         (lambda source: source.rename(source.with_name("other")), "no clone of BCCD"),
         (lambda source: name_in_val(source, "../../outside"), "'../../outside', which is not the"),
         (lambda source: name_in_val(source, "/etc/hosts"), "'/etc/hosts', which is not the plain"),
-        (lambda source: name_in_val(source, "a\\b"), "which is not the plain name of an image"),
         (lambda source: name_in_val(source, ".."), "'..', which is not the plain name"),
         (lambda source: name_in_val(source, ""), "val.txt names no image"),
     ],

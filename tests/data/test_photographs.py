@@ -17,8 +17,8 @@ from pycocotools.coco import COCO
 
 from d2kd import ConfigError
 from d2kd.data import builtin, photographs
-from d2kd.data.files import dataset_root
-from d2kd.data.photographs import ANIMALS, FACADES, convert, json_path, place
+from d2kd.data.files import dataset_root, json_path
+from d2kd.data.photographs import ANIMALS, FACADES, convert, place
 
 from ..test_docs import ROOT
 

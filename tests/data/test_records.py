@@ -148,24 +148,6 @@ def test_extent_of_polygons():
     assert masks.extent[3].tolist() == [1, 2, 5, 6]
 
 
-def test_polygons_in_chunks(monkeypatch):
-    """What is found does not depend on how many are looked at together."""
-    random = np.random.default_rng(0)
-    values = [
-        [
-            random.uniform(0, 90, 2 * random.integers(1, 6)).tolist()
-            for _ in range(random.integers(3))
-        ]
-        for _ in range(50)
-    ] + [[1, 2, 3], "x"]
-    whole = Masks(table_of(values))
-    monkeypatch.setattr("d2kd.data.masks._CHUNK", 3)
-    parts = Masks(table_of(values))
-    for name in ("kind", "usable", "some_short", "flat"):
-        assert (getattr(whole, name) == getattr(parts, name)).all()
-    assert np.array_equal(whole.extent, parts.extent, equal_nan=True)
-
-
 def random_masks(count: int, height: int, width: int) -> list[np.ndarray]:
     """Noise, blocks, empty and full masks."""
     random = np.random.default_rng(0)
