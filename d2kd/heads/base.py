@@ -55,6 +55,17 @@ class DistillHead(nn.Module, ABC):
         """
 
     @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        """Arguments of the constructor: the head's options and both specs, or a head's own."""
+        return {
+            "options": cls.read_options(cfg),
+            "student_spec": student_spec,
+            "teacher_spec": teacher_spec,
+        }
+
+    @classmethod
     def add_config(cls, node: CfgNode) -> None:
         """Add the head's own keys, with defaults, to its ``DISTILL`` node: those of ``Options``."""
         cls.Options.add_to(node)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..config import HeadOptions
@@ -72,10 +71,7 @@ class Logits(DistillHead):
 
     Args:
         options: the values of ``DISTILL.LOGITS``.
-        weights: term -> weight, of "cls", "box" and "mask"; what is absent is not computed.
-        two_stage: the pair has box heads on RoIs; else it is dense.
-        num_classes: K, of both.
-        sigmoid_classes: the box heads are trained with a sigmoid per class instead of softmax.
+        student_spec, teacher_spec: of the pair.
     """
 
     Options = LogitsOptions
@@ -83,33 +79,14 @@ class Logits(DistillHead):
 
     @configurable
     def __init__(
-        self,
-        *,
-        options: LogitsOptions,
-        weights: Mapping[str, float],
-        two_stage: bool,
-        num_classes: int,
-        sigmoid_classes: bool = False,
+        self, *, options: LogitsOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
         self.options = options
-        self.weights = weights
-        self.two_stage = two_stage
-        self.num_classes = num_classes
-        self.sigmoid_classes = sigmoid_classes
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        return {
-            "options": options,
-            "weights": cls._weights(options, student_spec),
-            "two_stage": student_spec.two_stage,
-            "num_classes": student_spec.num_classes,
-            "sigmoid_classes": student_spec.sigmoid_classes,
-        }
+        self.weights = self._weights(options, student_spec)
+        self.two_stage = student_spec.two_stage
+        self.num_classes = student_spec.num_classes or 0
+        self.sigmoid_classes = student_spec.sigmoid_classes
 
     @classmethod
     def _weights(cls, options: LogitsOptions, student: DetectorSpec) -> dict[str, float]:
@@ -119,20 +96,17 @@ class Logits(DistillHead):
     def needs(
         cls, options: LogitsOptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> Sequence[Need]:
-        if student.two_stage:
-            outputs, labels, same_anchors = "roi", "roi", []
-        else:
-            outputs, labels, same_anchors = (
-                "dense",
-                "dense.labels",
-                ["anchors_per_location", "anchors"],
-            )
+        outputs = labels = "roi"
+        same = ["kind", "num_classes"]
+        if not student.two_stage:
+            outputs, labels = "dense", "dense.labels"
+            same += ["anchors_per_location", "anchors"]
         terms = {
             "cls": Need("cls", both=(f"{outputs}.logits",), same=("sigmoid_classes",)),
             "box": Need("box", both=(f"{outputs}.deltas",), same=("box_coding",)),
             "mask": Need("mask", both=("mask.logits",)),
         }
-        pair = Need("", student=(labels,), same=("kind", "num_classes", *same_anchors))
+        pair = Need("", student=(labels,), same=same)
         return [pair, *(terms[term] for term in cls._weights(options, student))]
 
     def forward(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..config import HeadOptions
@@ -51,8 +50,7 @@ class MaskMimic(DistillHead):
 
     Args:
         options: the values of ``DISTILL.MASK_MIMIC``.
-        weights: term -> weight, of "logits" and "features"; what is absent is not computed.
-        adapter: student's to teacher's channels of pooled features (F, C, P, P).
+        student_spec, teacher_spec: of the pair.
     """
 
     Options = MaskMimicOptions
@@ -60,23 +58,15 @@ class MaskMimic(DistillHead):
 
     @configurable
     def __init__(
-        self, *, options: MaskMimicOptions, weights: Mapping[str, float], adapter: nn.Module
+        self, *, options: MaskMimicOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
-        self.weights = weights
-        self.adapter = adapter
         self.temperature = options.temperature
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        weights = cls.term_weights(options)
-        adapter: nn.Module = nn.Identity()
-        if "features" in weights:
-            adapter = build_roi_adapter(student_spec, teacher_spec, student_spec.mask_strides[0])
-        return {"options": options, "weights": weights, "adapter": adapter}
+        self.weights = self.term_weights(options)
+        self.adapter: nn.Module = nn.Identity()
+        if "features" in self.weights:
+            stride = student_spec.mask_strides[0]
+            self.adapter = build_roi_adapter(student_spec, teacher_spec, stride)
 
     @classmethod
     def needs(

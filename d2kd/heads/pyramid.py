@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..config import HeadOptions
@@ -76,6 +76,9 @@ class PyramidHead(DistillHead):
 
     Args:
         options: the head's ``Options``.
+        student_spec, teacher_spec: of the pair.
+
+    Attributes:
         strides: pyramid levels to compare.
         adapters: from the student's channels to the teacher's, by stride.
     """
@@ -84,25 +87,14 @@ class PyramidHead(DistillHead):
     reads = ("pyramid",)
 
     @configurable
-    def __init__(self, *, options: Any, strides: Sequence[int], adapters: Adapters):
+    def __init__(self, *, options: Any, student_spec: DetectorSpec, teacher_spec: DetectorSpec):
         super().__init__()
+        pair = student_spec, teacher_spec
         self.options = options
-        self.strides = tuple(strides)
-        self.adapters = adapters
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        strides = pair_levels(student_spec, teacher_spec, options.strides)
-        one_kind = student_spec.meta_arch == teacher_spec.meta_arch
-        one_kind &= student_spec.num_stages == teacher_spec.num_stages
-        mode = "always" if options.adapter == "auto" and not one_kind else options.adapter
-        adapters = build_adapters(
-            student_spec, teacher_spec, strides, mode=mode, init=options.adapter_init
-        )
-        return {"options": options, "strides": strides, "adapters": adapters}
+        self.strides = pair_levels(*pair, options.strides)
+        kinds = {(spec.meta_arch, spec.num_stages) for spec in pair}
+        mode = "always" if options.adapter == "auto" and len(kinds) > 1 else options.adapter
+        self.adapters = build_adapters(*pair, self.strides, mode=mode, init=options.adapter_init)
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch

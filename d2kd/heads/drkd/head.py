@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.engine import HookBase
+from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ...config import HeadOptions
@@ -174,10 +173,6 @@ class DRKD(DistillHead):
     Args:
         options: the values of ``DISTILL.DRKD``.
         student_spec, teacher_spec: of the pair.
-        weights: term -> weight (lambda_1, lambda_2, lambda_3), of "pixel", "relation" and
-            "instance"; what is absent is not built.
-        strides: levels of the pixel term, fine to coarse.
-        instance_strides: levels of the other two; each instance is pooled from each of them.
     """
 
     Options = DRKDOptions
@@ -189,29 +184,22 @@ class DRKD(DistillHead):
 
     @configurable
     def __init__(
-        self,
-        *,
-        options: DRKDOptions,
-        student_spec: DetectorSpec,
-        teacher_spec: DetectorSpec,
-        weights: Mapping[str, float],
-        strides: Sequence[int],
-        instance_strides: Sequence[int],
+        self, *, options: DRKDOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
-        self.options = options
-        self.weights = weights
-        self.strides = tuple(strides)
-        self.instance_strides = tuple(instance_strides)
         specs = student_spec, teacher_spec
+        self.options = options
+        self.weights = self.term_weights(_with_default_weights(options, student_spec.two_stage))
+        self.strides = pair_levels(*specs, options.strides)
+        self.instance_strides = pair_levels(*specs)[: options.instance_levels]
 
-        levels = self.strides if "pixel" in weights else ()
+        levels = self.strides if "pixel" in self.weights else ()
         self.student_graphs, self.teacher_graphs = (
             _build_graphs(options, spec, levels) for spec in specs
         )
         self.pixel_adapters = self._build_adapters(*specs, levels)
 
-        levels = self.instance_strides if "relation" in weights else ()
+        levels = self.instance_strides if "relation" in self.weights else ()
         self.student_relations, self.teacher_relations = (
             _build_relations(options, spec, levels) for spec in specs
         )
@@ -220,33 +208,19 @@ class DRKD(DistillHead):
         else:
             _copy_where_shapes_agree(self.teacher_relations, self.student_relations)
 
-        levels = self.instance_strides if "instance" in weights else ()
+        levels = self.instance_strides if "instance" in self.weights else ()
         self.instance_adapters = self._build_adapters(*specs, levels)
 
         trained = not options.freeze_teacher_units
         self.teacher_graphs.requires_grad_(trained)
         self.teacher_relations.requires_grad_(trained and options.profile == "code")
+        logger.info(describe_parameters(self))
 
     def _build_adapters(
         self, student: DetectorSpec, teacher: DetectorSpec, strides: Sequence[int]
     ) -> Adapters:
         init = self.options.adapter_init
         return build_adapters(student, teacher, strides, mode="always", init=init)
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        finest = pair_levels(student_spec, teacher_spec)[: options.instance_levels]
-        return {
-            "options": options,
-            "student_spec": student_spec,
-            "teacher_spec": teacher_spec,
-            "weights": cls.term_weights(_with_default_weights(options, student_spec.two_stage)),
-            "strides": pair_levels(student_spec, teacher_spec, options.strides),
-            "instance_strides": finest,
-        }
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
@@ -356,10 +330,6 @@ class DRKD(DistillHead):
         pixel, instance = batch_size_factors(num_images) if has_rule else (1.0, 1.0)
         return {"pixel": pixel, "relation": instance, "instance": instance}
 
-    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
-        """Before training, say how many parameters the method adds."""
-        return [_ReportParameters(self)]
-
 
 def _with_default_weights(options: DRKDOptions, two_stage: bool) -> DRKDOptions:
     """``options`` with numbers for the weights that are None."""
@@ -415,16 +385,6 @@ def _copy_where_shapes_agree(source: nn.ModuleDict, target: nn.ModuleDict) -> No
         shapes = {key: value.shape for key, value in module.state_dict().items()}
         if shapes == {key: value.shape for key, value in state.items()}:
             module.load_state_dict(state)
-
-
-class _ReportParameters(HookBase):
-    """Logs the size of what is trained in addition to the student, once."""
-
-    def __init__(self, head: DRKD):
-        self.head = head
-
-    def before_train(self) -> None:
-        logger.info(describe_parameters(self.head))
 
 
 def describe_parameters(head: DRKD) -> str:

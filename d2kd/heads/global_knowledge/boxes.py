@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from ...detectors.bundle import FeatureBundle
@@ -50,6 +51,12 @@ class PlacedBoxes:
         """(count, B, P) bool: whether each of ``count`` levels is the one of the box's size."""
         levels = torch.arange(count, device=self.level.device)
         return self.level == levels[:, None, None]
+
+
+def most_positives(cfg: CfgNode) -> int:
+    """How many positive RoIs of an image Detectron2 samples at most."""
+    rois = cfg.MODEL.ROI_HEADS
+    return int(rois.BATCH_SIZE_PER_IMAGE * rois.POSITIVE_FRACTION)
 
 
 def pick_foreground(labels: Tensor, num_classes: int, count: int) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,19 @@ from ...numerics import stack_channels
 from ...prototypes.hook import PrototypeHook
 from ...prototypes.store import PrototypeBank, Prototypes
 from ...registry import DISTILL_HEAD_REGISTRY
-from ..adapters import Adapters, build_adapters, pair_levels
+from ..adapters import build_adapters, pair_levels
 from ..base import DistillHead
 from ..dense import at_anchors, join_levels
 from ..needs import Need
 from ..sketch import Sketch
-from .boxes import PickedBoxes, PlacedBoxes, pick_anchors, pick_objects, pick_rois
+from .boxes import (
+    PickedBoxes,
+    PlacedBoxes,
+    most_positives,
+    pick_anchors,
+    pick_objects,
+    pick_rois,
+)
 from .options import GlobalKnowledgeOptions
 from .responses import CosineResponses, ProjectionResponses, Responses
 
@@ -39,14 +46,20 @@ class GlobalKnowledge(DistillHead):
 
     Args:
         options: the values of ``DISTILL.GLOBAL_KNOWLEDGE``.
-        student_spec: of the student.
-        strides: pyramid levels.
-        adapters: student's to teacher's channels, for the local losses.
+        student_spec, teacher_spec: of the pair.
+        positives: most positive RoIs of an image.
+
+    Attributes:
         bank: the prototypes; None where neither the global loss nor reliability wants any.
-        max_boxes: boxes per image at most.
     """
 
     Options = GlobalKnowledgeOptions
+    term_options = {
+        "global": "global_.weight",
+        "foreground": "local.foreground_weight",
+        "background": "local.background_weight",
+        "soft": "soft_labels.weight",
+    }
 
     @configurable
     def __init__(
@@ -54,22 +67,30 @@ class GlobalKnowledge(DistillHead):
         *,
         options: GlobalKnowledgeOptions,
         student_spec: DetectorSpec,
-        strides: Sequence[int],
-        adapters: Adapters,
-        bank: PrototypeBank | None,
-        max_boxes: int,
+        teacher_spec: DetectorSpec,
+        positives: int,
     ):
         super().__init__()
+        pair = student_spec, teacher_spec
         self.options = options
-        self.weights = options.term_weights
-        self.strides = tuple(strides)
+        self.weights = self.term_weights(options)
+        self.strides = pair_levels(*pair, options.strides)
         self.num_classes = student_spec.num_classes or 0
         self.two_stage = student_spec.two_stage
         # Detectron2 represents the positions of anchor-free detectors by one square each.
         self.anchor_free = student_spec.anchors_per_location == 1
-        self.adapters = adapters
-        self.bank = bank
-        self.max_boxes = max_boxes
+        is_local = self.weights.keys() & {"foreground", "background"}
+        self.adapters = build_adapters(
+            *pair,
+            self.strides if is_local else (),
+            kernel_size=options.local.adapter_kernel,
+            mode=options.local.adapter,
+            init=options.local.adapter_init,
+        )
+        self.bank = _build_bank(options, self.strides, *pair)
+        self.max_boxes = options.max_boxes
+        if self.two_stage and options.boxes == "positives":
+            self.max_boxes = min(options.max_boxes, positives)
         cosine = options.global_.responses == "cosine"
         self.responses: Responses = (
             CosineResponses() if cosine else ProjectionResponses(options.global_.ridge)
@@ -79,41 +100,14 @@ class GlobalKnowledge(DistillHead):
     def from_config(
         cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        strides = pair_levels(student_spec, teacher_spec, options.strides)
-        is_local = options.term_weights.keys() & {"foreground", "background"}
-        adapters = build_adapters(
-            student_spec,
-            teacher_spec,
-            strides if is_local else (),
-            kernel_size=options.local.adapter_kernel,
-            mode=options.local.adapter,
-            init=options.local.adapter_init,
-        )
-        max_boxes = options.max_boxes
-        if student_spec.two_stage and options.boxes == "positives":
-            roi_heads = cfg.MODEL.ROI_HEADS
-            positives = int(roi_heads.BATCH_SIZE_PER_IMAGE * roi_heads.POSITIVE_FRACTION)
-            max_boxes = min(max_boxes, positives)
-        return {
-            "options": options,
-            "student_spec": student_spec,
-            "strides": strides,
-            "adapters": adapters,
-            "bank": _build_bank(options, strides, student_spec, teacher_spec),
-            "max_boxes": max_boxes,
-        }
+        arguments = super().from_config(cfg, student_spec, teacher_spec)
+        return {**arguments, "positives": most_positives(cfg)}
 
     @classmethod
     def needs(
         cls, options: GlobalKnowledgeOptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> list[Need]:
-        weights = options.term_weights
-        if not weights:
-            raise ConfigError(
-                f"{PATH}: all of GLOBAL.WEIGHT, LOCAL.FOREGROUND_WEIGHT, LOCAL.BACKGROUND_WEIGHT "
-                "and SOFT_LABELS.WEIGHT are 0"
-            )
+        weights = cls.term_weights(options)
         if student.num_classes is None:
             raise ConfigError(f"{PATH}: the student, a {student.meta_arch}, predicts no classes")
         positives = {"roi"} if student.two_stage else {"dense.labels", "dense.anchors"}
@@ -308,14 +302,12 @@ def _soft_label_need(
     options: GlobalKnowledgeOptions, student: DetectorSpec, positives: set[str]
 ) -> Need:
     """Soft labels compare class outputs one by one, and those of RoIs as softmax."""
-    without = f"{PATH}.SOFT_LABELS.WEIGHT 0"
     if not student.two_stage:
         return Need(
             "soft",
             both={"dense.logits", "dense.anchors"},
             student=positives,
             same=("num_classes", "anchors_per_location", "head_strides", "anchors"),
-            without=without,
         )
     fields = {"roi.logits", "roi.features"} if options.reliability else {"roi.logits"}
     return Need(
@@ -324,7 +316,6 @@ def _soft_label_need(
         student=positives,
         same=("num_classes",),
         softmax=("student", "teacher"),
-        without=without,
     )
 
 

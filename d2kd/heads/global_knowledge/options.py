@@ -159,14 +159,3 @@ class GlobalKnowledgeOptions(HeadOptions):
     local: LocalOptions = group(LocalOptions())
     soft_labels: SoftLabelOptions = group(SoftLabelOptions())
     prototypes: PrototypeOptions = group(PrototypeOptions())
-
-    @property
-    def term_weights(self) -> dict[str, float]:
-        """Weight of each term that is switched on."""
-        weights = {
-            "global": self.global_.weight,
-            "foreground": self.local.foreground_weight,
-            "background": self.local.background_weight,
-            "soft": self.soft_labels.weight,
-        }
-        return {term: weight for term, weight in weights.items() if weight}
