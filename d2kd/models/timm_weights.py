@@ -9,12 +9,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, first_line
+from ..checkpoint_files import read_state_dict
+from ..errors import ConfigError
 
 KEY = "MODEL.TIMM.WEIGHTS"
 SUFFIXES = (".pth", ".pt", ".safetensors")
-# What published files wrap a state dict in.
-WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
 
 def load_timm_weights(body: nn.Module, name: str, source: str, key: str = KEY) -> None:
@@ -34,7 +33,10 @@ def load_timm_weights(body: nn.Module, name: str, source: str, key: str = KEY) -
         ConfigError: in one line, for a file that cannot be read or does not fit.
     """
     path = find_weights(source, key)
-    tensors = read_tensors(path, key)
+    try:
+        tensors = read_state_dict(str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
     wanted = body.state_dict()
     with torch.device("meta"):
         whole = timm.create_model(name, pretrained=False).state_dict()
@@ -91,31 +93,3 @@ def find_weights(source: str, key: str = KEY) -> Path:
             f"({', '.join(SUFFIXES)}), not one: name the file"
         )
     return files[0]
-
-
-def read_tensors(path: Path, key: str = KEY) -> dict[str, Tensor]:
-    """The state dict of a file, by name; nothing in the file is executed.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors raise many kinds
-        raise ConfigError(
-            f"{key}: {path} is damaged or no file of tensors "
-            f"({type(error).__name__}: {first_line(error)[:80]})"
-        ) from error
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
-    is_state = isinstance(content, dict) and all(isinstance(t, Tensor) for t in content.values())
-    if not is_state or not content:
-        raise ConfigError(f"{key}: {path} holds no state dict (names and tensors)")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
