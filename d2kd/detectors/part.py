@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -36,6 +37,7 @@ class Call(NamedTuple):
     output: Any
 
 
+@dataclass(frozen=True)
 class StudentStep:
     """One recorded forward of the student.
 
@@ -44,17 +46,10 @@ class StudentStep:
         batch: the ground truth.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: DetectorSpec,
-        batch: Batch,
-        calls: Mapping[str, Sequence[Call]],
-    ):
-        self.model: Any = model
-        self.spec = spec
-        self.batch = batch
-        self._calls = calls
+    model: Any
+    spec: DetectorSpec
+    batch: Batch
+    _calls: Mapping[str, Sequence[Call]]
 
     def calls(self, path: str) -> Sequence[Call]:
         """The calls of what is tapped at ``path``, in order."""
@@ -65,6 +60,7 @@ class StudentStep:
         return [call.output for call in self._calls[path]]
 
 
+@dataclass(frozen=True)
 class TeacherStep:
     """The teacher's side of a step: nothing is computed until a field is read.
 
@@ -74,18 +70,11 @@ class TeacherStep:
         bundle: the teacher's own, for the parts to read from each other.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        bundle: FeatureBundle,
-        student_model: nn.Module,
-        student: FeatureBundle,
-    ):
-        self.model: Any = model
-        self.spec = bundle.spec
-        self.bundle = bundle
-        self.student = student
-        self.student_model: Any = student_model
+    model: Any
+    spec: DetectorSpec
+    bundle: FeatureBundle
+    student_model: Any
+    student: FeatureBundle
 
     @property
     def pyramid(self) -> Mapping[int, Tensor]:

@@ -213,7 +213,7 @@ class Teacher:
             image_sizes=student.image_sizes,
             pyramid=Lazy(lambda: _pyramid(model, images(), student, context)),
         )
-        step = TeacherStep(model, bundle, taps.student, student)
+        step = TeacherStep(model, spec, bundle, taps.student, student)
         for part in detector_parts():
             if part.is_served(spec):
                 part.join(bundle, part.teacher_view(step))
