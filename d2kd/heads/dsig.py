@@ -161,7 +161,7 @@ class DSIG(DistillHead):
         # Levels to pool nodes from, on both pyramids; none where the bundles have pooled RoIs.
         self.node_strides = () if _are_pooled(*pair) else common
         self.node_size = student_spec.roi_resolution or options.pool_resolution
-        self.pyramid_strides = common if self._any(("pyramid",)) else ()
+        self.pyramid_strides = common if "pyramid" in self.weights else ()
         self.pyramid_adapters = build_adapters(*pair, self.pyramid_strides)
         self.predictions = TopPredictions(
             options.predictions_per_level, options.predictions_nms, options.predictions_per_image
@@ -181,7 +181,6 @@ class DSIG(DistillHead):
     ) -> Sequence[Need]:
         _check_options(options, student)
         weights = cls._weights(options, student)
-        terms = _roi_needs(options) if student.two_stage else _dense_needs()
         # Nodes come from the pooled RoIs, or each detector pools them from its own pyramid.
         nodes = "roi.features" if _are_pooled(student, teacher) else "pyramid"
         needs = [Need("", student=("roi",) if student.two_stage else ())]
@@ -189,7 +188,7 @@ class DSIG(DistillHead):
             if nodes == "pyramid":
                 _check_widths(student, teacher)
             needs.append(Need("", both=(nodes,), student=_chooses_nodes(student)))
-        return needs + [need for need in terms if need.term in weights]
+        return needs + [need for need in _term_needs(options, student) if need.term in weights]
 
     def forward(
         self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
@@ -204,7 +203,7 @@ class DSIG(DistillHead):
                 terms |= self._compare_anchors(pair)
         if self._any(MASK_TERMS):
             terms |= self._compare_masks(student, teacher)
-        if self._any(("pyramid",)):
+        if "pyramid" in self.weights:
             terms["pyramid"] = self._compare_pyramids(student, teacher)
         if self._any(GRAPH_TERMS):
             graph = self._roi_graph if self.two_stage else self._prediction_graph
@@ -367,43 +366,26 @@ def _check_options(options: DSIGOptions, student: DetectorSpec) -> None:
         raise ConfigError("DISTILL.DSIG.MASK_NODES weighs as FOREGROUND_WEIGHT, which is 0")
 
 
-def _mask_needs() -> list[Need]:
-    return [
+def _term_needs(options: DSIGOptions, student: DetectorSpec) -> list[Need]:
+    """Needs of all terms. Deltas of RoIs may come one box per class; those of anchors know none."""
+    needs = [
         Need("pyramid", both=("pyramid",)),
         Need("mask", both=("mask.logits",), same=("num_classes",)),
         Need("mask_node", both=("mask.features",), without="DISTILL.DSIG.MASK_NODES False"),
     ]
-
-
-def _roi_needs(options: DSIGOptions) -> list[Need]:
-    """Needs of the terms of a two-stage student; deltas of RoIs may come one box per class."""
-    needs = [
-        Need(
-            "class",
-            both=("roi.logits",),
-            same=("num_classes",),
-            softmax=("student", "teacher"),
-        ),
-        Need("box", both=("roi.deltas",), same=("num_classes", "box_coding")),
-    ]
+    if not student.two_stage:
+        labels, anchors = ("dense.labels",), ("anchors_per_location", "anchors")
+        return [
+            Need("class", both=("dense.logits",), student=labels, same=("num_classes", *anchors)),
+            Need("box", both=("dense.deltas",), student=labels, same=(*anchors, "box_coding")),
+            *needs,
+        ]
+    both, logits, classes = ("student", "teacher"), ("roi.logits",), ("num_classes",)
     if options.mine_background:
-        needs.append(
-            Need(
-                "edge",
-                teacher=("roi.logits",),
-                softmax=("teacher",),
-                without="DISTILL.DSIG.MINE_BACKGROUND False",
-            )
-        )
-    return needs + _mask_needs()
-
-
-def _dense_needs() -> list[Need]:
-    """Needs of the terms of a dense student; deltas of anchors know no class."""
-    anchors = ("anchors_per_location", "anchors")
-    labels = ("dense.labels",)
+        without = "DISTILL.DSIG.MINE_BACKGROUND False"
+        needs.insert(0, Need("edge", teacher=logits, softmax=("teacher",), without=without))
     return [
-        Need("class", both=("dense.logits",), student=labels, same=("num_classes", *anchors)),
-        Need("box", both=("dense.deltas",), student=labels, same=(*anchors, "box_coding")),
-        *_mask_needs(),
+        Need("class", both=logits, same=classes, softmax=both),
+        Need("box", both=("roi.deltas",), same=(*classes, "box_coding")),
+        *needs,
     ]

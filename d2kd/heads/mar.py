@@ -17,7 +17,8 @@ from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle, RoIView
 from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
-from ..geometry.anchor_masks import MASK_KINDS, MaskRule, multi_value_masks, pseudo_anchors
+from ..geometry.anchor_masks import MASK_KINDS, MaskRule, multi_value_masks
+from ..geometry.anchors import pseudo_anchors
 from ..keys import NOT_NEGATIVE, Options, Rule, group, key, one_of, or_none
 from ..losses.mar import (
     PIXEL_WEIGHTS,

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
+from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 
 from ..config import PRECISIONS
@@ -36,8 +37,6 @@ from .store import LevelPrototypes, PrototypeBank, Prototypes
 logger = logging.getLogger(__name__)
 
 _SIZE_KEY = "DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.MIN_BOX_SIZE"
-# Classes that share a line of the log.
-_CLASSES_A_LINE = 10
 
 
 class PrototypeGenerator:
@@ -192,16 +191,15 @@ def choose_prototypes(
     world_size, rank = comm.get_world_size(), comm.get_rank()
     categories = torch.tensor([o.category for o in candidates.instances], dtype=torch.long)
     chosen: dict[int, dict[int, tuple]] = {}
-    for start in range(0, candidates.num_classes, _CLASSES_A_LINE):
-        group = range(start, min(start + _CLASSES_A_LINE, candidates.num_classes))
-        for category in group:
-            wanted = categories[student.index] == category
-            mine = (student.rows(wanted), teacher.rows(wanted))
-            parts = comm.gather(mine, dst=category % world_size)
-            if category % world_size == rank:
-                tables = [FeatureTable.join(side) for side in zip(*parts, strict=True)]
-                chosen[category] = _choose_class(*tables, count, device, options)
-        _log_classes(chosen, categories, group)
+    for category in range(candidates.num_classes):
+        wanted = categories[student.index] == category
+        mine = (student.rows(wanted), teacher.rows(wanted))
+        parts = comm.gather(mine, dst=category % world_size)
+        if category % world_size == rank:
+            tables = [FeatureTable.join(side) for side in zip(*parts, strict=True)]
+            chosen[category] = _choose_class(*tables, count, device, options)
+        progress = f"prototypes: {category + 1} of {candidates.num_classes} classes"
+        log_every_n_seconds(logging.INFO, progress, n=30, name=__name__)
     everywhere = {c: found for part in comm.all_gather(chosen) for c, found in part.items()}
     return _assemble(everywhere, candidates)
 
@@ -216,16 +214,6 @@ def _choose_class(
         picks = select_prototypes(rows_t.to(device), rows.to(device), count, **options)
         result[stride] = (rows_t[picks], rows[picks], student.index[picks])
     return result
-
-
-def _log_classes(chosen: dict[int, dict], categories: Tensor, group: range) -> None:
-    """One line about the classes of a group that this process chose for."""
-    mine = [c for c in group if c in chosen]
-    if not mine:
-        return
-    objects = sum(int((categories == c).sum()) for c in mine)
-    found = sum(len(index) for c in mine for *_, index in chosen[c].values())
-    logger.info("prototypes of classes %s: %d, from %d objects", mine, found, objects)
 
 
 def _assemble(chosen: dict[int, dict[int, tuple]], candidates: Candidates) -> Prototypes:

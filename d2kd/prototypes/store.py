@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from ..files import write_tensors
 from ..numerics import stack_channels, unit_vectors
 
 
@@ -75,7 +75,7 @@ class Prototypes:
         """Write to ``path``, whole or not at all."""
         content = dataclasses.asdict(self)
         content["instances"] = [tuple(item.values()) for item in content["instances"]]
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_tensors(content, path)
 
     @classmethod
     def load(cls, path: str) -> Prototypes:

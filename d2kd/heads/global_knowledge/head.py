@@ -35,7 +35,7 @@ from .boxes import (
     pick_rois,
 )
 from .options import GlobalKnowledgeOptions
-from .responses import CosineResponses, ProjectionResponses, Responses
+from .responses import CosineResponses, ProjectionResponses
 
 PATH = "DISTILL.GLOBAL_KNOWLEDGE"
 
@@ -91,10 +91,9 @@ class GlobalKnowledge(DistillHead):
         self.max_boxes = options.max_boxes
         if self.two_stage and options.boxes == "positives":
             self.max_boxes = min(options.max_boxes, positives)
-        cosine = options.global_.responses == "cosine"
-        self.responses: Responses = (
-            CosineResponses() if cosine else ProjectionResponses(options.global_.ridge)
-        )
+        self.responses = CosineResponses()
+        if options.global_.responses == "projection":
+            self.responses = ProjectionResponses(options.global_.ridge)
 
     @classmethod
     def from_config(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from d2kd import ConfigError, add_distillation_config
 from d2kd.checkpoint_files import read_state_dict
 from d2kd.models import TimmBackbone
-from d2kd.models.timm_weights import find_weights
+from d2kd.models.timm_models import find_weights
 
 LIGHT = "mobilenetv2_035"
 LEVELS = ("res2", "res3", "res4", "res5")
