@@ -139,9 +139,9 @@ class CrossKD(DistillHead):
         return teacher.decode(rows, anchor.expand_as(rows))
 
 
-def _common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
+def _common_strides(student: DetectorSpec, teacher: DetectorSpec) -> tuple[int, ...]:
     """Levels that both heads read; there must be one."""
-    common = [stride for stride in student.head_strides if stride in teacher.head_strides]
+    common = tuple(s for s in student.head_strides if s in teacher.head_strides)
     if not common:
         raise ConfigError(
             f"no level is read by both heads: student at strides {list(student.head_strides)}, "
