@@ -15,21 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics import Ragged, full_precision, on_device, stack_channels
-
-
-def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack boxes of several images.
-
-    Args:
-        boxes: B tensors (n_i, 4).
-
-    Returns:
-        boxes (B, P, 4) with P = max n_i (at least 1), padded with zeros, and their validity
-        (B, P), bool.
-    """
-    layout = Ragged.of(boxes)
-    return layout.pad(torch.cat(boxes)), layout.valid
+from ..numerics import full_precision, on_device, stack_channels
 
 
 def assign_levels(

@@ -24,8 +24,10 @@ from .sketch import Sketch
 class DistillHead(nn.Module, ABC):
     """Base class of distillation heads.
 
-    A head decides what to read, which parameters it needs and which losses it returns. Weight,
-    schedule, naming, freezing the teacher, precision and checkpoints are not its concern.
+    A head decides what to read, which parameters it needs and which losses it returns. Its
+    constructor takes its ``options``, ``student_spec`` and ``teacher_spec`` by these names, or what
+    a :meth:`from_config` of its own returns; ``@configurable`` stands above it. Weight, schedule,
+    naming, freezing the teacher, precision and checkpoints are not its concern.
 
     ``Options`` declares the head's keys (see :mod:`d2kd.keys`). ``reads`` names the fields it reads
     of both bundles (see :class:`~d2kd.detectors.spec.DetectorSpec`), ``student_reads`` and

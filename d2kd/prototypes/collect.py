@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..detectors.spec import feature_strides
 from ..detectors.teacher import Teacher
-from ..geometry.boxes import BoxCells, crop_means, pad_boxes
+from ..geometry.boxes import BoxCells, crop_means
+from ..numerics import Ragged
 from .store import Instance
 
 logger = logging.getLogger(__name__)
@@ -173,14 +174,16 @@ def extract_features(
         for name, reader in readers.items()
     }
     for number, inputs in enumerate(loader):
-        boxes, valid = pad_boxes([_input_boxes(item, candidates) for item in inputs])
+        parts = [_input_boxes(item, candidates) for item in inputs]
+        layout = Ragged.of(parts)
+        boxes = layout.pad(torch.cat(parts))
         index += [torch.tensor(item["candidates"]) for item in inputs]
         for name, reader in readers.items():
             maps = reader.pyramid(inputs)
-            for stride, parts in found[name].items():
+            for stride, means in found[name].items():
                 level = maps[stride]
                 cells = BoxCells(boxes.to(level.device), [tuple(level.shape[-2:])], [stride])
-                parts.append(crop_means([[level]], cells)[0, 0].float().cpu()[valid])
+                means.append(layout.unpad(crop_means([[level]], cells)[0, 0].float().cpu()))
         progress = f"prototypes: {number + 1} of {len(loader)} batches of images"
         log_every_n_seconds(logging.INFO, progress, n=30, name=__name__)
     return {

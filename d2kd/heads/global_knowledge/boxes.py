@@ -35,7 +35,7 @@ class PickedBoxes:
 
 
 @dataclass(frozen=True)
-class PlacedBoxes:
+class BoxesOnLevels:
     """Picked boxes, and where they lie on the levels of the pyramid.
 
     Attributes:

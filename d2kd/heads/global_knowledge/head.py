@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from torch import Tensor
@@ -27,8 +26,8 @@ from ..dense import at_anchors, join_levels
 from ..needs import Need
 from ..sketch import Sketch
 from .boxes import (
+    BoxesOnLevels,
     PickedBoxes,
-    PlacedBoxes,
     most_positives,
     pick_anchors,
     pick_objects,
@@ -157,10 +156,10 @@ class GlobalKnowledge(DistillHead):
                 ("teacher", teacher, theirs),
                 ("student", student, mine),
             ):
-                cells = F.normalize(bundle.pyramid[stride][0].detach().float(), dim=0)
-                units = F.normalize(prototypes[present].float(), dim=1)
-                cosines = torch.einsum("chw,mc->mhw", cells, units)
-                maps.setdefault(f"nearest prototype, {side}", {})[stride] = cosines.amax(0).clamp(0)
+                level = bundle.pyramid[stride][0].detach()
+                cosines = losses.cosine_responses(level.flatten(1).mT, prototypes)[:, present]
+                nearest = cosines.amax(1).clamp(0).view(level.shape[1:])
+                maps.setdefault(f"nearest prototype, {side}", {})[stride] = nearest
         return Sketch(maps)
 
     def pick_boxes(self, student: FeatureBundle, batch: Batch) -> PickedBoxes:
@@ -174,11 +173,11 @@ class GlobalKnowledge(DistillHead):
             return pick_rois(student, self.num_classes, self.max_boxes)
         return pick_anchors(student, self.num_classes, self.max_boxes, self.anchor_free)
 
-    def _place(self, picked: PickedBoxes, student: FeatureBundle) -> PlacedBoxes:
+    def _place(self, picked: PickedBoxes, student: FeatureBundle) -> BoxesOnLevels:
         """The boxes, and where they lie on the student's levels."""
         sizes = [(x.shape[-2], x.shape[-1]) for x in map(student.pyramid.__getitem__, self.strides)]
         level = assign_levels(picked.boxes, len(self.strides), self.options.level_size)
-        return PlacedBoxes(picked, level, BoxCells(picked.boxes, sizes, self.strides))
+        return BoxesOnLevels(picked, level, BoxCells(picked.boxes, sizes, self.strides))
 
     # --- prototypes ------------------------------------------------------------------------------
 
@@ -186,7 +185,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         *,
         with_global: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -227,7 +226,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         reliability: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Foreground and background loss, each the mean over levels."""
@@ -242,7 +241,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         reliability: Tensor,
     ) -> Tensor:
         is_same = self.options.boxes == "positives"
@@ -282,7 +281,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         reliability: Tensor,
     ) -> Tensor:
         if self.options.boxes != "positives":
