@@ -83,15 +83,8 @@ def pad_images(images: Tensor, size: tuple[int, int]) -> Tensor:
 def batch_size(
     images: Sequence[Tensor] | Tensor, backbone: nn.Module, least: tuple[int, int]
 ) -> tuple[int, int]:
-    """The size that a batch of ``images`` has for a detector with this backbone.
-
-    Args:
-        images: (C, h_i, w_i).
-        least: (H, W) that it must have too.
-
-    Returns:
-        (H, W), multiples of what the backbone asks for.
-    """
+    """(H, W) of a batch of ``images`` (C, h_i, w_i) for a detector with this backbone: multiples of
+    what it asks for, and at least ``least``."""
     network: Any = backbone
     constraints = getattr(network, "padding_constraints", {})
     square = constraints.get("square_size", 0)

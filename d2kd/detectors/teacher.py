@@ -161,15 +161,8 @@ class Teacher:
     def preprocess(self, inputs: list[dict[str, Any]], padded_size: tuple[int, int]) -> Tensor:
         """Normalise and pad the student's images for the teacher.
 
-        Channels are reordered first, then normalised. The result is at least as large as the
-        student's padded batch, so that the teacher's maps cover the student's.
-
-        Args:
-            inputs: Detectron2's ``batched_inputs``.
-            padded_size: (H, W) of the student's padded images.
-
-        Returns:
-            (B, 3, H', W') with H' >= H and W' >= W.
+        Channels are reordered first, then normalised. The result (B, 3, H', W') is at least as
+        large as ``padded_size``, the student's (H, W), so that the teacher's maps cover its own.
         """
         device = next(self.model.parameters()).device
         images = [item["image"] for item in to_device(inputs, device)]

@@ -20,6 +20,9 @@ from ..registry import DISTILL_HEAD_REGISTRY, node_name
 from .needs import Need, check_needs
 from .sketch import Sketch
 
+# Loss terms of a head, scalars by name.
+Terms = dict[str, Tensor]
+
 
 class DistillHead(nn.Module, ABC):
     """Base class of distillation heads.
@@ -48,9 +51,7 @@ class DistillHead(nn.Module, ABC):
     teacher_reads: Iterable[str] = ()
 
     @abstractmethod
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         """Compute the head's loss terms, scalars by name; a single term may have the name "".
 
         Each carries the head's own inner weights, but not ``WEIGHT`` or the schedule.
@@ -105,7 +106,7 @@ class DistillHead(nn.Module, ABC):
             )
         return {term: weight for term, weight in weights.items() if weight}
 
-    def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def weigh(self, terms: Mapping[str, Tensor]) -> Terms:
         """Each term times its weight in ``weights``."""
         weights = self.weights
         return {t: loss if weights[t] == 1 else weights[t] * loss for t, loss in terms.items()}

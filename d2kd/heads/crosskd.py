@@ -23,7 +23,7 @@ from ..losses.logits import dense_class_loss
 from ..numerics import full_precision
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_tower_adapter
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .dense import join_levels
 from .needs import SHARED, Need
 from .pyramid import resized_like
@@ -100,9 +100,7 @@ class CrossKD(DistillHead):
         towers = Need("", student=("dense.tower_maps",), teacher=("dense.finish_tower",))
         return [towers, *(terms[term] for term in cls.term_weights(options))]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         mine, theirs, terms = student.dense, teacher.dense, {}
         if "cls" in self.weights:
             own, width = self.num_classes

@@ -26,7 +26,7 @@ from ..losses.mimic import pyramid_mimic_loss
 from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_adapters, build_roi_adapter, pair_levels
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .dense import DensePair
 from .dsig_nodes import Graph, TopPredictions
 from .needs import Need
@@ -190,9 +190,7 @@ class DSIG(DistillHead):
             needs.append(Need("", both=(nodes,), student=_chooses_nodes(student)))
         return needs + [need for need in _term_needs(options, student) if need.term in weights]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         terms: dict[str, Tensor] = {}
         if self._any(OUTPUT_TERMS):
             if self.two_stage:
@@ -259,7 +257,7 @@ class DSIG(DistillHead):
         placed = place_boxes(boxes, self.node_strides)
         return student.pool(placed, self.node_size), teacher.pool(placed, self.node_size)
 
-    def _compare_graphs(self, graph: Graph) -> dict[str, Tensor]:
+    def _compare_graphs(self, graph: Graph) -> Terms:
         reduction, terms = self.options.image_reduction, {}
         if self._any(("foreground", "background")):
             nodes = self.node_adapter(graph.student), graph.teacher
@@ -280,7 +278,7 @@ class DSIG(DistillHead):
 
     # --- outputs, masks and pyramids -------------------------------------------------------------
 
-    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> dict[str, Tensor]:
+    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> Terms:
         """Class and box outputs on the sampled RoIs."""
         terms = {}
         if "class" in self.weights:
@@ -294,7 +292,7 @@ class DSIG(DistillHead):
             )
         return terms
 
-    def _compare_anchors(self, pair: DensePair) -> dict[str, Tensor]:
+    def _compare_anchors(self, pair: DensePair) -> Terms:
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
         terms = {}
         if "class" in self.weights:
@@ -308,7 +306,7 @@ class DSIG(DistillHead):
             )
         return terms
 
-    def _compare_masks(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+    def _compare_masks(self, student: FeatureBundle, teacher: FeatureBundle) -> Terms:
         """The mask branch on the foreground RoIs: its logits, and its pooled features as nodes."""
         mine, theirs = student.mask, teacher.mask
         terms = {}

@@ -21,7 +21,7 @@ from ..losses.logits import (
     roi_class_loss,
 )
 from ..registry import DISTILL_HEAD_REGISTRY
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .dense import DensePair
 from .needs import Need
 
@@ -109,9 +109,7 @@ class Logits(DistillHead):
         pair = Need("", student=(labels,), same=same)
         return [pair, *(terms[term] for term in cls._weights(options, student))]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         if self.two_stage:
             # Summed over the stages of a cascade, as its own losses are.
             stages = [
@@ -128,7 +126,7 @@ class Logits(DistillHead):
             )
         return self.weigh(terms)
 
-    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> dict[str, Tensor]:
+    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> Terms:
         """Class and box terms of one stage of the box head."""
         terms = {}
         if "cls" in self.weights:
@@ -147,7 +145,7 @@ class Logits(DistillHead):
             )
         return terms
 
-    def _compare_anchors(self, pair: DensePair) -> dict[str, Tensor]:
+    def _compare_anchors(self, pair: DensePair) -> Terms:
         """Class and box terms on the anchors of the levels that both detectors have."""
         options, terms = self.options, {}
         if "cls" in self.weights:

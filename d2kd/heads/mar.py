@@ -31,7 +31,7 @@ from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
 from ..schedules import ScheduleOptions
 from .adapters import INITS, MODES, build_adapters, pair_levels
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .global_knowledge.boxes import most_positives, pick_foreground
 from .needs import Need
 from .pyramid import adapted_levels
@@ -222,9 +222,7 @@ class MAR(DistillHead):
             _check_map_levels(options, student, teacher)
         return needs
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         masks: dict[int, Tensor] = {}
         if _mask_terms(self.options, self.weights):
             masks = self.build_masks(student, batch.gt_boxes)
@@ -337,10 +335,8 @@ def _with_default_relation(options: MAROptions, student: DetectorSpec) -> MAROpt
 def _anchor_field(anchors: str, student: DetectorSpec) -> str:
     """The student's field that holds its anchors, or "" for pseudo-anchors."""
     own = "rpn.anchors" if student.two_stage else "dense.anchors"
-    if anchors == "auto":
-        anchor_free = own not in student.fields or student.anchors_per_location in (None, 1)
-        return "" if anchor_free else own
-    return own if anchors == "detector" else ""
+    anchor_free = own not in student.fields or student.anchors_per_location in (None, 1)
+    return "" if anchors == "pseudo" or (anchors == "auto" and anchor_free) else own
 
 
 def _check_map_levels(options: MAROptions, student: DetectorSpec, teacher: DetectorSpec) -> None:
@@ -373,13 +369,7 @@ class Advice:
         self.sums: dict[str, Tensor] = {}
 
     def update(self, batch: Batch, terms: dict[str, Tensor], weights: Mapping[str, float]) -> None:
-        """Take note of one iteration, and log when the time has come.
-
-        Args:
-            batch: of this iteration, for the student's own losses.
-            terms: the head's terms, without ``DISTILL.MAR.WEIGHT``.
-            weights: the head's own weight in each term.
-        """
+        """Take note of one iteration's terms, without ``DISTILL.MAR.WEIGHT``; log when due."""
         if self.begin <= batch.iteration < self.end and batch.student_losses:
             values = {name: self.weight * term.detach() for name, term in terms.items()}
             values["detection"] = torch.stack(list(batch.student_losses.values())).sum()

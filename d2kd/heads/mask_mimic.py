@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from detectron2.config import configurable
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle
@@ -16,7 +16,7 @@ from ..losses.logits import mask_loss
 from ..losses.mimic import mimic_loss
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_roi_adapter
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .needs import Need
 
 
@@ -80,9 +80,7 @@ class MaskMimic(DistillHead):
         }
         return [Need("", student=("mask",)), *(terms[t] for t in cls.term_weights(options))]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         mine, theirs = student.mask, teacher.mask
         terms = {}
         if "logits" in self.weights:

@@ -16,7 +16,7 @@ from ..detectors.bundle import Batch, FeatureBundle
 from ..detectors.spec import DetectorSpec
 from ..keys import key, one_of
 from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
-from .base import DistillHead
+from .base import DistillHead, Terms
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,7 @@ class PyramidOptions(HeadOptions):
 def adapted_levels(
     student: FeatureBundle, teacher: FeatureBundle, strides: Sequence[int], adapters: Adapters
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Both detectors' levels at ``strides``, the student's with the shape of the teacher's.
-
-    Sizes differ only where backbones round differently; then the student's map is resized.
-
-    Returns:
-        Two lists of (B, C_teacher, H, W).
-    """
+    """Both detectors' levels at ``strides``, all (B, C_teacher, H, W) of the teacher's size."""
     students, teachers = [], []
     for stride in strides:
         mine, theirs = student.pyramid[stride], teacher.pyramid[stride]
@@ -96,9 +90,7 @@ class PyramidHead(DistillHead):
         mode = "always" if options.adapter == "auto" and len(kinds) > 1 else options.adapter
         self.adapters = build_adapters(*pair, self.strides, mode=mode, init=options.adapter_init)
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         levels = adapted_levels(student, teacher, self.strides, self.adapters)
         return {"": self.compare(*levels, batch)}
 

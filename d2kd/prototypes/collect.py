@@ -156,17 +156,9 @@ class Reader:
 def extract_features(
     loader: Iterable, candidates: Candidates, readers: Mapping[str, Reader]
 ) -> dict[str, FeatureTable]:
-    """Crop averages of each detector for the candidates in the loader's images.
+    """Crop averages, by each reader's name, for the candidates in the loader's ``batched_inputs``.
 
-    Every candidate is averaged on each level, whatever its size.
-
-    Args:
-        loader: yields ``batched_inputs``.
-        candidates: to whom "candidates" of the inputs refers.
-        readers: by the detectors' names.
-
-    Returns:
-        by the same names, float32 features on the CPU.
+    Every candidate is averaged on each level, whatever its size; float32 on the CPU.
     """
     index = [torch.zeros(0, dtype=torch.long)]
     found = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -48,29 +47,21 @@ class PrototypeGenerator:
     Args:
         cfg: the student's config, for the training set, the test-time input and the keys in
             ``DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES``.
-        num_classes: K.
-        student_channels, teacher_channels: stride -> channels of the levels to make them for.
+        bank: that they are to fit into.
 
     Raises:
         ConfigError: no object is large enough; names the key.
     """
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        num_classes: int,
-        student_channels: Mapping[int, int],
-        teacher_channels: Mapping[int, int],
-    ):
-        self.cfg = cfg
+    def __init__(self, cfg: CfgNode, bank: PrototypeBank):
+        self.cfg, self.bank = cfg, bank
         self.options = cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
         self.num_images = len(records)
         self.candidates = find_candidates(
-            records, num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
+            records, bank.num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
         )
         self._check_candidates(records)
         self._teacher: FeatureTable | None = None
@@ -96,17 +87,6 @@ class PrototypeGenerator:
                 least,
                 one_line(", ".join(map(str, without))),
             )
-
-    @classmethod
-    def for_bank(cls, cfg: CfgNode, bank: PrototypeBank) -> PrototypeGenerator:
-        """A generator of prototypes that fit into ``bank``."""
-        levels = {s: bank.level(s) for s in bank.strides}
-        return cls(
-            cfg,
-            bank.num_classes,
-            student_channels={s: student.shape[2] for s, (student, _, _) in levels.items()},
-            teacher_channels={s: teacher.shape[2] for s, (_, teacher, _) in levels.items()},
-        )
 
     def __call__(self, student: nn.Module, teacher: Teacher) -> Prototypes:
         """Prototypes for ``student``, which is in eval mode meanwhile."""
@@ -139,14 +119,13 @@ class PrototypeGenerator:
         return prototypes
 
     def _extract(self, student: nn.Module, teacher: Teacher) -> tuple[FeatureTable, FeatureTable]:
-        readers = {"student": Reader(lambda x: student_pyramid(student, x), self.student_channels)}
+        bank = self.bank
+        readers = {"student": Reader(lambda x: student_pyramid(student, x), bank.student_channels)}
         if self._teacher is None:
             readers["teacher"] = Reader(
-                lambda x: teacher_pyramid(teacher, x), self.teacher_channels
+                lambda x: teacher_pyramid(teacher, x), bank.teacher_channels
             )
-        loader = []
-        if self.candidates.images:
-            loader = build_candidate_loader(self.cfg, self.candidates, self.options.BATCH_SIZE)
+        loader = build_candidate_loader(self.cfg, self.candidates, self.options.BATCH_SIZE)
         amp = self.cfg.SOLVER.AMP
         dtype = PRECISIONS[amp.PRECISION] if amp.ENABLED else None
         autocast = torch.autocast(student.device.type, dtype, enabled=amp.ENABLED)
@@ -179,14 +158,9 @@ def choose_prototypes(
 ) -> Prototypes:
     """Select the prototypes of all classes and levels from the features of all processes.
 
-    Classes are dealt out to the processes; each gets the result of all.
-
-    Args:
-        candidates: what the tables' rows are.
-        student, teacher: this process's features, with the same ``index``.
-        count: M, prototypes per class and level.
-        device: where to compute.
-        options: of :func:`~d2kd.prototypes.select.select_prototypes`.
+    Classes are dealt out to the processes; each gets the result of all. ``student`` and ``teacher``
+    are this process's features, with the same ``index``; ``options`` are those of
+    :func:`~d2kd.prototypes.select.select_prototypes`.
     """
     world_size, rank = comm.get_world_size(), comm.get_rank()
     categories = torch.tensor([o.category for o in candidates.instances], dtype=torch.long)

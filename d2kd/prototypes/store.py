@@ -101,6 +101,11 @@ class PrototypeBank(nn.Module):
 
     The buffers belong to the checkpoint of the module that owns the bank. ``iteration`` is the
     training step the prototypes were made for, -1 while there are none.
+
+    Args:
+        num_classes: K.
+        num_prototypes: M.
+        student_channels, teacher_channels: stride -> channels, of the same strides.
     """
 
     def __init__(
@@ -110,14 +115,9 @@ class PrototypeBank(nn.Module):
         student_channels: Mapping[int, int],
         teacher_channels: Mapping[int, int],
     ):
-        """
-        Args:
-            num_classes: K.
-            num_prototypes: M.
-            student_channels, teacher_channels: stride -> channels, of the same strides.
-        """
         super().__init__()
         self.strides = tuple(student_channels)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
         self.num_classes, self.num_prototypes = num_classes, num_prototypes
         room = (num_classes, num_prototypes)
         for stride in self.strides:

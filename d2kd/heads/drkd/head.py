@@ -27,7 +27,7 @@ from ...losses.drkd import (
 from ...numerics import Ragged, full_precision
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import INITS, Adapters, build_adapters, pair_levels
-from ..base import DistillHead
+from ..base import DistillHead, Terms
 from ..sketch import Sketch
 from .graph import GraphUnit
 from .instances import (
@@ -222,9 +222,7 @@ class DRKD(DistillHead):
         init = self.options.adapter_init
         return build_adapters(student, teacher, strides, mode="always", init=init)
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         terms: dict[str, Tensor] = {}
         if "pixel" in self.weights:
             terms["pixel"] = self._pixel_loss(student.pyramid, teacher.pyramid)
@@ -408,15 +406,10 @@ def _count(module: nn.Module) -> int:
 
 
 def choose_boxes(boxes: list[Tensor], limit: int, seed: int) -> list[Tensor]:
-    """At most ``limit`` boxes per image, a random choice where there are more.
+    """At most ``limit`` of the boxes (n_i, 4) of each image, a random choice where there are more.
 
     The choice depends on ``seed`` only: it leaves the student's random numbers alone, and a resumed
     run makes it again.
-
-    Args:
-        boxes: per image (n_i, 4).
-        limit: largest number of boxes per image.
-        seed: of the choice; the iteration.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = []

@@ -21,7 +21,7 @@ from ...prototypes.hook import PrototypeHook
 from ...prototypes.store import PrototypeBank, Prototypes
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import build_adapters, pair_levels
-from ..base import DistillHead
+from ..base import DistillHead, Terms
 from ..dense import at_anchors, join_levels
 from ..needs import Need
 from ..sketch import Sketch
@@ -119,9 +119,7 @@ class GlobalKnowledge(DistillHead):
         """The refresh of the prototypes."""
         return [] if self.bank is None else [PrototypeHook(type(self).__name__, self.bank, cfg)]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         picked = self.pick_boxes(student, batch)
         placed = self._place(picked, student)
         reliability, global_loss = self._compare(
