@@ -44,20 +44,21 @@ class StudentStep:
     Attributes:
         model, spec: the student.
         batch: the ground truth.
+        recorded: path of what is tapped -> its calls, in order.
     """
 
     model: Any
     spec: DetectorSpec
     batch: Batch
-    _calls: Mapping[str, Sequence[Call]]
+    recorded: Mapping[str, Sequence[Call]]
 
     def calls(self, path: str) -> Sequence[Call]:
         """The calls of what is tapped at ``path``, in order."""
-        return self._calls[path]
+        return self.recorded[path]
 
     def outputs(self, path: str) -> list[Any]:
         """What each of :meth:`calls` returned."""
-        return [call.output for call in self._calls[path]]
+        return [call.output for call in self.recorded[path]]
 
 
 @dataclass(frozen=True)

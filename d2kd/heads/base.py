@@ -51,7 +51,9 @@ class DistillHead(nn.Module, ABC):
     teacher_reads: Iterable[str] = ()
 
     @abstractmethod
-    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
+    def forward(
+        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
+    ) -> dict[str, Tensor]:
         """Compute the head's loss terms, scalars by name; a single term may have the name "".
 
         Each carries the head's own inner weights, but not ``WEIGHT`` or the schedule.
@@ -106,7 +108,7 @@ class DistillHead(nn.Module, ABC):
             )
         return {term: weight for term, weight in weights.items() if weight}
 
-    def weigh(self, terms: Mapping[str, Tensor]) -> Terms:
+    def weigh(self, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each term times its weight in ``weights``."""
         weights = self.weights
         return {t: loss if weights[t] == 1 else weights[t] * loss for t, loss in terms.items()}

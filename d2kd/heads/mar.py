@@ -47,7 +47,6 @@ SITES = {
     "roi_vectors": ("roi.hidden", 1.0),
 }
 MAP_SITES = ("class_tower", "rpn_dense")
-ANCHORS = ("auto", "detector", "pseudo")
 
 # Shares of the detection loss that the weighted terms should have: this reconstruction's own rule.
 _RANGES = {"mask": (0.10, 0.40), "relation": (0.05, 0.20)}
@@ -78,7 +77,7 @@ class MaskOptions(Options):
     )
     anchors: str = key(
         "auto",
-        one_of(ANCHORS),
+        one_of(("auto", "detector", "pseudo")),
         'Whose anchors: "detector" (the student\'s own); "pseudo" (three of side 8 strides on each '
         'cell); "auto": pseudo for anchor-free students and those with a single anchor per '
         "position, which is how Detectron2 represents the points of FCOS.",

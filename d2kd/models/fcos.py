@@ -31,7 +31,7 @@ class FCOSOptions(Options):
         ("p3", "p4", "p5", "p6", "p7"),
         comment="Levels that the head reads, fine to coarse.",
     )
-    num_convs: int = key(4, comment='Convolutions in each tower, and their norm ("" for none).')
+    num_convs: int = key(4, comment="Convolutions in each tower.")
     norm: str = key("GN", comment='Norm of the towers; "" for none.')
     prior_prob: float = key(
         0.01,
