@@ -125,14 +125,8 @@ def box_masks(cells: BoxCells, weights: Tensor) -> list[Tensor]:
     """Maps of box weights: the largest weight of the boxes that cover a cell, 0 outside of boxes.
 
     Taking the largest makes the mask independent of the boxes' order (the released code of
-    Global Knowledge lets the later box win).
-
-    Args:
-        cells: of the boxes (B, P, 4).
-        weights: (L, B, P) >= 0; a box of weight 0 is not there.
-
-    Returns:
-        (B, H_r, W_r) per level in the dtype of ``weights``.
+    Global Knowledge lets the later box win). Weights (L, B, P) >= 0; a box of weight 0 is not
+    there. Returns (B, H_r, W_r) per level in their dtype.
     """
     if weights.shape[-1] == 0:
         return [weights.new_zeros(weights.shape[1], *size) for size in cells.sizes]

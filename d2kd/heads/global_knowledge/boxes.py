@@ -19,7 +19,7 @@ from ...numerics import Ragged
 
 @dataclass(frozen=True)
 class PickedBoxes:
-    """Boxes to distil on: B images, P boxes per image, padded.
+    """Boxes to distil on.
 
     Attributes:
         boxes: (B, P, 4) xyxy in pixels of the resized image.
@@ -62,12 +62,9 @@ def most_positives(cfg: CfgNode) -> int:
 def pick_foreground(labels: Tensor, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
     """Positions of at most ``count`` foreground labels per row, evenly spread over those there are.
 
-    Args:
-        labels: (B, N); foreground are 0 to num_classes - 1.
-
-    Returns:
-        index (B, P) and validity (B, P) with P = min(count, N), found without waiting for the
-        device. On the CPU, where looking costs nothing and padding does, P is what is needed.
+    Of labels (B, N), foreground being 0 to num_classes - 1, index (B, P) and validity (B, P) with
+    P = min(count, N), found without waiting for the device. On the CPU, where looking costs nothing
+    and padding does, P is what is needed.
     """
     number = ((labels >= 0) & (labels < num_classes)).cumsum(dim=1)  # 1 at the first, 2 ...
     count = min(count, labels.shape[1])
