@@ -8,7 +8,7 @@ the student runs; what lies on the device already is taken as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,21 +50,15 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if hasattr(value, "to") else value
 
 
-class Normalisation(NamedTuple):
-    """How a detector makes its backbone's input of raw images: (image - mean) / std by channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def normalisation(model: nn.Module) -> Normalisation | None:
-    """How ``model`` normalises images, None where it may do something of its own."""
+def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
+    """(mean, std) by channel of the (image - mean) / std that ``model`` reads; None where it may do
+    something of its own."""
     own = [kind.preprocess_image for kind in (GeneralizedRCNN, DenseDetector)]
     if getattr(type(model), "preprocess_image", None) not in own:
         return None
     detector: Any = model
     mean, std = detector.pixel_mean.flatten(), detector.pixel_std.flatten()
-    return None if mean.is_meta else Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
+    return None if mean.is_meta else (mean.tolist(), std.tolist())
 
 
 def feeds_backbone(model: nn.Module) -> bool:
