@@ -99,7 +99,8 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         read = _read_safetensors if path.endswith(".safetensors") else read_tensors
         found: Any = read(path)
     except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from error
+        why = error.strerror or error
+        raise ConfigError(f"'{shown(path)}' cannot be read, or is damaged: {why}") from error
     if isinstance(found, dict):
         found = next((found[w] for w in _WRAPPERS if isinstance(found.get(w), dict)), found)
     is_state = isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())

@@ -121,7 +121,7 @@ def truncate(path: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"weights.pth' is not read: it is damaged, or no file of torch.save"),
+        (None, r"weights.pth' cannot be read, or is damaged"),
         (
             lambda s: {"code": pytest.raises},
             "is not read: it holds .*, not only tensors and plain values",
