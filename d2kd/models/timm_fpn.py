@@ -301,7 +301,8 @@ def _warn_of_other_pixels(cfg: CfgNode, pretrained_cfg: dict) -> None:
         )
 
 
-def _build_fpn(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
+    """The pyramid of ``MODEL.FPN`` on a backbone."""
     return FPN(
         bottom_up=bottom_up,
         in_features=list(cfg.MODEL.FPN.IN_FEATURES),
@@ -315,7 +316,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> F
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A timm model with the pyramid of two-stage detectors: p6 is p5, subsampled."""
-    return _build_fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
+    return build_fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
@@ -324,4 +325,4 @@ def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
     bottom_up = build_timm_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()[COARSEST].channels
     top_block = LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=COARSEST)
-    return _build_fpn(cfg, bottom_up, top_block)
+    return build_fpn(cfg, bottom_up, top_block)
