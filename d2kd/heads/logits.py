@@ -134,14 +134,9 @@ class Logits(DistillHead):
                 mine.logits, theirs.logits, self.options.temperature, self.sigmoid_classes
             )
         if "box" in self.weights:
+            deltas, units = (mine.deltas, theirs.deltas), (mine.delta_weights, theirs.delta_weights)
             terms["box"] = roi_box_loss(
-                mine.deltas,
-                theirs.deltas,
-                mine.labels,
-                self.num_classes,
-                mine.delta_weights,
-                theirs.delta_weights,
-                self.options.box_beta,
+                *deltas, mine.labels, self.num_classes, *units, self.options.box_beta
             )
         return terms
 
@@ -149,21 +144,14 @@ class Logits(DistillHead):
         """Class and box terms on the anchors of the levels that both detectors have."""
         options, terms = self.options, {}
         if "cls" in self.weights:
+            softness = options.temperature, options.dense_focus
             terms["cls"] = dense_class_loss(
-                *pair.logits,
-                pair.valid,
-                pair.num_foreground,
-                options.temperature,
-                options.dense_focus,
+                *pair.logits, pair.valid, pair.num_foreground, *softness
             )
         if "box" in self.weights:
+            units = pair.student.delta_weights, pair.teacher.delta_weights
             terms["box"] = dense_box_loss(
-                *pair.deltas,
-                pair.foreground,
-                pair.num_foreground,
-                pair.student.delta_weights,
-                pair.teacher.delta_weights,
-                options.box_beta,
+                *pair.deltas, pair.foreground, pair.num_foreground, *units, options.box_beta
             )
         return terms
 
