@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
+from torch import Tensor
 
 from .errors import ConfigError, first_line
 from .files import shown
@@ -31,6 +32,9 @@ _ARRAYS = {
     # Bytes in pickles of Python 2.
     ("_codecs", "encode"),
 }
+
+# What published files wrap a state dict in.
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -83,6 +87,35 @@ def read_tensors(path: str) -> Any:
         if found:
             reason = f"it holds {found[1]}, not only tensors and plain values"
         raise ConfigError(f"'{shown(path)}' is not read: {reason}") from error
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """The weights by name of a file of ``torch.save``, bare or wrapped, or of safetensors.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    try:
+        read = _read_safetensors if path.endswith(".safetensors") else read_tensors
+        found: Any = read(path)
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"'{shown(path)}' cannot be read, or is damaged: {why}") from error
+    if isinstance(found, dict):
+        found = next((found[w] for w in _WRAPPERS if isinstance(found.get(w), dict)), found)
+    is_state = isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())
+    if not is_state or not found:
+        raise ConfigError(f"'{shown(path)}' holds no weights by name, but a {type(found).__name__}")
+    return {str(name).removeprefix("module."): value for name, value in found.items()}
+
+
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    except Exception as error:
+        raise ConfigError(f"'{shown(path)}' is not read: {first_line(error)}") from error
 
 
 class SafeCheckpointer(DetectionCheckpointer):

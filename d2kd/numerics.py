@@ -89,6 +89,17 @@ def on_device(
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def check_shapes(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
+    """Refuse pyramids whose levels are not of the same shapes.
+
+    Raises:
+        ValueError: names the shapes.
+    """
+    mine, theirs = ([tuple(x.shape) for x in maps] for maps in (students, teachers))
+    if mine != theirs:
+        raise ValueError(f"student {mine} and teacher {theirs} differ in shape")
+
+
 def stack_channels(parts: Sequence[Tensor]) -> Tensor:
     """Stack tensors (..., C_i) of equal leading shapes: (len, ..., max C_i), padded with zeros."""
     widest = max(part.shape[-1] for part in parts)

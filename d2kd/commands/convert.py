@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..arguments import CommandParser, file_to_write
+from ..checkpoint_files import read_state_dict
 from ..files import write_atomically
 from ..models.torchvision_resnet import (
     config_lines,
     convert_torchvision_resnet,
-    read_torchvision,
     write_detectron2,
 )
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "output", type=file_to_write(".pkl"), help="a .pkl file, as Detectron2 knows the format"
     )
     args = parser.parse_args(argv)
-    weights = read_torchvision(args.input)
+    weights = read_state_dict(args.input)
     converted = convert_torchvision_resnet(weights)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, lambda temporary: write_detectron2(converted, temporary))

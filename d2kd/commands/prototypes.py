@@ -58,7 +58,7 @@ def make(args: argparse.Namespace) -> None:
     bank = model.distill_heads["GlobalKnowledge"].bank
     if bank is None:
         raise ConfigError("DISTILL.GLOBAL_KNOWLEDGE: neither GLOBAL.WEIGHT nor RELIABILITY is on")
-    prototypes = PrototypeGenerator.for_bank(cfg, bank)(model.student, model.teacher)
+    prototypes = PrototypeGenerator(cfg, bank)(model.student, model.teacher)
     if comm.is_main_process():
         args.output.parent.mkdir(parents=True, exist_ok=True)
         prototypes.save(str(args.output))

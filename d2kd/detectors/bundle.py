@@ -20,7 +20,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..geometry.pooling import PlacedBoxes, PooledBoxes, PoolOptions, place_boxes, pool_boxes
+from ..geometry.pooling import PlacedBoxes, PooledBoxes, place_boxes, pool_boxes
 from .inputs import to_device
 from .spec import DetectorSpec
 
@@ -378,6 +378,6 @@ class FeatureBundle(View):
         """
         if not isinstance(boxes, PlacedBoxes):
             boxes = place_boxes(boxes, strides or self.spec.strides)
-        options = PoolOptions(output_size, sampling_ratio, aligned)
         with self._context():
-            return pool_boxes([self.pyramid[s] for s in boxes.strides], boxes, options)
+            maps = [self.pyramid[s] for s in boxes.strides]
+            return pool_boxes(maps, boxes, output_size, sampling_ratio, aligned)

@@ -140,16 +140,16 @@ class _StudentDense(DenseView):
 
     @lazy
     def tower_maps(self) -> dict[str, dict[int, Sequence[Tensor]]]:
-        return {branch: self._tower_maps(tower) for branch, (tower, _) in _BRANCHES.items()}
-
-    def _tower_maps(self, tower: str) -> dict[int, Sequence[Tensor]]:
         step = self._step
-        positions = _convolutions(getattr(step.model.head, tower))
-        # What a convolution reads, not what the layer before it returns: all convolutions of a
-        # tower may share one activation.
-        maps = [[c.inputs[0] for c in step.calls(f"head.{tower}.{i}")] for i in positions]
-        outputs = step.outputs(f"head.{tower}")
-        return by_stride(step.spec.head_strides, zip(*maps, outputs, strict=True))
+        found: dict[str, dict[int, Sequence[Tensor]]] = {}
+        for branch, (tower, _) in _BRANCHES.items():
+            positions = _convolutions(getattr(step.model.head, tower))
+            # What a convolution reads, not what the layer before it returns: all convolutions of a
+            # tower may share one activation.
+            maps = [[c.inputs[0] for c in step.calls(f"head.{tower}.{i}")] for i in positions]
+            levels = zip(*maps, step.outputs(f"head.{tower}"), strict=True)
+            found[branch] = by_stride(step.spec.head_strides, levels)
+        return found
 
     @lazy
     def labels(self) -> Tensor:
@@ -171,15 +171,16 @@ class _TeacherDense(DenseView):
             finish_tower=self._finish_tower,
         )
 
-    # Every level, in order: with BN the towers keep one norm per level and count the calls.
     @lazy
     def class_tower(self) -> dict[int, Tensor]:
-        tower = self._model.head.cls_subnet
-        return {s: tower(self._step.pyramid[s]) for s in self._strides}
+        return self._apply(self._model.head.cls_subnet)
 
     @lazy
     def box_tower(self) -> dict[int, Tensor]:
-        tower = self._model.head.bbox_subnet
+        return self._apply(self._model.head.bbox_subnet)
+
+    def _apply(self, tower: nn.Module) -> dict[int, Tensor]:
+        # Every level, in order: with BN the towers keep one norm per level and count the calls.
         return {s: tower(self._step.pyramid[s]) for s in self._strides}
 
     @lazy

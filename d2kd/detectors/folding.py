@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 # Layers that autocast runs in half precision: it would cast their weights again in every step.
 _CAST = (nn.modules.conv._ConvNd, nn.Linear)
@@ -22,29 +23,26 @@ def fold_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Conv2d) and _is_fixed(module.norm):
-            scale, shift = _as_affine(module.norm)
-            weight, bias = module.weight.double(), module.bias
-            shape = (-1, *[1] * (weight.dim() - 1))
-            shift = shift if bias is None else shift + bias.double() * scale
-            dtype = module.weight.dtype
-            module.weight = nn.Parameter((weight * scale.view(shape)).to(dtype), False)
-            module.bias = nn.Parameter(shift.to(dtype), False)
+            norm, dtype = module.norm, module.weight.dtype
+            weight, bias = map(_wide, (module.weight, module.bias))
+            mean, variance = map(_wide, (norm.running_mean, norm.running_var))
+            scale, shift = map(_wide, (norm.weight, norm.bias))
+            weight, bias = fuse_conv_bn_weights(
+                weight, bias, mean, variance, norm.eps, scale, shift
+            )
+            module.weight = nn.Parameter(weight.to(dtype), False)
+            module.bias = nn.Parameter(bias.to(dtype), False)
             module.norm = None
+
+
+def _wide(tensor: Any) -> Any:
+    return None if tensor is None else tensor.double()
 
 
 def _is_fixed(norm: Any) -> bool:
     if isinstance(norm, FrozenBatchNorm2d):
         return True
     return isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and norm.track_running_stats
-
-
-def _as_affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift) by channel, float64."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.double()
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:

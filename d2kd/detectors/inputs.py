@@ -8,7 +8,7 @@ the student runs; what lies on the device already is taken as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,21 +50,15 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if hasattr(value, "to") else value
 
 
-class Normalisation(NamedTuple):
-    """How a detector makes its backbone's input of raw images: (image - mean) / std by channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def normalisation(model: nn.Module) -> Normalisation | None:
-    """How ``model`` normalises images, None where it may do something of its own."""
+def normalisation(model: nn.Module) -> tuple[list[float], list[float]] | None:
+    """(mean, std) by channel of the (image - mean) / std that ``model`` reads; None where it may do
+    something of its own."""
     own = [kind.preprocess_image for kind in (GeneralizedRCNN, DenseDetector)]
     if getattr(type(model), "preprocess_image", None) not in own:
         return None
     detector: Any = model
     mean, std = detector.pixel_mean.flatten(), detector.pixel_std.flatten()
-    return None if mean.is_meta else Normalisation(tuple(mean.tolist()), tuple(std.tolist()))
+    return None if mean.is_meta else (mean.tolist(), std.tolist())
 
 
 def feeds_backbone(model: nn.Module) -> bool:
@@ -83,15 +77,8 @@ def pad_images(images: Tensor, size: tuple[int, int]) -> Tensor:
 def batch_size(
     images: Sequence[Tensor] | Tensor, backbone: nn.Module, least: tuple[int, int]
 ) -> tuple[int, int]:
-    """The size that a batch of ``images`` has for a detector with this backbone.
-
-    Args:
-        images: (C, h_i, w_i).
-        least: (H, W) that it must have too.
-
-    Returns:
-        (H, W), multiples of what the backbone asks for.
-    """
+    """(H, W) of a batch of ``images`` (C, h_i, w_i) for a detector with this backbone: multiples of
+    what it asks for, and at least ``least``."""
     network: Any = backbone
     constraints = getattr(network, "padding_constraints", {})
     square = constraints.get("square_size", 0)

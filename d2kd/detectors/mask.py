@@ -80,7 +80,6 @@ class _TeacherMasks(MaskView):
     def __init__(self, step: TeacherStep):
         self._step, self._student = step, step.student.mask
         pooled = self._student.pooled
-        self._has_outputs = "mask.logits" in step.student.spec.fields
         super().__init__("teacher", pooled=pooled, boxes=pooled.boxes)
 
     @lazy
@@ -100,6 +99,7 @@ class _TeacherMasks(MaskView):
         pooled = pool_for_own_head(self._step, "mask", self)
         logits: Tensor = self._step.model.roi_heads.mask_head.layers(pooled)
         shared = self._step.spec.class_map
-        if shared is None or logits.shape[1] != shared.width or not self._has_outputs:
+        comparable = "mask.logits" in self._step.student.spec.fields
+        if shared is None or not comparable or logits.shape[1] != shared.width:
             return logits
         return shared.masks(logits, self._student.logits)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -36,35 +37,31 @@ class Call(NamedTuple):
     output: Any
 
 
+@dataclass(frozen=True)
 class StudentStep:
     """One recorded forward of the student.
 
     Attributes:
         model, spec: the student.
         batch: the ground truth.
+        recorded: path of what is tapped -> its calls, in order.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: DetectorSpec,
-        batch: Batch,
-        calls: Mapping[str, Sequence[Call]],
-    ):
-        self.model: Any = model
-        self.spec = spec
-        self.batch = batch
-        self._calls = calls
+    model: Any
+    spec: DetectorSpec
+    batch: Batch
+    recorded: Mapping[str, Sequence[Call]]
 
     def calls(self, path: str) -> Sequence[Call]:
         """The calls of what is tapped at ``path``, in order."""
-        return self._calls[path]
+        return self.recorded[path]
 
     def outputs(self, path: str) -> list[Any]:
         """What each of :meth:`calls` returned."""
-        return [call.output for call in self._calls[path]]
+        return [call.output for call in self.recorded[path]]
 
 
+@dataclass(frozen=True)
 class TeacherStep:
     """The teacher's side of a step: nothing is computed until a field is read.
 
@@ -74,18 +71,11 @@ class TeacherStep:
         bundle: the teacher's own, for the parts to read from each other.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        bundle: FeatureBundle,
-        student_model: nn.Module,
-        student: FeatureBundle,
-    ):
-        self.model: Any = model
-        self.spec = bundle.spec
-        self.bundle = bundle
-        self.student = student
-        self.student_model: Any = student_model
+    model: Any
+    spec: DetectorSpec
+    bundle: FeatureBundle
+    student_model: Any
+    student: FeatureBundle
 
     @property
     def pyramid(self) -> Mapping[int, Tensor]:

@@ -34,7 +34,8 @@ class RoIPart(DetectorPart):
     optional = ("features", "hidden", "logits", "deltas")
 
     def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
-        own = _describe_roi_heads(model) if _has_box_head(model) else Facts()
+        has_boxes = hasattr(getattr(model, "roi_heads", None), "box_pooler")
+        own = _describe_roi_heads(model) if has_boxes else Facts()
         if student is None:
             return own
         fields = fields_on_student_boxes(self.name, own.fields, model, student.roi_strides)
@@ -52,10 +53,6 @@ class RoIPart(DetectorPart):
 
     def teacher_view(self, step: TeacherStep) -> list[RoIView]:
         return [_TeacherRoIs(step, stage) for stage in range(step.student.spec.num_stages)]
-
-
-def _has_box_head(model: nn.Module) -> bool:
-    return hasattr(getattr(model, "roi_heads", None), "box_pooler")
 
 
 def _describe_roi_heads(model: Any) -> Facts:

@@ -184,9 +184,8 @@ def _foreign_source(cfg: CfgNode) -> Source:
         from .timm_teacher import TimmTeacher
 
         is_random = weights == RANDOM_WEIGHTS
-        source = "" if is_random else weights
-        module: Any = TimmTeacher(name, pretrained=not is_random, weights=source, **options)
-        weights = RANDOM_WEIGHTS if is_random else ""
+        module: Any = TimmTeacher(name, pretrained=not is_random, weights=weights, **options)
+        weights = weights if is_random else ""
     else:
         from .torchvision_teacher import TorchvisionTeacher
 

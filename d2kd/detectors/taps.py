@@ -8,6 +8,7 @@ that the student's own losses hold on to anyway, and drop them after the step.
 from __future__ import annotations
 
 import functools
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -51,25 +52,17 @@ class Taps:
             self._tap(path)
 
     def _tap(self, path: str) -> None:
-        owner, name = self._owner(path)
-        target = getattr(owner, name, None)
+        try:
+            target = operator.attrgetter(path)(self.student)
+        except AttributeError as error:
+            raise ConfigError(
+                f"the student, a {type(self.student).__name__}, has no '{path}' to read from"
+            ) from error
         if isinstance(target, nn.Module):
             # Not a closure: a copy of the Distiller records into its own taps, and can be pickled.
             target.register_forward_hook(functools.partial(self._record_module, path))
-        elif callable(target):
-            self._methods.append(path)
         else:
-            raise ConfigError(
-                f"the student, a {type(self.student).__name__}, has no '{path}' to read from"
-            )
-
-    def _owner(self, path: str) -> tuple[nn.Module | None, str]:
-        """The module that has the last name of ``path``."""
-        parent, _, name = path.rpartition(".")
-        try:
-            return self.student.get_submodule(parent), name
-        except AttributeError:
-            return None, name
+            self._methods.append(path)
 
     def _record_module(
         self, path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any
@@ -86,8 +79,8 @@ class Taps:
         self._calls.clear()
         self._recording = True
         for path in self._methods:
-            owner, name = self._owner(path)
-            assert owner is not None
+            parent, _, name = path.rpartition(".")
+            owner = self.student.get_submodule(parent)
             # In the instance, over the class's own, and only now: copies of it see nothing of this.
             self._replaced.append((owner, name, vars(owner).get(name, _MISSING)))
             recorded = functools.partial(self._record_method, path, getattr(owner, name))

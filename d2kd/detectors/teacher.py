@@ -143,36 +143,27 @@ class Teacher:
 
     def context(self) -> contextlib.AbstractContextManager[None]:
         """No gradient, and the teacher's own precision, else that of the caller's autocast."""
-        return _frozen(self._device_type, self._dtype())
+        return _frozen(self._device.type, self._dtype())
 
     @property
-    def _device_type(self) -> str:
+    def _device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
-        return device.type
+        return device
 
     def _dtype(self) -> torch.dtype:
         """What the teacher computes in, called now."""
         if self.precision:
             return PRECISIONS[self.precision] or torch.float32
-        device = self._device_type
-        is_half = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if is_half else torch.float32
+        kind = self._device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
     def preprocess(self, inputs: list[dict[str, Any]], padded_size: tuple[int, int]) -> Tensor:
         """Normalise and pad the student's images for the teacher.
 
-        Channels are reordered first, then normalised. The result is at least as large as the
-        student's padded batch, so that the teacher's maps cover the student's.
-
-        Args:
-            inputs: Detectron2's ``batched_inputs``.
-            padded_size: (H, W) of the student's padded images.
-
-        Returns:
-            (B, 3, H', W') with H' >= H and W' >= W.
+        Channels are reordered first, then normalised. The result (B, 3, H', W') is at least as
+        large as ``padded_size``, the student's (H, W), so that the teacher's maps cover its own.
         """
-        device = next(self.model.parameters()).device
-        images = [item["image"] for item in to_device(inputs, device)]
+        images = [item["image"] for item in to_device(inputs, self._device)]
         if self.normalisation is None:
             images = [image.flip(0) if self.flip_channels else image for image in images]
             own: Tensor = self.model.preprocess_image([{"image": image} for image in images]).tensor
@@ -199,7 +190,7 @@ class Teacher:
         dtype = self._dtype()
         model = self._model_for(dtype)
         # Of this moment, whatever autocast is where a field is read.
-        context = functools.partial(_frozen, self._device_type, dtype)
+        context = functools.partial(_frozen, self._device.type, dtype)
 
         def images() -> Tensor:
             if not self.flip_channels and taps.normalisation == self.normalisation is not None:
@@ -213,7 +204,7 @@ class Teacher:
             image_sizes=student.image_sizes,
             pyramid=Lazy(lambda: _pyramid(model, images(), student, context)),
         )
-        step = TeacherStep(model, bundle, taps.student, student)
+        step = TeacherStep(model, spec, bundle, taps.student, student)
         for part in detector_parts():
             if part.is_served(spec):
                 part.join(bundle, part.teacher_view(step))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.timm_fpn import create_body, describe_levels, import_timm
+from ..models.timm_models import create_body, describe_levels, import_timm
 from .foreign import Pixels
 
 KEY = "DISTILL.TEACHER.CONFIG_FILE"
@@ -45,12 +45,15 @@ class TimmTeacher(nn.Module):
             options.setdefault("dynamic_img_size", True)
         maps = {info["reduction"]: info for info in levels.values()}
         indices = tuple(info["index"] for info in maps.values())
-        own = pretrained and not weights
-        self.body = create_body(name, indices, own, 3, options, f"name a file in {WEIGHTS_KEY}")
-        if weights:
-            from ..models.timm_weights import load_timm_weights
-
-            load_timm_weights(self.body, name, weights, WEIGHTS_KEY)
+        self.body = create_body(
+            name,
+            indices,
+            in_channels=3,
+            pretrained=pretrained,
+            weights=weights,
+            key=WEIGHTS_KEY,
+            options=options,
+        )
         strides = {stride: 2 ** math.ceil(math.log2(stride)) for stride in maps}
         self.scale = min(stride / students for stride, students in strides.items())
         self.channels = {strides[s]: info["num_chs"] for s, info in maps.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -154,17 +155,10 @@ class _MaskHead(nn.Module):
     def __init__(self, head: nn.Module, own: Any):
         super().__init__()
         self.head, self.own = head, own
-        self.predictor = _Width(own.mask_fcn_logits.out_channels - 1)
+        # What is asked of Detectron2's mask predictor.
+        self.predictor = SimpleNamespace(out_channels=own.mask_fcn_logits.out_channels - 1)
 
     def layers(self, features: Tensor) -> Tensor:
         """(F, C, P, P) -> (F, K, 2 P, 2 P)."""
         logits: Tensor = self.own(self.head(features))
         return logits[:, 1:]
-
-
-class _Width(nn.Module):
-    """What is asked of Detectron2's mask predictor."""
-
-    def __init__(self, out_channels: int):
-        super().__init__()
-        self.out_channels = out_channels

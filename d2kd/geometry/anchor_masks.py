@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import image_index, on_device, repeat_each
+from ..numerics import image_index, repeat_each
+from .anchors import grid_anchors
 from .boxes import assign_levels
 
 MASK_KINDS = ("count", "binary", "iou", "gauss", "zones", "roi_level")
@@ -115,38 +116,6 @@ def multi_value_masks(
     return masks
 
 
-def pseudo_anchors(
-    sizes: Sizes,
-    device: torch.device,
-    scale: float = 8.0,
-    ratios: Sequence[float] = (0.5, 1.0, 2.0),
-) -> dict[int, Tensor]:
-    """Anchors for detectors that have none: centred on the cells, of side ``scale`` strides.
-
-    Args:
-        sizes: stride -> (H, W).
-        device: where the anchors are needed.
-        scale: square root of an anchor's area in strides.
-        ratios: height / width of the K anchors of a position.
-
-    Returns:
-        stride -> (H * W * K, 4) in the order (y, x, anchor).
-    """
-    half = [(scale / 2 / math.sqrt(r), scale / 2 * math.sqrt(r)) for r in ratios]
-    corners = on_device([(-w, -h, w, h) for w, h in half], device)  # (K, 4)
-    anchors = {}
-    for stride, size in sizes.items():
-        centre = _cell_centres(size, device).repeat(1, 2)[:, None]  # (H W, 1, 4)
-        anchors[stride] = stride * (centre + corners).flatten(0, 1)
-    return anchors
-
-
-def _cell_centres(size: tuple[int, int], device: torch.device) -> Tensor:
-    """(H W, 2) centres x, y of the cells of a level, in strides."""
-    y, x = (torch.arange(length, device=device) + 0.5 for length in size)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-
-
 @dataclass(frozen=True)
 class _Grid:
     """All positions of all levels, level after level.
@@ -183,7 +152,8 @@ class _Grid:
 
     def offsets(self, boxes: Tensor) -> Tensor:
         """(G, P, 2) cell centres from the centre of ``boxes`` (G, 4), in half sides of the box."""
-        levels = [s * _cell_centres(size, boxes.device) for s, size in self.sizes.items()]
+        origin = boxes.new_zeros(1, 4)
+        levels = [grid_anchors(origin, size, s, 0.5)[:, :2] for s, size in self.sizes.items()]
         start, end = boxes[:, None, :2], boxes[:, None, 2:]
         return (2 * torch.cat(levels) - start - end) / (end - start).clamp(min=1e-6)
 

@@ -15,21 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics import Ragged, full_precision, on_device, stack_channels
-
-
-def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack boxes of several images.
-
-    Args:
-        boxes: B tensors (n_i, 4).
-
-    Returns:
-        boxes (B, P, 4) with P = max n_i (at least 1), padded with zeros, and their validity
-        (B, P), bool.
-    """
-    layout = Ragged.of(boxes)
-    return layout.pad(torch.cat(boxes)), layout.valid
+from ..numerics import full_precision, on_device, stack_channels
 
 
 def assign_levels(
@@ -139,14 +125,8 @@ def box_masks(cells: BoxCells, weights: Tensor) -> list[Tensor]:
     """Maps of box weights: the largest weight of the boxes that cover a cell, 0 outside of boxes.
 
     Taking the largest makes the mask independent of the boxes' order (the released code of
-    Global Knowledge lets the later box win).
-
-    Args:
-        cells: of the boxes (B, P, 4).
-        weights: (L, B, P) >= 0; a box of weight 0 is not there.
-
-    Returns:
-        (B, H_r, W_r) per level in the dtype of ``weights``.
+    Global Knowledge lets the later box win). Weights (L, B, P) >= 0; a box of weight 0 is not
+    there. Returns (B, H_r, W_r) per level in their dtype.
     """
     if weights.shape[-1] == 0:
         return [weights.new_zeros(weights.shape[1], *size) for size in cells.sizes]

@@ -16,7 +16,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.modeling.poolers import assign_boxes_to_levels
@@ -72,29 +72,28 @@ def place_boxes(
     return PlacedBoxes(strides, rois.unbind())
 
 
-class PoolOptions(NamedTuple):
-    """How boxes are pooled.
-
-    Attributes:
-        output_size: side P of the pooled map.
-        sampling_ratio, aligned: as in :class:`detectron2.layers.ROIAlign`.
-    """
-
-    output_size: int = 7
-    sampling_ratio: int = 0
-    aligned: bool = True
-
-
-def pool_boxes(maps: Sequence[Tensor], boxes: PlacedBoxes, options: PoolOptions) -> Tensor:
+def pool_boxes(
+    maps: Sequence[Tensor],
+    boxes: PlacedBoxes,
+    output_size: int = 7,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
     """RoIAlign boxes on the levels of a pyramid.
 
     Args:
         maps: per level (B, C, H, W).
+        output_size: side P of the pooled map.
+        sampling_ratio, aligned: as in :class:`detectron2.layers.ROIAlign`.
 
     Returns:
         (R, C, P, P), in the order and precision of the boxes and the maps.
     """
-    layers = [functools.partial(_roi_align, 1 / stride, options) for stride in boxes.strides]
+    size = (output_size, output_size)
+    layers = [
+        functools.partial(_roi_align, (size, 1 / stride, sampling_ratio, aligned))
+        for stride in boxes.strides
+    ]
     return pool_levels(layers, maps, boxes.rois).to(maps[0].dtype)
 
 
@@ -148,9 +147,7 @@ class PooledBoxes:
 
 # Boxes would be rounded to the maps' precision otherwise: by pixels, in bfloat16.
 @full_precision
-def _roi_align(scale: float, options: PoolOptions, maps: Tensor, rois: Tensor) -> Tensor:
-    size = (options.output_size, options.output_size)
-    arguments = size, scale, options.sampling_ratio, options.aligned
+def _roi_align(arguments: tuple[Any, ...], maps: Tensor, rois: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     if maps.device.type == "cpu" and maps.requires_grad and threads > 1:
         pooled: Tensor = _ROIAlignOnCPU.apply(maps, rois.to(maps.dtype), *arguments)

@@ -88,10 +88,8 @@ def build_adapters(
 def build_roi_adapter(student: DetectorSpec, teacher: DetectorSpec, stride: int) -> nn.Module:
     """1x1 convolution on pooled features, student -> teacher; the identity for equal channels.
 
-    The levels that RoIs are pooled from share one, as they share one box or mask head.
-
-    Args:
-        stride: of any of those levels.
+    The levels that RoIs are pooled from, ``stride`` being any of them, share one, as they share one
+    box or mask head.
     """
     adapters = build_adapters(student, teacher, (stride,))
     return adapters[str(stride)] if len(adapters) else nn.Identity()

@@ -20,12 +20,17 @@ from ..registry import DISTILL_HEAD_REGISTRY, node_name
 from .needs import Need, check_needs
 from .sketch import Sketch
 
+# Loss terms of a head, scalars by name.
+Terms = dict[str, Tensor]
+
 
 class DistillHead(nn.Module, ABC):
     """Base class of distillation heads.
 
-    A head decides what to read, which parameters it needs and which losses it returns. Weight,
-    schedule, naming, freezing the teacher, precision and checkpoints are not its concern.
+    A head decides what to read, which parameters it needs and which losses it returns. Its
+    constructor takes its ``options``, ``student_spec`` and ``teacher_spec`` by these names, or what
+    a :meth:`from_config` of its own returns; ``@configurable`` stands above it. Weight, schedule,
+    naming, freezing the teacher, precision and checkpoints are not its concern.
 
     ``Options`` declares the head's keys (see :mod:`d2kd.keys`). ``reads`` names the fields it reads
     of both bundles (see :class:`~d2kd.detectors.spec.DetectorSpec`), ``student_reads`` and
@@ -53,6 +58,17 @@ class DistillHead(nn.Module, ABC):
 
         Each carries the head's own inner weights, but not ``WEIGHT`` or the schedule.
         """
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
+    ) -> dict[str, Any]:
+        """Arguments of the constructor: the head's options and both specs, or a head's own."""
+        return {
+            "options": cls.read_options(cfg),
+            "student_spec": student_spec,
+            "teacher_spec": teacher_spec,
+        }
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..config import HeadOptions
@@ -24,7 +23,7 @@ from ..losses.logits import dense_class_loss
 from ..numerics import full_precision
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_tower_adapter
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .dense import join_levels
 from .needs import SHARED, Need
 from .pyramid import resized_like
@@ -69,10 +68,7 @@ class CrossKD(DistillHead):
 
     Args:
         options: the values of ``DISTILL.CROSS_KD``.
-        weights: term -> weight, of "cls" and "box"; what is absent is not computed.
-        strides: levels that both heads read.
-        num_classes: (K of the student, K of the teacher).
-        adapters: term -> from the student's channels to the teacher's.
+        student_spec, teacher_spec: of the pair.
     """
 
     Options = CrossKDOptions
@@ -80,34 +76,17 @@ class CrossKD(DistillHead):
 
     @configurable
     def __init__(
-        self,
-        *,
-        options: CrossKDOptions,
-        weights: Mapping[str, float],
-        strides: Sequence[int],
-        num_classes: tuple[int, int],
-        adapters: Mapping[str, nn.Module],
+        self, *, options: CrossKDOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
+        pair = student_spec, teacher_spec
         self.options = options
-        self.weights = weights
-        self.strides = tuple(strides)
-        self.num_classes = num_classes
-        self.adapters = nn.ModuleDict(adapters)
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        weights, pair = cls.term_weights(options), (student_spec, teacher_spec)
-        return {
-            "options": options,
-            "weights": weights,
-            "strides": _common_strides(*pair),
-            "num_classes": tuple(spec.num_classes for spec in pair),
-            "adapters": {t: build_tower_adapter(*pair, options.teacher_convs) for t in weights},
-        }
+        self.weights = self.term_weights(options)
+        self.strides = _common_strides(*pair)
+        self.num_classes = [spec.num_classes or 0 for spec in pair]
+        self.adapters = nn.ModuleDict(
+            {term: build_tower_adapter(*pair, options.teacher_convs) for term in self.weights}
+        )
 
     @classmethod
     def needs(
@@ -121,9 +100,7 @@ class CrossKD(DistillHead):
         towers = Need("", student=("dense.tower_maps",), teacher=("dense.finish_tower",))
         return [towers, *(terms[term] for term in cls.term_weights(options))]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         mine, theirs, terms = student.dense, teacher.dense, {}
         if "cls" in self.weights:
             own, width = self.num_classes
@@ -160,13 +137,9 @@ class CrossKD(DistillHead):
         return teacher.decode(rows, anchor.expand_as(rows))
 
 
-def _common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
-    """Levels that both heads read.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    common = [stride for stride in student.head_strides if stride in teacher.head_strides]
+def _common_strides(student: DetectorSpec, teacher: DetectorSpec) -> tuple[int, ...]:
+    """Levels that both heads read; there must be one."""
+    common = tuple(s for s in student.head_strides if s in teacher.head_strides)
     if not common:
         raise ConfigError(
             f"no level is read by both heads: student at strides {list(student.head_strides)}, "
@@ -176,11 +149,7 @@ def _common_strides(student: DetectorSpec, teacher: DetectorSpec) -> list[int]:
 
 
 def _check_one_stage(options: CrossKDOptions, student: DetectorSpec, teacher: DetectorSpec) -> None:
-    """Refuse detectors without towers that go on to predictions, or with too short ones.
-
-    Raises:
-        ConfigError: says which detector, and what works.
-    """
+    """Refuse detectors without towers that go on to predictions, or with too short ones."""
     for spec in (student, teacher):
         if spec.two_stage:
             raise ConfigError(

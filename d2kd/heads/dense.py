@@ -13,12 +13,10 @@ from ..detectors.bundle import DenseView
 
 
 def join_levels(maps: Mapping[int, Tensor], strides: Sequence[int], width: int) -> Tensor:
-    """Dense predictions of several levels in one tensor, in the order of the maps in memory.
+    """Dense predictions of the levels ``strides`` in one tensor, as the maps lie in memory.
 
     Args:
-        maps: stride -> (B, A x width, H, W).
-        strides: the levels to join.
-        width: numbers of an anchor: K for logits, 4 for deltas.
+        maps: stride -> (B, A x width, H, W); width is K for logits, 4 for deltas.
 
     Returns:
         (B, A, width, L), L being the positions of those levels.

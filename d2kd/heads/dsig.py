@@ -7,12 +7,11 @@ dense one on its own best predictions. The mathematics is in :mod:`d2kd.losses.d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ..config import HeadOptions
@@ -26,8 +25,8 @@ from ..losses.logits import dense_box_loss, mask_loss, roi_box_loss
 from ..losses.mimic import pyramid_mimic_loss
 from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
-from .adapters import Adapters, build_adapters, build_roi_adapter, pair_levels
-from .base import DistillHead
+from .adapters import build_adapters, build_roi_adapter, pair_levels
+from .base import DistillHead, Terms
 from .dense import DensePair
 from .dsig_nodes import Graph, TopPredictions
 from .needs import Need
@@ -124,33 +123,13 @@ class DSIGOptions(HeadOptions):
     pool_resolution: int = key(7, COUNT, "Side of the pooled nodes of a dense student, in cells.")
 
 
-@dataclass(frozen=True)
-class NodePooling:
-    """Where the nodes' features come from.
-
-    Attributes:
-        strides: levels that nodes are pooled from, each detector on its own pyramid; () where the
-            bundles have the student's RoIs pooled already.
-        resolution: side of the pooled nodes.
-    """
-
-    strides: tuple[int, ...] = ()
-    resolution: int = 7
-
-
 @DISTILL_HEAD_REGISTRY.register()
 class DSIG(DistillHead):
     """Structured instance graphs of student and teacher, and the authors' logit and pyramid terms.
 
     Args:
         options: the values of ``DISTILL.DSIG``.
-        weights: term -> weight, terms as in ``term_options``; what is absent is not computed.
-        two_stage: nodes are the student's sampled RoIs; else its top predictions.
-        num_classes: K of the student.
-        node_adapter: student -> teacher channels of pooled features (R, C, P, P).
-        pooling: where the nodes' features come from.
-        pyramid_adapters: student -> teacher channels of the levels of the "pyramid" term.
-        pyramid_strides: those levels.
+        student_spec, teacher_spec: of the pair.
     """
 
     Options = DSIGOptions
@@ -167,54 +146,26 @@ class DSIG(DistillHead):
 
     @configurable
     def __init__(
-        self,
-        *,
-        options: DSIGOptions,
-        weights: Mapping[str, float],
-        two_stage: bool,
-        num_classes: int,
-        node_adapter: nn.Module,
-        pooling: NodePooling,
-        pyramid_adapters: Adapters,
-        pyramid_strides: Sequence[int],
+        self, *, options: DSIGOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
+        pair = student_spec, teacher_spec
+        common = pair_levels(*pair)
         self.options = options
-        self.weights = weights
-        self.two_stage = two_stage
-        self.num_classes = num_classes
-        self.node_adapter = node_adapter
-        self.pooling = pooling
-        self.pyramid_adapters = pyramid_adapters
-        self.pyramid_strides = pyramid_strides
+        self.weights = self._weights(options, student_spec)
+        self.two_stage = student_spec.two_stage
+        self.num_classes = student_spec.num_classes or 0
+        self.node_adapter: nn.Module = nn.Identity()
+        if self._any(("foreground", "background", "mask_node")):
+            self.node_adapter = build_roi_adapter(*pair, common[0])
+        # Levels to pool nodes from, on both pyramids; none where the bundles have pooled RoIs.
+        self.node_strides = () if _are_pooled(*pair) else common
+        self.node_size = student_spec.roi_resolution or options.pool_resolution
+        self.pyramid_strides = common if "pyramid" in self.weights else ()
+        self.pyramid_adapters = build_adapters(*pair, self.pyramid_strides)
         self.predictions = TopPredictions(
             options.predictions_per_level, options.predictions_nms, options.predictions_per_image
         )
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        weights = cls._weights(options, student_spec)
-        common = pair_levels(student_spec, teacher_spec)
-        node_adapter: nn.Module = nn.Identity()
-        if weights.keys() & {"foreground", "background", "mask_node"}:
-            node_adapter = build_roi_adapter(student_spec, teacher_spec, common[0])
-        pyramid_strides = common if "pyramid" in weights else ()
-        return {
-            "options": options,
-            "weights": weights,
-            "two_stage": student_spec.two_stage,
-            "num_classes": student_spec.num_classes,
-            "node_adapter": node_adapter,
-            "pooling": NodePooling(
-                () if _are_pooled(student_spec, teacher_spec) else common,
-                student_spec.roi_resolution or options.pool_resolution,
-            ),
-            "pyramid_adapters": build_adapters(student_spec, teacher_spec, pyramid_strides),
-            "pyramid_strides": pyramid_strides,
-        }
 
     @classmethod
     def _weights(cls, options: DSIGOptions, student: DetectorSpec) -> dict[str, float]:
@@ -230,7 +181,6 @@ class DSIG(DistillHead):
     ) -> Sequence[Need]:
         _check_options(options, student)
         weights = cls._weights(options, student)
-        terms = _roi_needs(options) if student.two_stage else _dense_needs()
         # Nodes come from the pooled RoIs, or each detector pools them from its own pyramid.
         nodes = "roi.features" if _are_pooled(student, teacher) else "pyramid"
         needs = [Need("", student=("roi",) if student.two_stage else ())]
@@ -238,11 +188,9 @@ class DSIG(DistillHead):
             if nodes == "pyramid":
                 _check_widths(student, teacher)
             needs.append(Need("", both=(nodes,), student=_chooses_nodes(student)))
-        return needs + [need for need in terms if need.term in weights]
+        return needs + [need for need in _term_needs(options, student) if need.term in weights]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         terms: dict[str, Tensor] = {}
         if self._any(OUTPUT_TERMS):
             if self.two_stage:
@@ -253,7 +201,7 @@ class DSIG(DistillHead):
                 terms |= self._compare_anchors(pair)
         if self._any(MASK_TERMS):
             terms |= self._compare_masks(student, teacher)
-        if self._any(("pyramid",)):
+        if "pyramid" in self.weights:
             terms["pyramid"] = self._compare_pyramids(student, teacher)
         if self._any(GRAPH_TERMS):
             graph = self._roi_graph if self.two_stage else self._prediction_graph
@@ -293,7 +241,7 @@ class DSIG(DistillHead):
             has_edges = losses.nodes_with_edges(theirs.logits, foreground, threshold)
         nodes = (
             self._pool(student, teacher, mine.boxes)
-            if self.pooling.strides
+            if self.node_strides
             else (mine.features, theirs.features)
         )
         return Graph(*nodes, Ragged.of(mine.boxes), foreground, has_edges)
@@ -306,11 +254,10 @@ class DSIG(DistillHead):
     def _pool(
         self, student: FeatureBundle, teacher: FeatureBundle, boxes: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        placed = place_boxes(boxes, self.pooling.strides)
-        size = self.pooling.resolution
-        return student.pool(placed, size), teacher.pool(placed, size)
+        placed = place_boxes(boxes, self.node_strides)
+        return student.pool(placed, self.node_size), teacher.pool(placed, self.node_size)
 
-    def _compare_graphs(self, graph: Graph) -> dict[str, Tensor]:
+    def _compare_graphs(self, graph: Graph) -> Terms:
         reduction, terms = self.options.image_reduction, {}
         if self._any(("foreground", "background")):
             nodes = self.node_adapter(graph.student), graph.teacher
@@ -331,7 +278,7 @@ class DSIG(DistillHead):
 
     # --- outputs, masks and pyramids -------------------------------------------------------------
 
-    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> dict[str, Tensor]:
+    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> Terms:
         """Class and box outputs on the sampled RoIs."""
         terms = {}
         if "class" in self.weights:
@@ -345,7 +292,7 @@ class DSIG(DistillHead):
             )
         return terms
 
-    def _compare_anchors(self, pair: DensePair) -> dict[str, Tensor]:
+    def _compare_anchors(self, pair: DensePair) -> Terms:
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
         terms = {}
         if "class" in self.weights:
@@ -359,7 +306,7 @@ class DSIG(DistillHead):
             )
         return terms
 
-    def _compare_masks(self, student: FeatureBundle, teacher: FeatureBundle) -> dict[str, Tensor]:
+    def _compare_masks(self, student: FeatureBundle, teacher: FeatureBundle) -> Terms:
         """The mask branch on the foreground RoIs: its logits, and its pooled features as nodes."""
         mine, theirs = student.mask, teacher.mask
         terms = {}
@@ -417,43 +364,26 @@ def _check_options(options: DSIGOptions, student: DetectorSpec) -> None:
         raise ConfigError("DISTILL.DSIG.MASK_NODES weighs as FOREGROUND_WEIGHT, which is 0")
 
 
-def _mask_needs() -> list[Need]:
-    return [
+def _term_needs(options: DSIGOptions, student: DetectorSpec) -> list[Need]:
+    """Needs of all terms. Deltas of RoIs may come one box per class; those of anchors know none."""
+    needs = [
         Need("pyramid", both=("pyramid",)),
         Need("mask", both=("mask.logits",), same=("num_classes",)),
         Need("mask_node", both=("mask.features",), without="DISTILL.DSIG.MASK_NODES False"),
     ]
-
-
-def _roi_needs(options: DSIGOptions) -> list[Need]:
-    """Needs of the terms of a two-stage student; deltas of RoIs may come one box per class."""
-    needs = [
-        Need(
-            "class",
-            both=("roi.logits",),
-            same=("num_classes",),
-            softmax=("student", "teacher"),
-        ),
-        Need("box", both=("roi.deltas",), same=("num_classes", "box_coding")),
-    ]
+    if not student.two_stage:
+        labels, anchors = ("dense.labels",), ("anchors_per_location", "anchors")
+        return [
+            Need("class", both=("dense.logits",), student=labels, same=("num_classes", *anchors)),
+            Need("box", both=("dense.deltas",), student=labels, same=(*anchors, "box_coding")),
+            *needs,
+        ]
+    both, logits, classes = ("student", "teacher"), ("roi.logits",), ("num_classes",)
     if options.mine_background:
-        needs.append(
-            Need(
-                "edge",
-                teacher=("roi.logits",),
-                softmax=("teacher",),
-                without="DISTILL.DSIG.MINE_BACKGROUND False",
-            )
-        )
-    return needs + _mask_needs()
-
-
-def _dense_needs() -> list[Need]:
-    """Needs of the terms of a dense student; deltas of anchors know no class."""
-    anchors = ("anchors_per_location", "anchors")
-    labels = ("dense.labels",)
+        without = "DISTILL.DSIG.MINE_BACKGROUND False"
+        needs.insert(0, Need("edge", teacher=logits, softmax=("teacher",), without=without))
     return [
-        Need("class", both=("dense.logits",), student=labels, same=("num_classes", *anchors)),
-        Need("box", both=("dense.deltas",), student=labels, same=(*anchors, "box_coding")),
-        *_mask_needs(),
+        Need("class", both=logits, same=classes, softmax=both),
+        Need("box", both=("roi.deltas",), same=(*classes, "box_coding")),
+        *needs,
     ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..config import HeadOptions
@@ -22,7 +21,7 @@ from ..losses.logits import (
     roi_class_loss,
 )
 from ..registry import DISTILL_HEAD_REGISTRY
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .dense import DensePair
 from .needs import Need
 
@@ -72,10 +71,7 @@ class Logits(DistillHead):
 
     Args:
         options: the values of ``DISTILL.LOGITS``.
-        weights: term -> weight, of "cls", "box" and "mask"; what is absent is not computed.
-        two_stage: the pair has box heads on RoIs; else it is dense.
-        num_classes: K, of both.
-        sigmoid_classes: the box heads are trained with a sigmoid per class instead of softmax.
+        student_spec, teacher_spec: of the pair.
     """
 
     Options = LogitsOptions
@@ -83,33 +79,14 @@ class Logits(DistillHead):
 
     @configurable
     def __init__(
-        self,
-        *,
-        options: LogitsOptions,
-        weights: Mapping[str, float],
-        two_stage: bool,
-        num_classes: int,
-        sigmoid_classes: bool = False,
+        self, *, options: LogitsOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
         self.options = options
-        self.weights = weights
-        self.two_stage = two_stage
-        self.num_classes = num_classes
-        self.sigmoid_classes = sigmoid_classes
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        return {
-            "options": options,
-            "weights": cls._weights(options, student_spec),
-            "two_stage": student_spec.two_stage,
-            "num_classes": student_spec.num_classes,
-            "sigmoid_classes": student_spec.sigmoid_classes,
-        }
+        self.weights = self._weights(options, student_spec)
+        self.two_stage = student_spec.two_stage
+        self.num_classes = student_spec.num_classes or 0
+        self.sigmoid_classes = student_spec.sigmoid_classes
 
     @classmethod
     def _weights(cls, options: LogitsOptions, student: DetectorSpec) -> dict[str, float]:
@@ -119,25 +96,20 @@ class Logits(DistillHead):
     def needs(
         cls, options: LogitsOptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> Sequence[Need]:
-        if student.two_stage:
-            outputs, labels, same_anchors = "roi", "roi", []
-        else:
-            outputs, labels, same_anchors = (
-                "dense",
-                "dense.labels",
-                ["anchors_per_location", "anchors"],
-            )
+        outputs = labels = "roi"
+        same = ["kind", "num_classes"]
+        if not student.two_stage:
+            outputs, labels = "dense", "dense.labels"
+            same += ["anchors_per_location", "anchors"]
         terms = {
             "cls": Need("cls", both=(f"{outputs}.logits",), same=("sigmoid_classes",)),
             "box": Need("box", both=(f"{outputs}.deltas",), same=("box_coding",)),
             "mask": Need("mask", both=("mask.logits",)),
         }
-        pair = Need("", student=(labels,), same=("kind", "num_classes", *same_anchors))
+        pair = Need("", student=(labels,), same=same)
         return [pair, *(terms[term] for term in cls._weights(options, student))]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         if self.two_stage:
             # Summed over the stages of a cascade, as its own losses are.
             stages = [
@@ -154,7 +126,7 @@ class Logits(DistillHead):
             )
         return self.weigh(terms)
 
-    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> dict[str, Tensor]:
+    def _compare_rois(self, mine: RoIView, theirs: RoIView) -> Terms:
         """Class and box terms of one stage of the box head."""
         terms = {}
         if "cls" in self.weights:
@@ -162,36 +134,24 @@ class Logits(DistillHead):
                 mine.logits, theirs.logits, self.options.temperature, self.sigmoid_classes
             )
         if "box" in self.weights:
+            deltas, units = (mine.deltas, theirs.deltas), (mine.delta_weights, theirs.delta_weights)
             terms["box"] = roi_box_loss(
-                mine.deltas,
-                theirs.deltas,
-                mine.labels,
-                self.num_classes,
-                mine.delta_weights,
-                theirs.delta_weights,
-                self.options.box_beta,
+                *deltas, mine.labels, self.num_classes, *units, self.options.box_beta
             )
         return terms
 
-    def _compare_anchors(self, pair: DensePair) -> dict[str, Tensor]:
+    def _compare_anchors(self, pair: DensePair) -> Terms:
         """Class and box terms on the anchors of the levels that both detectors have."""
         options, terms = self.options, {}
         if "cls" in self.weights:
+            softness = options.temperature, options.dense_focus
             terms["cls"] = dense_class_loss(
-                *pair.logits,
-                pair.valid,
-                pair.num_foreground,
-                options.temperature,
-                options.dense_focus,
+                *pair.logits, pair.valid, pair.num_foreground, *softness
             )
         if "box" in self.weights:
+            units = pair.student.delta_weights, pair.teacher.delta_weights
             terms["box"] = dense_box_loss(
-                *pair.deltas,
-                pair.foreground,
-                pair.num_foreground,
-                pair.student.delta_weights,
-                pair.teacher.delta_weights,
-                options.box_beta,
+                *pair.deltas, pair.foreground, pair.num_foreground, *units, options.box_beta
             )
         return terms
 

@@ -17,7 +17,8 @@ from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle, RoIView
 from ..detectors.spec import DetectorSpec
 from ..errors import ConfigError
-from ..geometry.anchor_masks import MASK_KINDS, MaskRule, multi_value_masks, pseudo_anchors
+from ..geometry.anchor_masks import MASK_KINDS, MaskRule, multi_value_masks
+from ..geometry.anchors import pseudo_anchors
 from ..keys import NOT_NEGATIVE, Options, Rule, group, key, one_of, or_none
 from ..losses.mar import (
     PIXEL_WEIGHTS,
@@ -29,9 +30,9 @@ from ..losses.mar import (
 from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
 from ..schedules import ScheduleOptions
-from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
-from .base import DistillHead
-from .global_knowledge.boxes import pick_foreground
+from .adapters import INITS, MODES, build_adapters, pair_levels
+from .base import DistillHead, Terms
+from .global_knowledge.boxes import most_positives, pick_foreground
 from .needs import Need
 from .pyramid import adapted_levels
 from .sketch import Sketch
@@ -46,7 +47,6 @@ SITES = {
     "roi_vectors": ("roi.hidden", 1.0),
 }
 MAP_SITES = ("class_tower", "rpn_dense")
-ANCHORS = ("auto", "detector", "pseudo")
 
 # Shares of the detection loss that the weighted terms should have: this reconstruction's own rule.
 _RANGES = {"mask": (0.10, 0.40), "relation": (0.05, 0.20)}
@@ -77,7 +77,7 @@ class MaskOptions(Options):
     )
     anchors: str = key(
         "auto",
-        one_of(ANCHORS),
+        one_of(("auto", "detector", "pseudo")),
         'Whose anchors: "detector" (the student\'s own); "pseudo" (three of side 8 strides on each '
         'cell); "auto": pseudo for anchor-free students and those with a single anchor per '
         "position, which is how Detectron2 represents the points of FCOS.",
@@ -165,13 +165,9 @@ class MAR(DistillHead):
     IJCSE 27(2), 2024, as docs/methods/mar.md reconstructs it from the abstract.
 
     Args:
-        options: the values of ``DISTILL.MAR``, with the relation site and its weight decided.
-        weights: term -> weight, w_m of "mask" and w_r of "relation"; what is absent is not built.
-        strides: pyramid levels of the mask-guided term, and of relations on maps.
-        adapters: from the student's channels to the teacher's, by stride.
-        anchors: the student's field that holds its anchors; "" for pseudo-anchors.
+        options: the values of ``DISTILL.MAR``.
+        student_spec, teacher_spec: of the pair.
         positives: most positive RoIs of an image.
-        advice: tells the terms' shares of the detection loss; None for silence.
     """
 
     Options = MAROptions
@@ -182,53 +178,39 @@ class MAR(DistillHead):
         self,
         *,
         options: MAROptions,
-        weights: Mapping[str, float],
-        strides: Sequence[int],
-        adapters: Adapters,
-        anchors: str,
+        student_spec: DetectorSpec,
+        teacher_spec: DetectorSpec,
         positives: int,
-        advice: Advice | None = None,
     ):
         super().__init__()
-        self.options = options
-        self.weights = weights
-        self.strides = tuple(strides)
-        self.adapters = adapters
-        self.anchors = anchors
+        pair = student_spec, teacher_spec
+        self.options = _with_default_relation(options, student_spec)
+        self.weights = self.term_weights(self.options)
+        self.strides = pair_levels(*pair, options.strides)
+        self.adapters = build_adapters(
+            *pair,
+            self.strides if "mask" in self.weights else (),
+            kernel_size=options.adapter_kernel,
+            mode=options.adapter,
+            init=options.adapter_init,
+        )
+        self.anchors = _anchor_field(options.mask.anchors, student_spec)
         self.positives = positives
-        self.advice = advice
+        self.advice: Advice | None = None
+        if options.advice_iter:
+            self.advice = Advice(options.advice_iter, options.schedule.start_iter, options.weight)
 
     @classmethod
     def from_config(
         cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ) -> dict[str, Any]:
-        options = _with_default_relation(cls.read_options(cfg), student_spec)
-        weights = cls.term_weights(options)
-        strides = pair_levels(student_spec, teacher_spec, options.strides)
-        adapters = build_adapters(
-            student_spec,
-            teacher_spec,
-            strides if "mask" in weights else (),
-            kernel_size=options.adapter_kernel,
-            mode=options.adapter,
-            init=options.adapter_init,
-        )
-        rois = cfg.MODEL.ROI_HEADS
-        return {
-            "options": options,
-            "weights": weights,
-            "strides": strides,
-            "adapters": adapters,
-            "anchors": _anchor_field(options.mask.anchors, student_spec),
-            "positives": int(rois.BATCH_SIZE_PER_IMAGE * rois.POSITIVE_FRACTION),
-            "advice": Advice.from_options(options) if options.advice_iter else None,
-        }
+        arguments = super().from_config(cfg, student_spec, teacher_spec)
+        return {**arguments, "positives": most_positives(cfg)}
 
     @classmethod
     def needs(
-        cls, options: HeadOptions, student: DetectorSpec, teacher: DetectorSpec
+        cls, options: MAROptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> Sequence[Need]:
-        assert isinstance(options, MAROptions)
         options = _with_default_relation(options, student)
         site, weights = options.relation.site, cls.term_weights(options)
         anchors = _anchor_field(options.mask.anchors, student)
@@ -236,14 +218,10 @@ class MAR(DistillHead):
         needs = [Need("", both=("pyramid",)), *(Need(t, both=(fields[t],)) for t in weights)]
         needs += [Need(t, student=(anchors,)) for t in _mask_terms(options, weights) if anchors]
         if "relation" in weights and site in MAP_SITES:
-            _check_map_levels(
-                site, pair_levels(student, teacher, options.strides), student, teacher
-            )
+            _check_map_levels(options, student, teacher)
         return needs
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         masks: dict[int, Tensor] = {}
         if _mask_terms(self.options, self.weights):
             masks = self.build_masks(student, batch.gt_boxes)
@@ -356,25 +334,19 @@ def _with_default_relation(options: MAROptions, student: DetectorSpec) -> MAROpt
 def _anchor_field(anchors: str, student: DetectorSpec) -> str:
     """The student's field that holds its anchors, or "" for pseudo-anchors."""
     own = "rpn.anchors" if student.two_stage else "dense.anchors"
-    if anchors == "auto":
-        anchor_free = own not in student.fields or student.anchors_per_location in (None, 1)
-        return "" if anchor_free else own
-    return own if anchors == "detector" else ""
+    anchor_free = own not in student.fields or student.anchors_per_location in (None, 1)
+    return "" if anchors == "pseudo" or (anchors == "auto" and anchor_free) else own
 
 
-def _check_map_levels(
-    site: str, strides: Sequence[int], student: DetectorSpec, teacher: DetectorSpec
-) -> None:
-    """Refuse relations on maps where none of the levels in use has them in both detectors.
-
-    Raises:
-        ConfigError: names the levels that have.
-    """
+def _check_map_levels(options: MAROptions, student: DetectorSpec, teacher: DetectorSpec) -> None:
+    """Refuse relations on maps where none of the levels in use has them in both detectors."""
+    strides = pair_levels(student, teacher, options.strides)
     common = sorted(set(student.head_strides) & set(teacher.head_strides))
     if not set(strides) & set(common):
         raise ConfigError(
-            f"relations at '{site}' are on the levels of stride {common}, and DISTILL.MAR.STRIDES "
-            f"leaves {list(strides)}; DISTILL.MAR.RELATION.WEIGHT 0 distils without relations"
+            f"relations at '{options.relation.site}' are on the levels of stride {common}, and "
+            f"DISTILL.MAR.STRIDES leaves {list(strides)}; DISTILL.MAR.RELATION.WEIGHT 0 "
+            "distils without relations"
         )
 
 
@@ -395,19 +367,8 @@ class Advice:
         self.weight = weight
         self.sums: dict[str, Tensor] = {}
 
-    @classmethod
-    def from_options(cls, options: MAROptions) -> Advice:
-        """The advice that the keys of the head ask for."""
-        return cls(options.advice_iter, options.schedule.start_iter, options.weight)
-
     def update(self, batch: Batch, terms: dict[str, Tensor], weights: Mapping[str, float]) -> None:
-        """Take note of one iteration, and log when the time has come.
-
-        Args:
-            batch: of this iteration, for the student's own losses.
-            terms: the head's terms, without ``DISTILL.MAR.WEIGHT``.
-            weights: the head's own weight in each term.
-        """
+        """Take note of one iteration's terms, without ``DISTILL.MAR.WEIGHT``; log when due."""
         if self.begin <= batch.iteration < self.end and batch.student_losses:
             values = {name: self.weight * term.detach() for name, term in terms.items()}
             values["detection"] = torch.stack(list(batch.student_losses.values())).sum()

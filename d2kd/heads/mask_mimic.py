@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from detectron2.config import CfgNode, configurable
-from torch import Tensor, nn
+from detectron2.config import configurable
+from torch import nn
 
 from ..config import HeadOptions
 from ..detectors.bundle import Batch, FeatureBundle
@@ -17,7 +16,7 @@ from ..losses.logits import mask_loss
 from ..losses.mimic import mimic_loss
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_roi_adapter
-from .base import DistillHead
+from .base import DistillHead, Terms
 from .needs import Need
 
 
@@ -51,8 +50,7 @@ class MaskMimic(DistillHead):
 
     Args:
         options: the values of ``DISTILL.MASK_MIMIC``.
-        weights: term -> weight, of "logits" and "features"; what is absent is not computed.
-        adapter: student's to teacher's channels of pooled features (F, C, P, P).
+        student_spec, teacher_spec: of the pair.
     """
 
     Options = MaskMimicOptions
@@ -60,23 +58,15 @@ class MaskMimic(DistillHead):
 
     @configurable
     def __init__(
-        self, *, options: MaskMimicOptions, weights: Mapping[str, float], adapter: nn.Module
+        self, *, options: MaskMimicOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
-        self.weights = weights
-        self.adapter = adapter
         self.temperature = options.temperature
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        weights = cls.term_weights(options)
-        adapter: nn.Module = nn.Identity()
-        if "features" in weights:
-            adapter = build_roi_adapter(student_spec, teacher_spec, student_spec.mask_strides[0])
-        return {"options": options, "weights": weights, "adapter": adapter}
+        self.weights = self.term_weights(options)
+        self.adapter: nn.Module = nn.Identity()
+        if "features" in self.weights:
+            stride = student_spec.mask_strides[0]
+            self.adapter = build_roi_adapter(student_spec, teacher_spec, stride)
 
     @classmethod
     def needs(
@@ -90,9 +80,7 @@ class MaskMimic(DistillHead):
         }
         return [Need("", student=("mask",)), *(terms[t] for t in cls.term_weights(options))]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         mine, theirs = student.mask, teacher.mask
         terms = {}
         if "logits" in self.weights:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from torch import Tensor
 
 from ..config import HeadOptions
@@ -16,7 +16,7 @@ from ..detectors.bundle import Batch, FeatureBundle
 from ..detectors.spec import DetectorSpec
 from ..keys import key, one_of
 from .adapters import INITS, MODES, Adapters, build_adapters, pair_levels
-from .base import DistillHead
+from .base import DistillHead, Terms
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,7 @@ class PyramidOptions(HeadOptions):
 def adapted_levels(
     student: FeatureBundle, teacher: FeatureBundle, strides: Sequence[int], adapters: Adapters
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Both detectors' levels at ``strides``, the student's with the shape of the teacher's.
-
-    Sizes differ only where backbones round differently; then the student's map is resized.
-
-    Returns:
-        Two lists of (B, C_teacher, H, W).
-    """
+    """Both detectors' levels at ``strides``, all (B, C_teacher, H, W) of the teacher's size."""
     students, teachers = [], []
     for stride in strides:
         mine, theirs = student.pyramid[stride], teacher.pyramid[stride]
@@ -76,6 +70,9 @@ class PyramidHead(DistillHead):
 
     Args:
         options: the head's ``Options``.
+        student_spec, teacher_spec: of the pair.
+
+    Attributes:
         strides: pyramid levels to compare.
         adapters: from the student's channels to the teacher's, by stride.
     """
@@ -84,29 +81,16 @@ class PyramidHead(DistillHead):
     reads = ("pyramid",)
 
     @configurable
-    def __init__(self, *, options: Any, strides: Sequence[int], adapters: Adapters):
+    def __init__(self, *, options: Any, student_spec: DetectorSpec, teacher_spec: DetectorSpec):
         super().__init__()
+        pair = student_spec, teacher_spec
         self.options = options
-        self.strides = tuple(strides)
-        self.adapters = adapters
+        self.strides = pair_levels(*pair, options.strides)
+        kinds = {(spec.meta_arch, spec.num_stages) for spec in pair}
+        mode = "always" if options.adapter == "auto" and len(kinds) > 1 else options.adapter
+        self.adapters = build_adapters(*pair, self.strides, mode=mode, init=options.adapter_init)
 
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        strides = pair_levels(student_spec, teacher_spec, options.strides)
-        one_kind = student_spec.meta_arch == teacher_spec.meta_arch
-        one_kind &= student_spec.num_stages == teacher_spec.num_stages
-        mode = "always" if options.adapter == "auto" and not one_kind else options.adapter
-        adapters = build_adapters(
-            student_spec, teacher_spec, strides, mode=mode, init=options.adapter_init
-        )
-        return {"options": options, "strides": strides, "adapters": adapters}
-
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         levels = adapted_levels(student, teacher, self.strides, self.adapters)
         return {"": self.compare(*levels, batch)}
 

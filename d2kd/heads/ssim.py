@@ -60,7 +60,7 @@ class SSIMOptions(PyramidOptions):
     k1: float = key(
         0.01,
         POSITIVE,
-        "Stabilisers C1 = K1^2 and C2 = K2^2 (paper). Contrast below K2 counts little.",
+        "Stabiliser C1 = K1^2 of luminance (paper).",
     )
     k2: float = key(
         0.03,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..numerics import connected_zero, full_precision
+from ..numerics import check_shapes, connected_zero, full_precision
 
 
 class _MeanDivergence(torch.autograd.Function):
@@ -74,9 +74,7 @@ def pyramid_cwd_loss(
     Raises:
         ValueError: shapes differ.
     """
-    shapes = [[tuple(x.shape) for x in maps] for maps in (students, teachers)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"student {shapes[0]} and teacher {shapes[1]} differ in shape")
+    check_shapes(students, teachers)
     if not all(x.numel() for x in students):
         return connected_zero(*students)
     rows = [x.flatten(2).flatten(0, 1) for x in (*students, *(x.detach() for x in teachers))]

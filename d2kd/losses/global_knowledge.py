@@ -6,12 +6,14 @@ detector describes a box by the responses of its own feature to its own prototyp
 descriptions can be compared although the features cannot.
 
 Legend of shapes
-    N: boxes, padded; ``valid`` (N,) tells the real ones
-    K: classes, M: prototypes per class, padded; ``present`` (K, M) tells the real ones
+    N: boxes, padded; ``valid`` (N,) bool tells the real ones, ``labels`` (N,) are in [0, K)
+    K: classes, M: prototypes per class, padded; ``present`` (K, M) bool tells the real ones
     C: channels (they may differ between teacher and student)
     B, H_r, W_r: images, height and width of level r
+    ``student``, ``teacher``: responses (N, K, M), cosines or projection coefficients
+    ``reliability``: r (N,), a constant
     Responses, reliability, validity and presence may have a leading dimension L of levels; losses
-    then are (L,).
+    then are (L,), else scalars.
 """
 
 from __future__ import annotations
@@ -43,14 +45,8 @@ def projection_responses(features: Tensor, prototypes: Tensor, ridge: float = 0.
     """Coefficients of features projected on the prototypes of each class (RDM-proj).
 
     ``a = (G G^T + ridge I)^-1 G f`` with unit rows G of one class and the unit feature f. The
-    ridge is mandatory: two nearly parallel prototypes make G G^T singular.
-
-    Args:
-        features: (N, C).
-        prototypes: (K, M, C); padding rows are zero and get coefficient zero.
-
-    Returns:
-        (N, K, M), with gradient to the features.
+    ridge is mandatory: two nearly parallel prototypes make G G^T singular. Features (N, C) and
+    prototypes (K, M, C), zero where padded: (N, K, M), with gradient to the features.
     """
     bank = unit_vectors(prototypes.detach())
     gram = bank @ bank.mT
@@ -73,14 +69,6 @@ def cosine_reliability(student: Tensor, teacher: Tensor, labels: Tensor, present
 
     ``r = 1 - |max_m cos_student - max_m cos_teacher|`` over the prototypes m of the box's class,
     clamped to [0, 1]; 1 for a class without prototypes.
-
-    Args:
-        student, teacher: (N, K, M) cosines.
-        labels: (N,) in [0, K).
-        present: (K, M) bool.
-
-    Returns:
-        r (N,), a constant.
     """
     here = present.index_select(-2, labels)
     peak = [
@@ -93,15 +81,7 @@ def cosine_reliability(student: Tensor, teacher: Tensor, labels: Tensor, present
 @full_precision
 @torch.no_grad()
 def projection_reliability(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """``r = 1 - clamp(||a_student - a_teacher||, 0, 1)`` over the box's own class (RDM-proj).
-
-    Args:
-        student, teacher: (N, K, M) projection coefficients.
-        labels: (N,) in [0, K).
-
-    Returns:
-        r (N,), a constant.
-    """
+    """``r = 1 - clamp(||a_student - a_teacher||, 0, 1)`` over the box's own class (RDM-proj)."""
     gap = own_class(student, labels) - own_class(teacher, labels)
     return 1 - gap.norm(dim=-1).clamp(0, 1)
 
@@ -113,16 +93,8 @@ def cosine_global_loss(
     """Global knowledge loss of one level: smooth-L1 between reliability-weighted responses.
 
     ``1 / (N M_all) sum_im h(r_i C^s_im - r_i C^t_im)`` over the prototypes of all classes
-    (section 2.2; the released code's mean over the N x M_all matrix).
-
-    Args:
-        student, teacher: (N, K, M) cosines.
-        reliability: (N,).
-        valid: (N,) bool.
-        present: (K, M) bool.
-
-    Returns:
-        scalar; zero without boxes or without prototypes.
+    (section 2.2; the released code's mean over the N x M_all matrix). Zero without boxes or
+    without prototypes.
     """
     weight = (reliability * valid).detach()[..., None, None]
     terms = F.smooth_l1_loss(weight * student, weight * teacher.detach(), reduction="none")
@@ -136,16 +108,7 @@ def projection_global_loss(
 ) -> Tensor:
     """Global knowledge loss of one level on projection coefficients of the boxes' own classes.
 
-    ``1 / (2N) sum_i r_i^2 ||a^s_i - a^t_i||^2`` (RDM-proj).
-
-    Args:
-        student, teacher: (N, K, M) projection coefficients.
-        labels: (N,) in [0, K).
-        reliability: (N,).
-        valid: (N,) bool.
-
-    Returns:
-        scalar; zero without boxes.
+    ``1 / (2N) sum_i r_i^2 ||a^s_i - a^t_i||^2`` (RDM-proj); zero without boxes.
     """
     gap = own_class(student, labels) - own_class(teacher, labels).detach()
     weight = (reliability * valid).detach().square()
@@ -226,11 +189,9 @@ def soft_label_loss(
 
     Args:
         student, teacher: (N, n) raw class logits.
-        reliability: (N,).
-        valid: (N,) bool.
 
     Returns:
-        scalar; zero without boxes.
+        Scalar; zero without boxes.
     """
     weight = (reliability * valid).detach() / student.shape[1]
     return softened_kl(student, teacher, temperature, weight) / valid.sum().clamp(min=1)

@@ -49,9 +49,7 @@ def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Ten
     return student / temperature, teacher / temperature
 
 
-# ------------------------------------------------------------------------------------------------
-# Two-stage detectors, on the student's RoIs
-# ------------------------------------------------------------------------------------------------
+# --- two-stage detectors, on the student's RoIs ---------------------------------------------------
 
 
 @full_precision
@@ -132,9 +130,7 @@ def mask_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     return binary_kl(s, t, temperature).sum() * (temperature**2 / s.numel())
 
 
-# ------------------------------------------------------------------------------------------------
-# Dense detectors, on the student's anchors
-# ------------------------------------------------------------------------------------------------
+# --- dense detectors, on the student's anchors ----------------------------------------------------
 
 
 @full_precision
@@ -238,9 +234,7 @@ def dense_box_loss(
     return total / num_foreground.clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Shared parts
-# ------------------------------------------------------------------------------------------------
+# --- shared parts ---------------------------------------------------------------------------------
 
 
 def _labelled(x: Tensor, labels: Tensor) -> Tensor:

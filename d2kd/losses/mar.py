@@ -162,15 +162,7 @@ def _scaled_units(features: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def direct_distances(student: Tensor, teacher: Tensor) -> Tensor:
-    """|S'S - T'T|^2 from the pixels' matrices: memory N^2.
-
-    Args:
-        student: S, (G, Cs, N).
-        teacher: T, (G, Ct, N).
-
-    Returns:
-        (G,) squared Frobenius norms.
-    """
+    """|S'S - T'T|^2 (G,) from the pixels' matrices of S (G, Cs, N) and T (G, Ct, N): memory N^2."""
     # Two products in the same order: the rounding of similar maps is similar, and cancels.
     difference = student.mT @ student - teacher.mT @ teacher
     return difference.square().sum((1, 2))

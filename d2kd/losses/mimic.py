@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..numerics import HALF, connected_zero, full_precision
+from ..numerics import HALF, check_shapes, connected_zero, full_precision
 from .rescale import rescale_pairs
 
-DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss}
+DISTANCES = {"l1": full_precision(F.l1_loss), "l2": full_precision(F.mse_loss)}
 
 
 def mimic_loss(
@@ -52,13 +52,9 @@ def pyramid_mimic_loss(
     """
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; valid: {', '.join(DISTANCES)}")
-    for student, teacher in zip(students, teachers, strict=True):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
-            )
-        if student.numel() == 0:
-            return connected_zero(*students)
+    check_shapes(students, teachers)
+    if not all(student.numel() for student in students):
+        return connected_zero(*students)
     if rescale is None:
         losses = [_distance(s, t, distance) for s, t in zip(students, teachers, strict=True)]
     else:
@@ -80,12 +76,7 @@ def _distance(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
     if student.dtype == teacher.dtype and student.dtype in HALF:
         loss: Tensor = _HalfDistance.apply(student, teacher.detach(), distance)
         return loss
-    return _wide_distance(student, teacher.detach(), distance)
-
-
-@full_precision
-def _wide_distance(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
-    return DISTANCES[distance](student, teacher)
+    return DISTANCES[distance](student, teacher.detach())
 
 
 class _HalfDistance(torch.autograd.Function):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..numerics import connected_zero, full_precision, on_device, stack_channels
+from ..numerics import check_shapes, connected_zero, full_precision, on_device, stack_channels
 
 # A channel whose deviation is below this fraction of its level's strongest channel is constant but
 # for rounding; brought to deviation 1, its noise would count as much as any feature.
@@ -120,9 +120,7 @@ def pyramid_pkd_loss(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> 
     Raises:
         ValueError: shapes differ.
     """
-    shapes = [[tuple(x.shape) for x in maps] for maps in (students, teachers)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"student {shapes[0]} and teacher {shapes[1]} differ in shape")
+    check_shapes(students, teachers)
     if not all(x.numel() for x in students):
         return connected_zero(*students)
     loss: Tensor = _MeanDissimilarity.apply(*students, *(x.detach() for x in teachers))

@@ -119,11 +119,7 @@ def rescale_pairs(
     scope: str = "image",
     detach_range: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | float]]:
-    """Rescale both maps of each level, each by its own minima and maxima.
-
-    Args:
-        students, teachers: (B, C, H_r, W_r) per level, not empty.
-        scope, detach_range: see :func:`min_max_rescale`.
+    """:func:`min_max_rescale` of both maps (B, C, H_r, W_r) of each level.
 
     Returns:
         s, t with the shapes of the maps, and per level the share of the elements that count, by

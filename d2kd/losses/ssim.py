@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics import connected_zero, full_precision
+from ..numerics import check_shapes, connected_zero, full_precision
 from .gaussian import Blur
 from .rescale import RESCALE_SCOPES, live_channels, min_max_rescale, rescale_pairs
 from .ssim_fast import mean_dissimilarity
@@ -134,11 +134,7 @@ def pyramid_ssim_loss(
         students, teachers: (B, C, H_r, W_r) per level, in the same order; otherwise as in
             :func:`ssim_loss`.
     """
-    for student, teacher in zip(students, teachers, strict=True):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
-            )
+    check_shapes(students, teachers)
     if any(student.numel() == 0 for student in students):  # an empty batch
         return connected_zero(*students)
     s, t = list(students), [teacher.detach() for teacher in teachers]

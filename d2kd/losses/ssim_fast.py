@@ -29,14 +29,7 @@ BLOCK_ELEMENTS_GPU = 2**26
 
 
 def _blurred(maps: Sequence[Sequence[Tensor]], blurs: Sequence[Blur]) -> list[list[Tensor]]:
-    """Blur some maps of each level, with one product per axis and level.
-
-    Args:
-        maps: lists over levels of (n_r, H_r, W_r).
-
-    Returns:
-        The same lists, blurred.
-    """
+    """Lists over levels of (n_r, H_r, W_r), blurred with one product per axis and level."""
     stacked = (torch.stack(level) for level in zip(*maps, strict=True))
     levels = (blur(x) for blur, x in zip(blurs, stacked, strict=True))
     return [list(one) for one in zip(*(x.unbind() for x in levels), strict=True)]

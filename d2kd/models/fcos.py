@@ -19,6 +19,7 @@ from detectron2.modeling.meta_arch import fcos
 
 from ..errors import ConfigError
 from ..keys import Options, config_keys, key
+from .timm_fpn import build_fpn
 
 
 @config_keys("MODEL.FCOS")
@@ -31,7 +32,7 @@ class FCOSOptions(Options):
         ("p3", "p4", "p5", "p6", "p7"),
         comment="Levels that the head reads, fine to coarse.",
     )
-    num_convs: int = key(4, comment='Convolutions in each tower, and their norm ("" for none).')
+    num_convs: int = key(4, comment="Convolutions in each tower.")
     norm: str = key("GN", comment='Norm of the towers; "" for none.')
     prior_prob: float = key(
         0.01,
@@ -116,11 +117,5 @@ if "FCOS" not in META_ARCH_REGISTRY:
 def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A ResNet with a pyramid p3 to p7 whose p6 and p7 come from p5, where RetinaNet takes res5."""
     channels = cfg.MODEL.FPN.OUT_CHANNELS
-    return FPN(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=channels,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelP6P7(channels, channels, in_feature="p5"),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape), top_block)

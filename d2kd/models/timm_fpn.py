@@ -7,13 +7,10 @@ a backbone is built, not before.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +22,15 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, first_line
 from ..keys import Options, config_keys, key
+from .timm_models import create_body, describe_levels, plain_name
 
 logger = logging.getLogger(__name__)
 
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN")
 COARSEST = "res5"
-NO_OPTIONS: Mapping[str, Any] = {}
-_NO_WEIGHTS = (
-    "name a file or a package of weights in MODEL.TIMM.WEIGHTS, or start from scratch: "
-    "MODEL.TIMM.PRETRAINED False, MODEL.TIMM.NORM BN, MODEL.BACKBONE.FREEZE_AT 0"
+_SCRATCH = (
+    ", or start from scratch: MODEL.TIMM.PRETRAINED False, MODEL.TIMM.NORM BN, "
+    "MODEL.BACKBONE.FREEZE_AT 0"
 )
 
 
@@ -73,7 +70,7 @@ class TimmBackbone(Backbone):
         out_features: "res2", "res3", ...: the maps of stride 4, 8, ..., fine to coarse.
         pretrained: load ImageNet weights.
         weights: where they are: "" for timm's own, from its cache or the network; else a file or an
-            installed package, see :func:`.timm_weights.load_timm_weights`.
+            installed package, see :func:`.timm_models.load_timm_weights`.
         freeze_at: as in Detectron2's ResNets: 1 freezes all layers up to stride 2 (the stem), 2 up
             to stride 4, and so on: no gradient, and frozen batch norms.
         norm: what becomes of the other batch norms: "BN", "SyncBN", "FrozenBN", or "GN", which
@@ -105,11 +102,9 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = {f: levels[f]["reduction"] for f in self._out_features}
         self._out_feature_channels = {f: levels[f]["num_chs"] for f in self._out_features}
         indices = tuple(levels[f]["index"] for f in self._out_features)
-        self.body = create_body(name, indices, pretrained and not weights, in_channels)
-        if pretrained and weights:
-            from .timm_weights import load_timm_weights
-
-            load_timm_weights(self.body, name, weights)
+        self.body = create_body(
+            name, indices, in_channels, pretrained=pretrained, weights=weights, scratch=_SCRATCH
+        )
         self.pretrained_cfg = getattr(self.body, "pretrained_cfg", {})
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         if freeze_at:
@@ -149,49 +144,7 @@ class TimmBackbone(Backbone):
                 )
 
 
-# --- timm ----------------------------------------------------------------------------------------
-
-
-def import_timm(key: str = "MODEL.BACKBONE.NAME") -> ModuleType:
-    """timm, or a ConfigError that says how to install it."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(f"{key}: it needs timm, which is not there: pip install timm") from error
-    return timm
-
-
-def describe_levels(
-    name: str, key: str = "MODEL.TIMM.NAME", options: Mapping[str, Any] = NO_OPTIONS
-) -> dict[str, dict]:
-    """Level ("res2", ...) -> timm's description of the deepest map of its stride.
-
-    Args:
-        key: where the name stands, for messages.
-        options: further arguments of ``timm.create_model``.
-
-    Raises:
-        ConfigError: there is no such model (names close ones), or it yields no maps.
-    """
-    timm = import_timm(key)
-    if not name:
-        raise ConfigError(f"{key} is empty: name a model of timm, e.g. mobilenetv2_100")
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
-        raise ConfigError(
-            f"{key}: timm {timm.__version__} has no model '{name}'"
-            + (f"; close: {', '.join(close)}" if close else "")
-        )
-    make = {"features_only": True, "pretrained": False, **options}
-    try:
-        with torch.device("meta"):
-            infos = timm.create_model(name, **make).feature_info.info
-    except Exception as error:
-        raise ConfigError(f"{key}: {name} is no feature extractor: {first_line(error)}") from error
-    levels = {}
-    for index, info in enumerate(infos):
-        levels[f"res{math.log2(info['reduction']):.3g}"] = {**info, "index": index}
-    return levels
+# --- levels, frozen stages and norms -------------------------------------------------------------
 
 
 def check_levels(name: str, levels: dict[str, dict], wanted: Sequence[str]) -> None:
@@ -214,33 +167,6 @@ def check_levels(name: str, levels: dict[str, dict], wanted: Sequence[str]) -> N
         )
 
 
-def create_body(
-    name: str,
-    indices: tuple[int, ...],
-    pretrained: bool,
-    in_channels: int,
-    options: Mapping[str, Any] = NO_OPTIONS,
-    remedy: str = _NO_WEIGHTS,
-) -> nn.Module:
-    """timm's model cut down to what its maps ``indices`` need: images -> list of maps.
-
-    Args:
-        options: further arguments of ``timm.create_model``.
-        remedy: what to do where its weights cannot be fetched, for the message.
-    """
-    timm = import_timm()
-    make = {"features_only": True, "out_indices": indices, "in_chans": in_channels, **options}
-    if not pretrained:
-        return timm.create_model(name, pretrained=False, **make)
-    try:
-        return timm.create_model(name, pretrained=True, **make)
-    except Exception as error:
-        raise ConfigError(
-            f"the pretrained weights of timm's {name} cannot be fetched ({first_line(error)}). "
-            f"Copy timm's cache (HF_HOME) from where there is a network, or {remedy}"
-        ) from error
-
-
 def freeze_stages(body: nn.Module, name: str, levels: dict[str, dict], freeze_at: int) -> None:
     """Freeze all layers up to the last map of stride 2^freeze_at or less, in place.
 
@@ -249,8 +175,7 @@ def freeze_stages(body: nn.Module, name: str, levels: dict[str, dict], freeze_at
     """
     ends = [info["module"] for info in levels.values() if info["reduction"] <= 2**freeze_at]
     names = [module for module, _ in body.named_modules()]
-    # Wrappers of timm put modules one level up ("stages.0" -> "stages_0") or below a prefix.
-    plain = [n.removeprefix("body.").removeprefix("model.").replace(".", "_") for n in names]
+    plain = [plain_name(name) for name in names]
     end = ends[-1].replace(".", "_") if ends else None
     if end not in plain:
         raise ConfigError(
@@ -376,7 +301,8 @@ def _warn_of_other_pixels(cfg: CfgNode, pretrained_cfg: dict) -> None:
         )
 
 
-def _build_fpn(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> FPN:
+def build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
+    """The pyramid of ``MODEL.FPN`` on a backbone."""
     return FPN(
         bottom_up=bottom_up,
         in_features=list(cfg.MODEL.FPN.IN_FEATURES),
@@ -390,7 +316,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: TimmBackbone, top_block: nn.Module) -> F
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A timm model with the pyramid of two-stage detectors: p6 is p5, subsampled."""
-    return _build_fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
+    return build_fpn(cfg, build_timm_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
@@ -399,4 +325,4 @@ def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> F
     bottom_up = build_timm_backbone(cfg, input_shape)
     channels = bottom_up.output_shape()[COARSEST].channels
     top_block = LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=COARSEST)
-    return _build_fpn(cfg, bottom_up, top_block)
+    return build_fpn(cfg, bottom_up, top_block)

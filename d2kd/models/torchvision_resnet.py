@@ -12,12 +12,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..checkpoint_files import read_tensors
 from ..errors import ConfigError
 
 # Residual blocks of the four stages, and whether they are bottlenecks -> depth.
@@ -33,55 +30,26 @@ PIXEL_MEAN = [123.675, 116.280, 103.530]
 PIXEL_STD = [58.395, 57.120, 57.375]
 
 
-def read_torchvision(path: str) -> dict[str, Tensor]:
-    """The state dict in a file of ``torch.save``: bare, or under "model" or "state_dict".
-
-    Raises:
-        ConfigError: the file cannot be read or holds no tensors by name.
-    """
-    try:
-        found = read_tensors(path)
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
-    ):
-        raise ConfigError(f"'{path}' holds no weights by name, but a {type(found).__name__}")
-    return {name.removeprefix("module."): value for name, value in found.items()}
-
-
 def convert_torchvision_resnet(weights: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Weights of a torchvision ResNet by the names of Detectron2's, without the classifier.
 
     Raises:
         ConfigError: they are no ResNet's; names a key that does not fit.
     """
-    shapes = _shapes(describe_resnet(weights))
-    converted = {}
-    for name, value in weights.items():
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked"):
-            key = _detectron2_name(name)
-            if value.shape != shapes[key]:
-                raise ConfigError(
-                    f"no torchvision ResNet: {name} is {list(value.shape)}, not {list(shapes[key])}"
-                )
-            converted[key] = value.detach().float().numpy()
-    return converted
+    describe_resnet(weights)
+    return {
+        _detectron2_name(name): value.detach().float().numpy()
+        for name, value in _without_classifier(weights).items()
+    }
 
 
-def _shapes(resnet: Mapping[str, int | bool]) -> dict[str, torch.Size]:
-    """Name -> shape of the weights and statistics of Detectron2's ResNet of these keys."""
-    cfg = get_cfg()
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    for key, value in resnet.items():
-        cfg.MODEL.RESNETS[key] = value
-    with torch.device("meta"):
-        backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
-    return {name: value.shape for name, value in backbone.state_dict().items()}
+def _without_classifier(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights and statistics, without counters and the classifier."""
+    return {
+        name: value
+        for name, value in weights.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
 
 
 def _detectron2_name(name: str) -> str:
@@ -111,34 +79,28 @@ def describe_resnet(weights: Mapping[str, Tensor]) -> dict[str, int | bool]:
             f"no torchvision ResNet: {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in "
             f"layer1 to layer4; the first keys are {', '.join(list(weights)[:3])}"
         )
-    expected = _expected_names(blocks, bottleneck)
-    for what, names in (("lacks", expected - set(weights)), ("has", set(weights) - expected)):
-        names = {n for n in names if not n.endswith("num_batches_tracked") and n[:3] != "fc."}
+    groups, per_group = 1, 64
+    if bottleneck and "layer1.0.conv2.weight" in weights:  # ResNeXt has groups
+        width, per_group = weights["layer1.0.conv2.weight"].shape[:2]
+        groups = width // per_group
+    with torch.device("meta"):
+        block = Bottleneck if bottleneck else BasicBlock
+        network = ResNet(block, blocks, groups=groups, width_per_group=per_group)
+    expected, found = map(_without_classifier, (network.state_dict(), weights))
+    for what, names in (("lacks", expected.keys() - found), ("has", found.keys() - expected)):
         if names:
-            raise ConfigError(f"no torchvision ResNet-{depth}: it {what} {sorted(names)[0]}")
+            raise ConfigError(f"no torchvision ResNet-{depth}: it {what} {min(names)}")
+    for name, value in found.items():
+        if value.shape != expected[name].shape:
+            shapes = f"{list(value.shape)}, not {list(expected[name].shape)}"
+            raise ConfigError(f"no torchvision ResNet-{depth}: {name} is {shapes}")
     if not bottleneck:
         return {"DEPTH": depth, "RES2_OUT_CHANNELS": 64}
-    width, per_group = weights["layer1.0.conv2.weight"].shape[:2]  # ResNeXt has groups
     return {
         "DEPTH": depth,
         "STRIDE_IN_1X1": False,
-        "NUM_GROUPS": width // per_group,
+        "NUM_GROUPS": groups,
         "WIDTH_PER_GROUP": per_group,
-    }
-
-
-def _expected_names(blocks: list[int], bottleneck: bool) -> set[str]:
-    """Names of weights and statistics, without counters and classifier."""
-    pairs = [("conv1", "bn1")]
-    for stage, count in enumerate(blocks, start=1):
-        for block in range(count):
-            prefix = f"layer{stage}.{block}."
-            pairs += [(f"{prefix}conv{k}", f"{prefix}bn{k}") for k in range(1, 3 + int(bottleneck))]
-            if block == 0 and (bottleneck or stage > 1):
-                pairs.append((f"{prefix}downsample.0", f"{prefix}downsample.1"))
-    statistics = ("weight", "bias", "running_mean", "running_var")
-    return {f"{conv}.weight" for conv, _ in pairs} | {
-        f"{norm}.{name}" for _, norm in pairs for name in statistics
     }
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..detectors.spec import feature_strides
 from ..detectors.teacher import Teacher
-from ..geometry.boxes import BoxCells, crop_means, pad_boxes
+from ..geometry.boxes import BoxCells, crop_means
+from ..numerics import Ragged
 from .store import Instance
 
 logger = logging.getLogger(__name__)
@@ -155,17 +156,9 @@ class Reader:
 def extract_features(
     loader: Iterable, candidates: Candidates, readers: Mapping[str, Reader]
 ) -> dict[str, FeatureTable]:
-    """Crop averages of each detector for the candidates in the loader's images.
+    """Crop averages, by each reader's name, for the candidates in the loader's ``batched_inputs``.
 
-    Every candidate is averaged on each level, whatever its size.
-
-    Args:
-        loader: yields ``batched_inputs``.
-        candidates: to whom "candidates" of the inputs refers.
-        readers: by the detectors' names.
-
-    Returns:
-        by the same names, float32 features on the CPU.
+    Every candidate is averaged on each level, whatever its size; float32 on the CPU.
     """
     index = [torch.zeros(0, dtype=torch.long)]
     found = {
@@ -173,14 +166,16 @@ def extract_features(
         for name, reader in readers.items()
     }
     for number, inputs in enumerate(loader):
-        boxes, valid = pad_boxes([_input_boxes(item, candidates) for item in inputs])
+        parts = [_input_boxes(item, candidates) for item in inputs]
+        layout = Ragged.of(parts)
+        boxes = layout.pad(torch.cat(parts))
         index += [torch.tensor(item["candidates"]) for item in inputs]
         for name, reader in readers.items():
             maps = reader.pyramid(inputs)
-            for stride, parts in found[name].items():
+            for stride, means in found[name].items():
                 level = maps[stride]
                 cells = BoxCells(boxes.to(level.device), [tuple(level.shape[-2:])], [stride])
-                parts.append(crop_means([[level]], cells)[0, 0].float().cpu()[valid])
+                means.append(layout.unpad(crop_means([[level]], cells)[0, 0].float().cpu()))
         progress = f"prototypes: {number + 1} of {len(loader)} batches of images"
         log_every_n_seconds(logging.INFO, progress, n=30, name=__name__)
     return {

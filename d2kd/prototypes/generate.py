@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.evaluation import inference_context
 from detectron2.utils import comm
+from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 
 from ..config import PRECISIONS
@@ -36,8 +36,6 @@ from .store import LevelPrototypes, PrototypeBank, Prototypes
 logger = logging.getLogger(__name__)
 
 _SIZE_KEY = "DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES.MIN_BOX_SIZE"
-# Classes that share a line of the log.
-_CLASSES_A_LINE = 10
 
 
 class PrototypeGenerator:
@@ -49,29 +47,21 @@ class PrototypeGenerator:
     Args:
         cfg: the student's config, for the training set, the test-time input and the keys in
             ``DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES``.
-        num_classes: K.
-        student_channels, teacher_channels: stride -> channels of the levels to make them for.
+        bank: that they are to fit into.
 
     Raises:
         ConfigError: no object is large enough; names the key.
     """
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        num_classes: int,
-        student_channels: Mapping[int, int],
-        teacher_channels: Mapping[int, int],
-    ):
-        self.cfg = cfg
+    def __init__(self, cfg: CfgNode, bank: PrototypeBank):
+        self.cfg, self.bank = cfg, bank
         self.options = cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES
-        self.student_channels, self.teacher_channels = student_channels, teacher_channels
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
         self.num_images = len(records)
         self.candidates = find_candidates(
-            records, num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
+            records, bank.num_classes, self.options.MIN_BOX_SIZE, self.options.MAX_IMAGES
         )
         self._check_candidates(records)
         self._teacher: FeatureTable | None = None
@@ -97,17 +87,6 @@ class PrototypeGenerator:
                 least,
                 one_line(", ".join(map(str, without))),
             )
-
-    @classmethod
-    def for_bank(cls, cfg: CfgNode, bank: PrototypeBank) -> PrototypeGenerator:
-        """A generator of prototypes that fit into ``bank``."""
-        levels = {s: bank.level(s) for s in bank.strides}
-        return cls(
-            cfg,
-            bank.num_classes,
-            student_channels={s: student.shape[2] for s, (student, _, _) in levels.items()},
-            teacher_channels={s: teacher.shape[2] for s, (_, teacher, _) in levels.items()},
-        )
 
     def __call__(self, student: nn.Module, teacher: Teacher) -> Prototypes:
         """Prototypes for ``student``, which is in eval mode meanwhile."""
@@ -140,14 +119,13 @@ class PrototypeGenerator:
         return prototypes
 
     def _extract(self, student: nn.Module, teacher: Teacher) -> tuple[FeatureTable, FeatureTable]:
-        readers = {"student": Reader(lambda x: student_pyramid(student, x), self.student_channels)}
+        bank = self.bank
+        readers = {"student": Reader(lambda x: student_pyramid(student, x), bank.student_channels)}
         if self._teacher is None:
             readers["teacher"] = Reader(
-                lambda x: teacher_pyramid(teacher, x), self.teacher_channels
+                lambda x: teacher_pyramid(teacher, x), bank.teacher_channels
             )
-        loader = []
-        if self.candidates.images:
-            loader = build_candidate_loader(self.cfg, self.candidates, self.options.BATCH_SIZE)
+        loader = build_candidate_loader(self.cfg, self.candidates, self.options.BATCH_SIZE)
         amp = self.cfg.SOLVER.AMP
         dtype = PRECISIONS[amp.PRECISION] if amp.ENABLED else None
         autocast = torch.autocast(student.device.type, dtype, enabled=amp.ENABLED)
@@ -180,28 +158,22 @@ def choose_prototypes(
 ) -> Prototypes:
     """Select the prototypes of all classes and levels from the features of all processes.
 
-    Classes are dealt out to the processes; each gets the result of all.
-
-    Args:
-        candidates: what the tables' rows are.
-        student, teacher: this process's features, with the same ``index``.
-        count: M, prototypes per class and level.
-        device: where to compute.
-        options: of :func:`~d2kd.prototypes.select.select_prototypes`.
+    Classes are dealt out to the processes; each gets the result of all. ``student`` and ``teacher``
+    are this process's features, with the same ``index``; ``options`` are those of
+    :func:`~d2kd.prototypes.select.select_prototypes`.
     """
     world_size, rank = comm.get_world_size(), comm.get_rank()
     categories = torch.tensor([o.category for o in candidates.instances], dtype=torch.long)
     chosen: dict[int, dict[int, tuple]] = {}
-    for start in range(0, candidates.num_classes, _CLASSES_A_LINE):
-        group = range(start, min(start + _CLASSES_A_LINE, candidates.num_classes))
-        for category in group:
-            wanted = categories[student.index] == category
-            mine = (student.rows(wanted), teacher.rows(wanted))
-            parts = comm.gather(mine, dst=category % world_size)
-            if category % world_size == rank:
-                tables = [FeatureTable.join(side) for side in zip(*parts, strict=True)]
-                chosen[category] = _choose_class(*tables, count, device, options)
-        _log_classes(chosen, categories, group)
+    for category in range(candidates.num_classes):
+        wanted = categories[student.index] == category
+        mine = (student.rows(wanted), teacher.rows(wanted))
+        parts = comm.gather(mine, dst=category % world_size)
+        if category % world_size == rank:
+            tables = [FeatureTable.join(side) for side in zip(*parts, strict=True)]
+            chosen[category] = _choose_class(*tables, count, device, options)
+        progress = f"prototypes: {category + 1} of {candidates.num_classes} classes"
+        log_every_n_seconds(logging.INFO, progress, n=30, name=__name__)
     everywhere = {c: found for part in comm.all_gather(chosen) for c, found in part.items()}
     return _assemble(everywhere, candidates)
 
@@ -216,16 +188,6 @@ def _choose_class(
         picks = select_prototypes(rows_t.to(device), rows.to(device), count, **options)
         result[stride] = (rows_t[picks], rows[picks], student.index[picks])
     return result
-
-
-def _log_classes(chosen: dict[int, dict], categories: Tensor, group: range) -> None:
-    """One line about the classes of a group that this process chose for."""
-    mine = [c for c in group if c in chosen]
-    if not mine:
-        return
-    objects = sum(int((categories == c).sum()) for c in mine)
-    found = sum(len(index) for c in mine for *_, index in chosen[c].values())
-    logger.info("prototypes of classes %s: %d, from %d objects", mine, found, objects)
 
 
 def _assemble(chosen: dict[int, dict[int, tuple]], candidates: Candidates) -> Prototypes:

@@ -43,7 +43,7 @@ class PrototypeHook(HookBase):
         options = cfg.DISTILL.GLOBAL_KNOWLEDGE.PROTOTYPES
         self.period = options.REFRESH_PERIOD
         if self.period or not options.FILE:
-            self.generate = PrototypeGenerator.for_bank(cfg, bank)
+            self.generate = PrototypeGenerator(cfg, bank)
         if self.period < 0:
             self.period = -(-self.generate.num_images // cfg.SOLVER.IMS_PER_BATCH)
 

@@ -22,14 +22,8 @@ _ROWS_AT_ONCE = 256
 
 
 def density(unit_rows: Tensor, bandwidth: float = 0.1) -> Tensor:
-    """``rho_i = sum_j exp(-((1 - cos_ij) / bandwidth)^2)``, itself included.
-
-    Args:
-        unit_rows: (N, C), rows of length one.
-
-    Returns:
-        (N,).
-    """
+    """``rho_i = sum_j exp(-((1 - cos_ij) / bandwidth)^2)`` (N,), j = i included, of rows (N, C) of
+    length one."""
     rho = unit_rows.new_zeros(len(unit_rows))
     for start in range(0, len(unit_rows), _ROWS_AT_ONCE):
         # The matrix is symmetric: only its part right of the diagonal block is computed, and
@@ -51,11 +45,8 @@ def dense_candidates(
     densities. Densities must exceed it; where that leaves no candidate (ties, tiny classes)
     reaching it is enough, and where even that leaves none everything is a candidate.
 
-    Args:
-        teacher, student: (N, C_t), (N, C_s), rows of length one.
-
     Returns:
-        (K,) ascending indices; K >= 1 for N >= 1.
+        (K,) ascending indices among the rows (N, C) of length one; K >= 1 for N >= 1.
     """
     densities = torch.stack([density(teacher, bandwidth), density(student, bandwidth)])
     position = min(int(quantile * len(teacher)), len(teacher) - 1)
@@ -72,14 +63,8 @@ def dense_candidates(
 def coupled_coefficients(
     teacher_products: Tensor, student_products: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """Minimisers of ``||R^t - w^t t||^2 + ||R^s - w^s s||^2 + alpha (w^t - w^s)^2``.
-
-    Args:
-        teacher_products, student_products: ``p = <R, atom>`` of one shape, for unit atoms t, s.
-        alpha: strength of the coupling; infinity makes both coefficients equal.
-
-    Returns:
-        w^t and w^s in that shape.
+    """Minimisers w^t, w^s of ``||R^t - w^t t||^2 + ||R^s - w^s s||^2 + alpha (w^t - w^s)^2``, from
+    the products ``p = <R, atom>`` with unit atoms t, s; any shape. Infinite alpha makes them equal.
     """
     mean = (teacher_products + student_products) / 2
     half_gap = (teacher_products - student_products) / (2 * (1 + 2 * alpha))
@@ -100,8 +85,6 @@ def matching_pursuit(
     Args:
         teacher, student: (N, C_t), (N, C_s), rows of length one.
         candidates: (K,) ascending indices of the rows that may be chosen.
-        count: largest number of choices.
-        alpha: coupling of the coefficients.
 
     Returns:
         chosen rows in order of choice, none twice, at most ``count``; fewer when nothing is left
@@ -156,8 +139,6 @@ def select_prototypes(
         teacher, student: (N, C_t), (N, C_s) features of the same N objects, any length. An
             object whose feature is zero or not finite in either space is left out.
         count: M, largest number of prototypes.
-        alpha: coupling of the coefficients of the two spaces.
-        bandwidth, quantile: of the density filter, see :func:`dense_candidates`.
 
     Returns:
         at most M distinct row numbers in order of choice, empty without usable objects.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from ..files import write_tensors
 from ..numerics import stack_channels, unit_vectors
 
 
@@ -75,7 +75,7 @@ class Prototypes:
         """Write to ``path``, whole or not at all."""
         content = dataclasses.asdict(self)
         content["instances"] = [tuple(item.values()) for item in content["instances"]]
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
+        write_tensors(content, path)
 
     @classmethod
     def load(cls, path: str) -> Prototypes:
@@ -101,6 +101,11 @@ class PrototypeBank(nn.Module):
 
     The buffers belong to the checkpoint of the module that owns the bank. ``iteration`` is the
     training step the prototypes were made for, -1 while there are none.
+
+    Args:
+        num_classes: K.
+        num_prototypes: M.
+        student_channels, teacher_channels: stride -> channels, of the same strides.
     """
 
     def __init__(
@@ -110,14 +115,9 @@ class PrototypeBank(nn.Module):
         student_channels: Mapping[int, int],
         teacher_channels: Mapping[int, int],
     ):
-        """
-        Args:
-            num_classes: K.
-            num_prototypes: M.
-            student_channels, teacher_channels: stride -> channels, of the same strides.
-        """
         super().__init__()
         self.strides = tuple(student_channels)
+        self.student_channels, self.teacher_channels = student_channels, teacher_channels
         self.num_classes, self.num_prototypes = num_classes, num_prototypes
         room = (num_classes, num_prototypes)
         for stride in self.strides:

@@ -221,7 +221,7 @@ def test_prototypes_are_made(teacher_files, digits_root, tmp_path):
 def test_a_distiller_without_its_hooks_says_so(teacher_files, caplog):
     """Once, at the first step, with what is dropped; not where a trainer told it of the start."""
     opts = ("DISTILL.INHERIT", ["fpn"], "MODEL.FPN.OUT_CHANNELS", 24)
-    cfg = distiller_config(detector_config(), ["DRKD"], teacher_files["faster"], opts)
+    cfg = distiller_config(detector_config(), ["GlobalKnowledge"], teacher_files["faster"], opts)
     for told in (False, True):
         caplog.clear()
         distiller = d2kd.Distiller(cfg).train()
@@ -233,7 +233,7 @@ def test_a_distiller_without_its_hooks_says_so(teacher_files, caplog):
         found = [r.getMessage() for r in caplog.records if "runs no hooks" in r.getMessage()]
         assert len(found) == (not told)
         for message in found:
-            assert "DISTILL.INHERIT, what DRKD does between steps" in message
+            assert "DISTILL.INHERIT, what GlobalKnowledge does between steps" in message
 
 
 # --- --import -----------------------------------------------------------------------------------

@@ -8,12 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2kd.geometry.anchor_masks import (
-    MASK_KINDS,
-    MaskRule,
-    multi_value_masks,
-    pseudo_anchors,
-)
+from d2kd.geometry.anchor_masks import MASK_KINDS, MaskRule, multi_value_masks
+from d2kd.geometry.anchors import pseudo_anchors
 
 IMAGE = (800, 1344)
 

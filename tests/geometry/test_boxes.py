@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2kd.geometry import boxes as levels
-from d2kd.geometry.boxes import assign_levels, pad_boxes
+from d2kd.geometry.boxes import assign_levels
 
 from .single_level import box_cells, box_mask, crop_means
 
@@ -138,14 +138,6 @@ def test_mask_without_boxes():
     """No boxes at all: an empty mask."""
     mask = box_mask(torch.zeros(2, 0, 4), torch.zeros(2, 0), (3, 2), 8)
     assert torch.equal(mask, torch.zeros(2, 3, 2))
-
-
-def test_pad_boxes():
-    """Images with different numbers of boxes become one batch."""
-    boxes, valid = pad_boxes([torch.ones(2, 4), torch.ones(0, 4), torch.ones(1, 4)])
-    assert boxes.shape == (3, 2, 4)
-    assert valid.tolist() == [[True, True], [False, False], [True, False]]
-    assert torch.equal(boxes.sum((1, 2)), torch.tensor([8.0, 0.0, 4.0]))
 
 
 def test_levels_together_are_levels_apart():

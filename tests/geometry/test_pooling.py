@@ -6,7 +6,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from d2kd.benchmark.counts import count_operators
-from d2kd.geometry.pooling import PooledBoxes, PoolOptions, place_boxes, pool_boxes
+from d2kd.geometry.pooling import PooledBoxes, place_boxes, pool_boxes
 
 STRIDES = (8, 16, 32)
 
@@ -27,7 +27,7 @@ def pyramid(dtype, channels=5):
 
 
 def pool(maps, boxes, strides=STRIDES, **options):
-    return pool_boxes(maps, place_boxes(boxes, strides), PoolOptions(**options))
+    return pool_boxes(maps, place_boxes(boxes, strides), **options)
 
 
 def gradients(out, maps):
@@ -90,7 +90,7 @@ def test_placed_once_for_two_pyramids():
         expected = ROIPooler(7, [1 / s for s in STRIDES], 0, "ROIAlignV2")(
             maps, [Boxes(b) for b in boxes]
         )
-        torch.testing.assert_close(pool_boxes(maps, placed, PoolOptions()), expected)
+        torch.testing.assert_close(pool_boxes(maps, placed), expected)
 
 
 def test_no_boxes(two_threads):

@@ -580,7 +580,7 @@ def test_dense_student_of_a_two_stage_teacher(teacher_files):
     model = make_distiller(
         teacher_files("faster"), "retinanet", ("CLASS_WEIGHT", 0.0, "BOX_WEIGHT", 0.0)
     )
-    assert model.distill_heads["DSIG"].pooling.strides == (8, 16, 32, 64)
+    assert model.distill_heads["DSIG"].node_strides == (8, 16, 32, 64)
     terms = kd_terms(run_step(model, make_batch()))
     assert terms.keys() == {"foreground", "edge", "pyramid"}
     assert_healthy(model, terms)

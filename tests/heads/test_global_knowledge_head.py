@@ -652,8 +652,7 @@ def test_generation_matches_direct_features(tmp_path, size):
     the pursuit."""
     cfg = training_config(tmp_path, "INPUT.MIN_SIZE_TEST", size, arch="retinanet")
     model, head = build_filled(cfg)
-    channels = [{s: c for s in head.strides} for c in (16, 24)]
-    generator = PrototypeGenerator(cfg, CLASSES, *channels)
+    generator = PrototypeGenerator(cfg, head.bank)
     prototypes = generator(model.student, model.teacher)
     assert model.student.training and not model.teacher.model.training
     again = generator(model.student, model.teacher)
@@ -770,7 +769,7 @@ def share_work(rank: int, cfg, path: str) -> None:
     comm.create_local_process_group(2)
     model = build(cfg)
     bank = model.distill_heads["GlobalKnowledge"].bank
-    PrototypeGenerator.for_bank(cfg, bank)(model.student, model.teacher).save(f"{path}.{rank}")
+    PrototypeGenerator(cfg, bank)(model.student, model.teacher).save(f"{path}.{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -785,7 +784,7 @@ def test_processes_share_the_work(tmp_path):
     )
     model = build(cfg)
     bank = model.distill_heads["GlobalKnowledge"].bank
-    alone = PrototypeGenerator.for_bank(cfg, bank)(model.student, model.teacher)
+    alone = PrototypeGenerator(cfg, bank)(model.student, model.teacher)
     for rank in range(2):
         shared = Prototypes.load(f"{path}.{rank}")
         assert shared.instances == alone.instances

@@ -15,11 +15,12 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
 
 from d2kd import ConfigError
+from d2kd.checkpoint_files import read_state_dict
 from d2kd.commands import convert as tool
 from d2kd.config import add_distillation_config
 from d2kd.config_files import load_config
 from d2kd.engine.setup import check_weights
-from d2kd.models.torchvision_resnet import convert_torchvision_resnet, read_torchvision
+from d2kd.models.torchvision_resnet import convert_torchvision_resnet
 
 from ..detectors import detector_config
 
@@ -125,7 +126,7 @@ def test_wrapped_files(tmp_path):
     weights = random_resnet("resnet18").state_dict()
     for key, prefix in (("model", ""), ("state_dict", "module.")):
         torch.save({key: {prefix + k: v for k, v in weights.items()}, "epoch": 3}, tmp_path / key)
-        assert set(read_torchvision(str(tmp_path / key))) == set(weights)
+        assert set(read_state_dict(str(tmp_path / key))) == set(weights)
 
 
 def test_other_networks_are_refused(tmp_path, capsys):

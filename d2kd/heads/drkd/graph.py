@@ -201,15 +201,8 @@ class Pixels(NamedTuple):
 
 
 def refine_pixels(units: Sequence[GraphUnit], pixels: Pixels) -> Tensor:
-    """phi of each unit, by the formulas of :class:`GraphUnit`.
-
-    Args:
-        units: K units of equal size.
-        pixels: of their maps.
-
-    Returns:
-        (K, B, C, N), undefined where padded.
-    """
+    """phi of K units of equal size, by the formulas of :class:`GraphUnit`: (K, B, C, N), undefined
+    where padded."""
     values, images, nodes = pixels.values, pixels.values.shape[1], units[0].num_nodes
     weight, bias, mix, mix_bias, extend = (for_each_image(x, images) for x in _stack_weights(units))
     both = torch.baddbmm(bias.mT, weight, values.flatten(0, 1))
@@ -236,15 +229,12 @@ def for_each_image(weight: Tensor, images: int) -> Tensor:
 def _batch_norm(
     units: Sequence[GraphUnit], mean: Tensor, spread: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the units' batch norms multiply by and add.
+    """What the units' batch norms multiply by and add, (K, C) each.
 
     Args:
         mean: (K, B, C) over the pixels of each image.
         spread: (K, C), sum of squared distances from the mean of the image, over all images.
         size: (K,) N of each map.
-
-    Returns:
-        scale (K, C), shift (K, C).
     """
     norms = [unit.norm for unit in units]
     if units[0].training:
@@ -284,15 +274,8 @@ def present(tensor: Tensor | None) -> Tensor:
 
 
 def quadratic_forms(matrix: Tensor, scatter: Tensor) -> Tensor:
-    """a^T scatter a of each row a of a matrix.
-
-    Args:
-        matrix: (K, B, I, J).
-        scatter: (K, B, J, J), symmetric.
-
-    Returns:
-        (K, B, I).
-    """
+    """a^T scatter a (K, B, I) of each row a of a matrix (K, B, I, J); scatter (K, B, J, J) is
+    symmetric."""
     forms: Tensor = _QuadraticForms.apply(matrix.flatten(0, 1), scatter.flatten(0, 1))
     return forms.view(matrix.shape[:3])
 

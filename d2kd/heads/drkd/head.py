@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.engine import HookBase
+from detectron2.config import configurable
 from torch import Tensor, nn
 
 from ...config import HeadOptions
@@ -28,7 +27,7 @@ from ...losses.drkd import (
 from ...numerics import Ragged, full_precision
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import INITS, Adapters, build_adapters, pair_levels
-from ..base import DistillHead
+from ..base import DistillHead, Terms
 from ..sketch import Sketch
 from .graph import GraphUnit
 from .instances import (
@@ -174,10 +173,6 @@ class DRKD(DistillHead):
     Args:
         options: the values of ``DISTILL.DRKD``.
         student_spec, teacher_spec: of the pair.
-        weights: term -> weight (lambda_1, lambda_2, lambda_3), of "pixel", "relation" and
-            "instance"; what is absent is not built.
-        strides: levels of the pixel term, fine to coarse.
-        instance_strides: levels of the other two; each instance is pooled from each of them.
     """
 
     Options = DRKDOptions
@@ -189,29 +184,22 @@ class DRKD(DistillHead):
 
     @configurable
     def __init__(
-        self,
-        *,
-        options: DRKDOptions,
-        student_spec: DetectorSpec,
-        teacher_spec: DetectorSpec,
-        weights: Mapping[str, float],
-        strides: Sequence[int],
-        instance_strides: Sequence[int],
+        self, *, options: DRKDOptions, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ):
         super().__init__()
-        self.options = options
-        self.weights = weights
-        self.strides = tuple(strides)
-        self.instance_strides = tuple(instance_strides)
         specs = student_spec, teacher_spec
+        self.options = options
+        self.weights = self.term_weights(_with_default_weights(options, student_spec.two_stage))
+        self.strides = pair_levels(*specs, options.strides)
+        self.instance_strides = pair_levels(*specs)[: options.instance_levels]
 
-        levels = self.strides if "pixel" in weights else ()
+        levels = self.strides if "pixel" in self.weights else ()
         self.student_graphs, self.teacher_graphs = (
             _build_graphs(options, spec, levels) for spec in specs
         )
         self.pixel_adapters = self._build_adapters(*specs, levels)
 
-        levels = self.instance_strides if "relation" in weights else ()
+        levels = self.instance_strides if "relation" in self.weights else ()
         self.student_relations, self.teacher_relations = (
             _build_relations(options, spec, levels) for spec in specs
         )
@@ -220,12 +208,13 @@ class DRKD(DistillHead):
         else:
             _copy_where_shapes_agree(self.teacher_relations, self.student_relations)
 
-        levels = self.instance_strides if "instance" in weights else ()
+        levels = self.instance_strides if "instance" in self.weights else ()
         self.instance_adapters = self._build_adapters(*specs, levels)
 
         trained = not options.freeze_teacher_units
         self.teacher_graphs.requires_grad_(trained)
         self.teacher_relations.requires_grad_(trained and options.profile == "code")
+        logger.info(describe_parameters(self))
 
     def _build_adapters(
         self, student: DetectorSpec, teacher: DetectorSpec, strides: Sequence[int]
@@ -233,24 +222,7 @@ class DRKD(DistillHead):
         init = self.options.adapter_init
         return build_adapters(student, teacher, strides, mode="always", init=init)
 
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
-    ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        finest = pair_levels(student_spec, teacher_spec)[: options.instance_levels]
-        return {
-            "options": options,
-            "student_spec": student_spec,
-            "teacher_spec": teacher_spec,
-            "weights": cls.term_weights(_with_default_weights(options, student_spec.two_stage)),
-            "strides": pair_levels(student_spec, teacher_spec, options.strides),
-            "instance_strides": finest,
-        }
-
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         terms: dict[str, Tensor] = {}
         if "pixel" in self.weights:
             terms["pixel"] = self._pixel_loss(student.pyramid, teacher.pyramid)
@@ -356,10 +328,6 @@ class DRKD(DistillHead):
         pixel, instance = batch_size_factors(num_images) if has_rule else (1.0, 1.0)
         return {"pixel": pixel, "relation": instance, "instance": instance}
 
-    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
-        """Before training, say how many parameters the method adds."""
-        return [_ReportParameters(self)]
-
 
 def _with_default_weights(options: DRKDOptions, two_stage: bool) -> DRKDOptions:
     """``options`` with numbers for the weights that are None."""
@@ -417,16 +385,6 @@ def _copy_where_shapes_agree(source: nn.ModuleDict, target: nn.ModuleDict) -> No
             module.load_state_dict(state)
 
 
-class _ReportParameters(HookBase):
-    """Logs the size of what is trained in addition to the student, once."""
-
-    def __init__(self, head: DRKD):
-        self.head = head
-
-    def before_train(self) -> None:
-        logger.info(describe_parameters(self.head))
-
-
 def describe_parameters(head: DRKD) -> str:
     """One line: the trainable parameters that a DRKD head adds, by part."""
     parts = {
@@ -448,15 +406,10 @@ def _count(module: nn.Module) -> int:
 
 
 def choose_boxes(boxes: list[Tensor], limit: int, seed: int) -> list[Tensor]:
-    """At most ``limit`` boxes per image, a random choice where there are more.
+    """At most ``limit`` of the boxes (n_i, 4) of each image, a random choice where there are more.
 
     The choice depends on ``seed`` only: it leaves the student's random numbers alone, and a resumed
     run makes it again.
-
-    Args:
-        boxes: per image (n_i, 4).
-        limit: largest number of boxes per image.
-        seed: of the choice; the iteration.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = []

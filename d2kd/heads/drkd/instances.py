@@ -81,9 +81,7 @@ class RelationUnit(nn.Module):
     The module holds the parameters; :func:`refine_instances` evaluates many at once.
 
     Args:
-        dim: D, features of an instance.
-        width: d, inside the unit; the default 0 means D/2.
-        relation_filter: kind of the filter, see ``RelationFilter``.
+        dim, width, relation_filter: as of :class:`InstanceRelation`.
     """
 
     def __init__(self, dim: int, width: int = 0, relation_filter: str = "learned") -> None:
@@ -97,12 +95,7 @@ class RelationUnit(nn.Module):
 def relation_matrices(
     relations: Sequence[InstanceRelation], instances: Sequence[Tensor], rows: Ragged
 ) -> list[Tensor]:
-    """psi of each unit.
-
-    Args:
-        relations: U of them, those of one width side by side.
-        instances: (R, D) for each unit.
-        rows: where the instances of each image lie.
+    """psi of each of U units, those of one width side by side, on instances (R, D) of its own.
 
     Returns:
         (B, n, n) for each unit: rows of instances sum to 1, rows and columns of padding are 0.
@@ -122,16 +115,8 @@ def relation_matrices(
 def refine_instances(
     units: Sequence[RelationUnit], instances: Sequence[Tensor], rows: Ragged
 ) -> list[Tensor]:
-    """rho of each unit.
-
-    Args:
-        units: U of them, those of one width side by side.
-        instances: (R, D) for each unit.
-        rows: where the instances of each image lie.
-
-    Returns:
-        (R, D) for each unit.
-    """
+    """rho (R, D) of each of U units, those of one width side by side, on instances (R, D) of its
+    own."""
     refined: list[Tensor] = []
     pairs = zip(units, instances, strict=True)
     for _, run in itertools.groupby(pairs, lambda pair: pair[0].relation.width):

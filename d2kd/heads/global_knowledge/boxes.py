@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from ...detectors.bundle import FeatureBundle
@@ -18,7 +19,7 @@ from ...numerics import Ragged
 
 @dataclass(frozen=True)
 class PickedBoxes:
-    """Boxes to distil on: B images, P boxes per image, padded.
+    """Boxes to distil on.
 
     Attributes:
         boxes: (B, P, 4) xyxy in pixels of the resized image.
@@ -34,7 +35,7 @@ class PickedBoxes:
 
 
 @dataclass(frozen=True)
-class PlacedBoxes:
+class BoxesOnLevels:
     """Picked boxes, and where they lie on the levels of the pyramid.
 
     Attributes:
@@ -52,15 +53,18 @@ class PlacedBoxes:
         return self.level == levels[:, None, None]
 
 
+def most_positives(cfg: CfgNode) -> int:
+    """How many positive RoIs of an image Detectron2 samples at most."""
+    rois = cfg.MODEL.ROI_HEADS
+    return int(rois.BATCH_SIZE_PER_IMAGE * rois.POSITIVE_FRACTION)
+
+
 def pick_foreground(labels: Tensor, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
     """Positions of at most ``count`` foreground labels per row, evenly spread over those there are.
 
-    Args:
-        labels: (B, N); foreground are 0 to num_classes - 1.
-
-    Returns:
-        index (B, P) and validity (B, P) with P = min(count, N), found without waiting for the
-        device. On the CPU, where looking costs nothing and padding does, P is what is needed.
+    Of labels (B, N), foreground being 0 to num_classes - 1, index (B, P) and validity (B, P) with
+    P = min(count, N), found without waiting for the device. On the CPU, where looking costs nothing
+    and padding does, P is what is needed.
     """
     number = ((labels >= 0) & (labels < num_classes)).cumsum(dim=1)  # 1 at the first, 2 ...
     count = min(count, labels.shape[1])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
 from torch import Tensor
@@ -21,14 +20,21 @@ from ...numerics import stack_channels
 from ...prototypes.hook import PrototypeHook
 from ...prototypes.store import PrototypeBank, Prototypes
 from ...registry import DISTILL_HEAD_REGISTRY
-from ..adapters import Adapters, build_adapters, pair_levels
-from ..base import DistillHead
+from ..adapters import build_adapters, pair_levels
+from ..base import DistillHead, Terms
 from ..dense import at_anchors, join_levels
 from ..needs import Need
 from ..sketch import Sketch
-from .boxes import PickedBoxes, PlacedBoxes, pick_anchors, pick_objects, pick_rois
+from .boxes import (
+    BoxesOnLevels,
+    PickedBoxes,
+    most_positives,
+    pick_anchors,
+    pick_objects,
+    pick_rois,
+)
 from .options import GlobalKnowledgeOptions
-from .responses import CosineResponses, ProjectionResponses, Responses
+from .responses import CosineResponses, ProjectionResponses
 
 PATH = "DISTILL.GLOBAL_KNOWLEDGE"
 
@@ -39,14 +45,20 @@ class GlobalKnowledge(DistillHead):
 
     Args:
         options: the values of ``DISTILL.GLOBAL_KNOWLEDGE``.
-        student_spec: of the student.
-        strides: pyramid levels.
-        adapters: student's to teacher's channels, for the local losses.
+        student_spec, teacher_spec: of the pair.
+        positives: most positive RoIs of an image.
+
+    Attributes:
         bank: the prototypes; None where neither the global loss nor reliability wants any.
-        max_boxes: boxes per image at most.
     """
 
     Options = GlobalKnowledgeOptions
+    term_options = {
+        "global": "global_.weight",
+        "foreground": "local.foreground_weight",
+        "background": "local.background_weight",
+        "soft": "soft_labels.weight",
+    }
 
     @configurable
     def __init__(
@@ -54,66 +66,46 @@ class GlobalKnowledge(DistillHead):
         *,
         options: GlobalKnowledgeOptions,
         student_spec: DetectorSpec,
-        strides: Sequence[int],
-        adapters: Adapters,
-        bank: PrototypeBank | None,
-        max_boxes: int,
+        teacher_spec: DetectorSpec,
+        positives: int,
     ):
         super().__init__()
+        pair = student_spec, teacher_spec
         self.options = options
-        self.weights = options.term_weights
-        self.strides = tuple(strides)
+        self.weights = self.term_weights(options)
+        self.strides = pair_levels(*pair, options.strides)
         self.num_classes = student_spec.num_classes or 0
         self.two_stage = student_spec.two_stage
         # Detectron2 represents the positions of anchor-free detectors by one square each.
         self.anchor_free = student_spec.anchors_per_location == 1
-        self.adapters = adapters
-        self.bank = bank
-        self.max_boxes = max_boxes
-        cosine = options.global_.responses == "cosine"
-        self.responses: Responses = (
-            CosineResponses() if cosine else ProjectionResponses(options.global_.ridge)
+        is_local = self.weights.keys() & {"foreground", "background"}
+        self.adapters = build_adapters(
+            *pair,
+            self.strides if is_local else (),
+            kernel_size=options.local.adapter_kernel,
+            mode=options.local.adapter,
+            init=options.local.adapter_init,
         )
+        self.bank = _build_bank(options, self.strides, *pair)
+        self.max_boxes = options.max_boxes
+        if self.two_stage and options.boxes == "positives":
+            self.max_boxes = min(options.max_boxes, positives)
+        self.responses = CosineResponses()
+        if options.global_.responses == "projection":
+            self.responses = ProjectionResponses(options.global_.ridge)
 
     @classmethod
     def from_config(
         cls, cfg: CfgNode, student_spec: DetectorSpec, teacher_spec: DetectorSpec
     ) -> dict[str, Any]:
-        options = cls.read_options(cfg)
-        strides = pair_levels(student_spec, teacher_spec, options.strides)
-        is_local = options.term_weights.keys() & {"foreground", "background"}
-        adapters = build_adapters(
-            student_spec,
-            teacher_spec,
-            strides if is_local else (),
-            kernel_size=options.local.adapter_kernel,
-            mode=options.local.adapter,
-            init=options.local.adapter_init,
-        )
-        max_boxes = options.max_boxes
-        if student_spec.two_stage and options.boxes == "positives":
-            roi_heads = cfg.MODEL.ROI_HEADS
-            positives = int(roi_heads.BATCH_SIZE_PER_IMAGE * roi_heads.POSITIVE_FRACTION)
-            max_boxes = min(max_boxes, positives)
-        return {
-            "options": options,
-            "student_spec": student_spec,
-            "strides": strides,
-            "adapters": adapters,
-            "bank": _build_bank(options, strides, student_spec, teacher_spec),
-            "max_boxes": max_boxes,
-        }
+        arguments = super().from_config(cfg, student_spec, teacher_spec)
+        return {**arguments, "positives": most_positives(cfg)}
 
     @classmethod
     def needs(
         cls, options: GlobalKnowledgeOptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> list[Need]:
-        weights = options.term_weights
-        if not weights:
-            raise ConfigError(
-                f"{PATH}: all of GLOBAL.WEIGHT, LOCAL.FOREGROUND_WEIGHT, LOCAL.BACKGROUND_WEIGHT "
-                "and SOFT_LABELS.WEIGHT are 0"
-            )
+        weights = cls.term_weights(options)
         if student.num_classes is None:
             raise ConfigError(f"{PATH}: the student, a {student.meta_arch}, predicts no classes")
         positives = {"roi"} if student.two_stage else {"dense.labels", "dense.anchors"}
@@ -127,9 +119,7 @@ class GlobalKnowledge(DistillHead):
         """The refresh of the prototypes."""
         return [] if self.bank is None else [PrototypeHook(type(self).__name__, self.bank, cfg)]
 
-    def forward(
-        self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch
-    ) -> dict[str, Tensor]:
+    def forward(self, student: FeatureBundle, teacher: FeatureBundle, batch: Batch) -> Terms:
         picked = self.pick_boxes(student, batch)
         placed = self._place(picked, student)
         reliability, global_loss = self._compare(
@@ -164,10 +154,10 @@ class GlobalKnowledge(DistillHead):
                 ("teacher", teacher, theirs),
                 ("student", student, mine),
             ):
-                cells = F.normalize(bundle.pyramid[stride][0].detach().float(), dim=0)
-                units = F.normalize(prototypes[present].float(), dim=1)
-                cosines = torch.einsum("chw,mc->mhw", cells, units)
-                maps.setdefault(f"nearest prototype, {side}", {})[stride] = cosines.amax(0).clamp(0)
+                level = bundle.pyramid[stride][0].detach()
+                cosines = losses.cosine_responses(level.flatten(1).mT, prototypes)[:, present]
+                nearest = cosines.amax(1).clamp(0).view(level.shape[1:])
+                maps.setdefault(f"nearest prototype, {side}", {})[stride] = nearest
         return Sketch(maps)
 
     def pick_boxes(self, student: FeatureBundle, batch: Batch) -> PickedBoxes:
@@ -181,11 +171,11 @@ class GlobalKnowledge(DistillHead):
             return pick_rois(student, self.num_classes, self.max_boxes)
         return pick_anchors(student, self.num_classes, self.max_boxes, self.anchor_free)
 
-    def _place(self, picked: PickedBoxes, student: FeatureBundle) -> PlacedBoxes:
+    def _place(self, picked: PickedBoxes, student: FeatureBundle) -> BoxesOnLevels:
         """The boxes, and where they lie on the student's levels."""
         sizes = [(x.shape[-2], x.shape[-1]) for x in map(student.pyramid.__getitem__, self.strides)]
         level = assign_levels(picked.boxes, len(self.strides), self.options.level_size)
-        return PlacedBoxes(picked, level, BoxCells(picked.boxes, sizes, self.strides))
+        return BoxesOnLevels(picked, level, BoxCells(picked.boxes, sizes, self.strides))
 
     # --- prototypes ------------------------------------------------------------------------------
 
@@ -193,7 +183,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         *,
         with_global: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -234,7 +224,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         reliability: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Foreground and background loss, each the mean over levels."""
@@ -249,7 +239,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         reliability: Tensor,
     ) -> Tensor:
         is_same = self.options.boxes == "positives"
@@ -289,7 +279,7 @@ class GlobalKnowledge(DistillHead):
         self,
         student: FeatureBundle,
         teacher: FeatureBundle,
-        placed: PlacedBoxes,
+        placed: BoxesOnLevels,
         reliability: Tensor,
     ) -> Tensor:
         if self.options.boxes != "positives":
@@ -308,14 +298,12 @@ def _soft_label_need(
     options: GlobalKnowledgeOptions, student: DetectorSpec, positives: set[str]
 ) -> Need:
     """Soft labels compare class outputs one by one, and those of RoIs as softmax."""
-    without = f"{PATH}.SOFT_LABELS.WEIGHT 0"
     if not student.two_stage:
         return Need(
             "soft",
             both={"dense.logits", "dense.anchors"},
             student=positives,
             same=("num_classes", "anchors_per_location", "head_strides", "anchors"),
-            without=without,
         )
     fields = {"roi.logits", "roi.features"} if options.reliability else {"roi.logits"}
     return Need(
@@ -324,7 +312,6 @@ def _soft_label_need(
         student=positives,
         same=("num_classes",),
         softmax=("student", "teacher"),
-        without=without,
     )
 
 

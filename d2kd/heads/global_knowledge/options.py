@@ -9,10 +9,6 @@ from ...keys import COUNT, NOT_NEGATIVE, POSITIVE, Options, Rule, group, key, on
 from ...schedules import ScheduleOptions
 from ..adapters import INITS, MODES
 
-BOXES = ("positives", "gt")
-RESPONSES = ("cosine", "projection")
-ATTENUATIONS = ("linear", "none")
-
 
 @dataclass(frozen=True)
 class GlobalOptions(Options):
@@ -25,10 +21,9 @@ class GlobalOptions(Options):
     )
     responses: str = key(
         "cosine",
-        one_of(RESPONSES),
-        'How a box responds to prototypes: "cosine" (released code), or "projection" on '
-        "those of its class (the paper's wording; experimental) with the ridge mu that "
-        "keeps it solvable.",
+        one_of(("cosine", "projection")),
+        'How a box responds to prototypes: "cosine" (released code), or "projection" on those of '
+        "its class (the paper's wording; experimental).",
     )
     ridge: float = key(0.05, POSITIVE, 'mu, the ridge that keeps "projection" solvable.')
     assigned_level_only: bool = key(
@@ -44,7 +39,7 @@ class LocalOptions(Options):
     foreground_weight: float = key(
         1.0,
         NOT_NEGATIVE,
-        "k_fg and k_bg, weights of the squared error inside and outside of boxes; 0: none.",
+        "k_fg, weight of the squared error inside of boxes; 0: none.",
     )
     background_weight: float = key(
         4.0, NOT_NEGATIVE, "k_bg, weight of the squared error outside of boxes; 0: none."
@@ -52,9 +47,8 @@ class LocalOptions(Options):
     adapter: str = key(
         "always",
         one_of(MODES),
-        'Convolution on the student\'s levels: "always", "auto" (only where channels '
-        'differ), "never"; its kernel, 3 (released code) or 1 (cheaper); its first '
-        'weights, "default" (released code), "identity" or "small".',
+        'Convolution on the student\'s levels: "always", "auto" (only where channels differ), '
+        '"never".',
     )
     adapter_kernel: int = key(3, one_of((1, 3)), "Its kernel: 3 (released code) or 1 (cheaper).")
     adapter_init: str = key(
@@ -68,11 +62,7 @@ class LocalOptions(Options):
 class SoftLabelOptions(Options):
     """Keys of ``DISTILL.GLOBAL_KNOWLEDGE.SOFT_LABELS``."""
 
-    weight: float = key(
-        1.0,
-        NOT_NEGATIVE,
-        "Weight of the soft labels on positives (0: none) and tau, their temperature.",
-    )
+    weight: float = key(1.0, NOT_NEGATIVE, "Weight of the soft labels on positives; 0: none.")
     temperature: float = key(2.0, POSITIVE, "tau, temperature of the soft labels.")
 
 
@@ -94,8 +84,8 @@ class PrototypeOptions(Options):
     min_box_size: float = key(
         30.0,
         NOT_NEGATIVE,
-        "Training objects wider and higher than this many pixels of the original image "
-        "are candidates, of a random choice of this many images per class.",
+        "Training objects wider and higher than this many pixels of the original image are "
+        "candidates.",
     )
     max_images: int = key(
         800, COUNT, "Candidates come from a random choice of so many images per class."
@@ -108,7 +98,7 @@ class PrototypeOptions(Options):
     bandwidth: float = key(
         0.1,
         POSITIVE,
-        "Density filter: width of the kernel, and the quantile of densities that must be exceeded.",
+        "Density filter: width of the kernel.",
     )
     quantile: float = key(
         0.4,
@@ -134,9 +124,9 @@ class GlobalKnowledgeOptions(HeadOptions):
     )
     boxes: str = key(
         "positives",
-        one_of(BOXES),
-        'Boxes of the global and local losses: "positives" (the student\'s sampled RoIs, '
-        'or the anchors that it matched) or "gt"; and how many an image at most.',
+        one_of(("positives", "gt")),
+        'Boxes of the global and local losses: "positives" (the student\'s sampled RoIs, or the '
+        'anchors that it matched) or "gt".',
     )
     max_boxes: int = key(128, COUNT, "At most so many boxes per image.")
     reliability: bool = key(
@@ -152,21 +142,10 @@ class GlobalKnowledgeOptions(HeadOptions):
     )
     attenuation: str = key(
         "linear",
-        one_of(ATTENUATIONS),
+        one_of(("linear", "none")),
         '"linear": global and local losses decay by 1 - iteration / MAX_ITER, "none": they do not.',
     )
     global_: GlobalOptions = group(GlobalOptions())
     local: LocalOptions = group(LocalOptions())
     soft_labels: SoftLabelOptions = group(SoftLabelOptions())
     prototypes: PrototypeOptions = group(PrototypeOptions())
-
-    @property
-    def term_weights(self) -> dict[str, float]:
-        """Weight of each term that is switched on."""
-        weights = {
-            "global": self.global_.weight,
-            "foreground": self.local.foreground_weight,
-            "background": self.local.background_weight,
-            "soft": self.soft_labels.weight,
-        }
-        return {term: weight for term, weight in weights.items() if weight}

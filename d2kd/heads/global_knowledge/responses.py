@@ -6,47 +6,22 @@ computed for all levels together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 from torch import Tensor
 
 from ...losses import global_knowledge as losses
 
 
-class Responses(Protocol):
-    """A way to describe boxes by prototypes, and to compare two descriptions."""
-
-    def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
-        """Features (..., L or 1, N, C) to prototypes (..., L, K, M, C): (..., L, N, K, M)."""
-
-    def reliability(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor
-    ) -> Tensor:
-        """r (L, N) of boxes of the classes ``labels`` (N,), from responses (L, N, K, M)."""
-
-    def loss(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        reliability: Tensor,
-        valid: Tensor,
-        present: Tensor,
-    ) -> Tensor:
-        """The global loss per level, (L,)."""
-
-
-@dataclass(frozen=True)
 class CosineResponses:
     """Cosines to the prototypes of all classes (released code)."""
 
     def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        """Features (..., L or 1, N, C) to prototypes (..., L, K, M, C): (..., L, N, K, M)."""
         return losses.cosine_responses(features, prototypes)
 
     def reliability(
         self, student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor
     ) -> Tensor:
+        """r (L, N) of boxes of the classes ``labels`` (N,), from responses (L, N, K, M)."""
         return losses.cosine_reliability(student, teacher, labels, present)
 
     def loss(
@@ -58,18 +33,19 @@ class CosineResponses:
         valid: Tensor,
         present: Tensor,
     ) -> Tensor:
+        """The global loss per level, (L,)."""
         return losses.cosine_global_loss(student, teacher, reliability, valid, present)
 
 
-@dataclass(frozen=True)
-class ProjectionResponses:
+class ProjectionResponses(CosineResponses):
     """Coefficients of a projection on the prototypes of the own class (the paper's wording).
 
-    Attributes:
+    Args:
         ridge: mu, the regulariser.
     """
 
-    ridge: float
+    def __init__(self, ridge: float):
+        self.ridge = ridge
 
     def respond(self, features: Tensor, prototypes: Tensor) -> Tensor:
         return losses.projection_responses(features, prototypes, self.ridge)

