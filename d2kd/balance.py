@@ -29,7 +29,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .keys import COUNT, Options, Rule, key
+from .keys import BELOW_ONE, COUNT, ITERATION_OR_NEVER, Options, Rule, key
 from .registry import node_name
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class BalanceOptions(Options):
     )
     smoothing: float = key(
         0.7,
-        Rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1"),
+        BELOW_ONE,
         "Part of the mean over measurements that a new one leaves as it was.",
     )
     bound: float = key(
@@ -79,7 +79,7 @@ class BalanceOptions(Options):
     )
     freeze_iter: int = key(
         -1,
-        Rule(lambda value: value >= -1, "it must be an iteration, or -1"),
+        ITERATION_OR_NEVER,
         "First iteration from which weights stay as they are; shares are measured and logged on. "
         "0: measure only. -1: never.",
     )

@@ -6,14 +6,13 @@ user does wrong ends it in one line ``error: ...`` on standard error, here and n
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .errors import ConfigError, error_line, one_line
+from .errors import ConfigError, close_names, error_line, one_line
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, by convention of shells
 
@@ -71,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, *arguments = words
     if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        hint = f"; close: {close[0]}" if close else ""
-        sys.exit(error_line(f"no verb '{name}'{hint}; valid: {', '.join(VERBS)}"))
+        close = close_names(name, VERBS, 0.5)
+        sys.exit(error_line(f"no verb '{name}'{close}; valid: {', '.join(VERBS)}"))
     outer = sys.argv
     sys.argv = [f"d2kd {name}", *arguments]  # for the parsers' "usage: d2kd train ..."
     try:

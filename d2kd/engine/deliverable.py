@@ -5,22 +5,10 @@ from __future__ import annotations
 import os
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    RPN_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
-from detectron2.utils.registry import Registry
 from torch import nn
 
 from ..config import declared_keys, student_config
+from ..config_rules import PARTS
 from ..files import write_text
 from ..keys import node_at
 from ..registry import CONFIG_FUNCTIONS
@@ -28,20 +16,6 @@ from .checkpoint import STUDENT_FILE, save_student
 
 STUDENT_CONFIG = "student_config.yaml"
 _PROJECTS = "detectron2.projects."
-
-# Parts that a config names, and where their names are looked up.
-_PARTS: dict[str, Registry] = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
-    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
-    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
-}
 
 
 def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
@@ -92,9 +66,8 @@ def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, dict[str, st
 def _foreign_parts(cfg: CfgNode) -> dict[str, str]:
     """Name -> module of the parts that plain Detectron2 does not define."""
     parts = {}
-    for path, registry in _PARTS.items():
-        node, _, key = path.rpartition(".")
-        name = node_at(cfg, node)[key]
+    for path, (registry, _) in PARTS.items():
+        name = node_at(cfg, path)
         module = registry.get(name).__module__ if name in registry else ""
         if module and (not module.startswith("detectron2.") or module.startswith(_PROJECTS)):
             parts[name] = module

@@ -24,6 +24,7 @@ from ..config import add_distillation_config
 from ..detectors.teacher import Teacher
 from ..errors import one_line
 from ..files import shown
+from ..keys import all_keys
 
 # Keys that change where or how fast a training runs, what it starts from or how it is watched, but
 # not what it learns from here on; and names of files that are known by their content.
@@ -76,21 +77,14 @@ def changed_settings(cfg: CfgNode) -> dict[str, Any]:
     """
     default = get_cfg()
     add_distillation_config(default)
-    default = _flat(default)
-    missing = object()
-    own = json.loads(json.dumps(_flat(cfg), default=str))  # tuples are lists, as when read back
-    default = json.loads(json.dumps(default, default=str))
-    return {key: value for key, value in own.items() if default.get(key, missing) != value}
+    own, default = _values(cfg), _values(default)
+    return {key: value for key, value in own.items() if key not in default or default[key] != value}
 
 
-def _flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def _values(cfg: CfgNode) -> dict[str, Any]:
+    """Key -> value, as JSON gives it back: tuples are lists."""
+    flat = {key: value for key, value in all_keys(cfg) if not isinstance(value, CfgNode)}
+    return json.loads(json.dumps(flat, default=str))
 
 
 def describe_teacher(cfg: CfgNode, teacher: Teacher) -> dict[str, str]:

@@ -22,12 +22,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
 
 from ..arguments import CommandParser
-from ..config import (
-    add_distillation_config,
-    validate_distillation_config,
-    validate_meta_arch,
-    validate_solver,
-)
+from ..config import add_distillation_config, validate_distillation_config, validate_solver
 from ..config_files import (
     SHARED_OUTPUT,
     default_output_dir,
@@ -182,7 +177,6 @@ def check_config(
     check_detectron2_keys(cfg, train=train)
     if train:
         validate_solver(cfg)
-    validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and train:
         check_teacher_files(cfg, folders)
         validate_distillation_config(cfg)
