@@ -193,11 +193,7 @@ def declared_keys() -> Iterator[KeyInfo]:
 
 
 def validate_solver(cfg: CfgNode) -> None:
-    """Check the values of d2kd's own keys under ``SOLVER``, of any training.
-
-    Raises:
-        ConfigError: names the key and what is valid.
-    """
+    """Check the values of d2kd's own keys under ``SOLVER``, of any training."""
     SolverOptions.read(cfg.SOLVER, "SOLVER")
     EmaOptions.read(cfg.SOLVER.EMA, "SOLVER.EMA")
     precision = AmpOptions.read(cfg.SOLVER.AMP, "SOLVER.AMP").precision
@@ -307,11 +303,8 @@ def head_schedule(cfg: CfgNode, name: str) -> Schedule:
 
 
 def head_balance(cfg: CfgNode) -> Balance | None:
-    """What balances the heads of ``cfg``; None where ``DISTILL.BALANCE`` is off.
-
-    Raises:
-        ConfigError: a value is not valid, or the shares leave nothing for the detector's losses.
-    """
+    """What balances the heads of ``cfg``; None where ``DISTILL.BALANCE`` is off. A ConfigError if
+    the shares leave nothing for the detector's losses."""
     options = BalanceOptions.read(cfg.DISTILL.BALANCE, "DISTILL.BALANCE")
     heads = {name: _head_options(cfg, name) for name in cfg.DISTILL.HEADS}
     if not options.enabled or not heads:

@@ -1,18 +1,27 @@
-"""What a training leaves for use: the plain student's weights, and a config that reads them."""
+"""What a training leaves for use: the plain student's weights, a config that reads them, and a
+receipt of what they are and what they were made of."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 from torch import nn
 
 from ..config import declared_keys, student_config
 from ..config_rules import PARTS
-from ..files import write_text
+from ..files import write_json, write_text
 from ..keys import node_at
-from ..registry import CONFIG_FUNCTIONS
+from ..registry import CONFIG_FUNCTIONS, node_name
 from .checkpoint import STUDENT_FILE, save_student
+from .identity import describe_dataset, file_sha256
+from .output import RECEIPT_FILE
+from .run import Run
 
 STUDENT_CONFIG = "student_config.yaml"
 _PROJECTS = "detectron2.projects."
@@ -86,3 +95,41 @@ def _keep_only(node: CfgNode, like: CfgNode) -> None:
             del node[name]
         elif isinstance(node[name], CfgNode):
             _keep_only(node[name], like[name])
+
+
+def write_receipt(run: Run, cost: dict, results: dict, seed: int) -> None:
+    """Write ``receipt.json`` of a complete training, whose student's files are there.
+
+    ``compared`` is filled by :mod:`d2kd.compare`, where the student is one of a comparison.
+    """
+    cfg, record = run.cfg, run.record
+    teacher = record["teacher"]
+    device = "cpu" if cost["memory_of"] == "process" else torch.cuda.get_device_name()
+    receipt: dict[str, Any] = {
+        "student": {
+            "architecture": student_config(cfg).MODEL.META_ARCHITECTURE,
+            "parameters": cost["student_parameters"],
+            "weights": _file(run.folder, STUDENT_FILE),
+            "config": _file(run.folder, STUDENT_CONFIG),
+            "results": results,
+        },
+        "teacher": None if teacher is None else {**teacher, "results": run.teacher_results},
+        "heads": {name: cfg.DISTILL[node_name(name)].WEIGHT for name in record["heads"]},
+        "compared": None,
+        "data": {
+            "trained_on": record["data"],
+            "evaluated_on": {name: describe_dataset(name) for name in cfg.DATASETS.TEST},
+        },
+        "command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}",
+        "seed": seed,
+        "processes": comm.get_world_size(),
+        "settings": {"sha256": record["config"], "changed": record["settings"]},
+        "resumed_with_other_settings": record["changes"],
+        "cost": {**cost, "device": device},
+        "versions": record["versions"],
+    }
+    write_json(receipt, os.path.join(run.folder, RECEIPT_FILE))
+
+
+def _file(folder: str, name: str) -> dict[str, str]:
+    return {"file": name, "sha256": file_sha256(os.path.join(folder, name))}

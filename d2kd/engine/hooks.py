@@ -16,10 +16,9 @@ from detectron2.utils.events import EventWriter
 from ..files import write_json
 from ..meta_arch import TrainingMoments
 from .checkpoint import prune
-from .deliverable import save_deliverable
+from .deliverable import save_deliverable, write_receipt
 from .ema import EmaHook
 from .output import RESULTS_FILE
-from .receipt import write_receipt
 from .summary import summarise
 
 logger = logging.getLogger(__name__)

@@ -73,13 +73,11 @@ class LossLog:
         self._steps.append(_Step(iteration, tuple(losses), values, data_time, dict(factors)))
 
     def flush(self) -> float:
-        """Read what was noted, and log its mean over the ranks. All ranks take part.
+        """Read what was noted, and log its mean over the ranks, which all take part; on all of them
+        a LossError of the first step with a loss that is not finite.
 
         Returns:
             Seconds that this rank waited for its device.
-
-        Raises:
-            LossError: on all ranks, of the first step with a loss that is not finite.
         """
         start = time.perf_counter()
         own = self._read()
@@ -110,11 +108,8 @@ class LossLog:
             )
 
     def check(self) -> None:
-        """Check this rank's losses that were not read yet; they stay to be logged.
-
-        Raises:
-            LossError: one is not finite.
-        """
+        """Check this rank's losses that were not read yet; they stay to be logged. A LossError if
+        one is not finite."""
         for step in self._read(keep=True):
             _check(step)
 

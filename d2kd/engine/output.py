@@ -12,7 +12,7 @@ import shutil
 import socket
 
 from ..errors import ConfigError
-from ..files import check_folder, remove_leftovers, shown
+from ..files import check_folder, nearest_there, remove_leftovers, shown
 from . import logs
 from .checkpoint import LAST_CHECKPOINT, STUDENT_FILE
 
@@ -50,11 +50,7 @@ _held: dict[tuple[str, int], int] = {}
 
 
 def check_output_dir(path: str) -> None:
-    """Check that files can be written to ``OUTPUT_DIR``, which need not be there; none is left.
-
-    Raises:
-        ConfigError: it is empty, a URL or a file, or cannot be made or written.
-    """
+    """Refuse an ``OUTPUT_DIR`` that is empty, a URL, a file, or cannot be made or written."""
     if not path.strip():
         raise ConfigError("OUTPUT_DIR is empty: name a folder")
     if "://" in path:
@@ -67,16 +63,17 @@ def check_output_dir(path: str) -> None:
         ) from error
 
 
-def check_space(path: str, needed: int) -> None:
-    """Check that there is room for ``needed`` bytes in ``path``, which need not be there.
+def check_folder_of_run(path: str, begins: bool) -> None:
+    """Refuse a folder in which no run can be now; nothing is made. ``begins``: a new training."""
+    check_output_dir(path)
+    check_free(path)
+    if begins:
+        _check_unfinished(path)
 
-    Raises:
-        ConfigError: there is not.
-    """
-    parent = os.path.abspath(path)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    free = shutil.disk_usage(parent).free
+
+def check_space(path: str, needed: int) -> None:
+    """Refuse a folder, which need not be there, without room for ``needed`` bytes."""
+    free = shutil.disk_usage(nearest_there(path)).free
     if free < needed:
         raise ConfigError(
             f"OUTPUT_DIR '{shown(path)}': {free / 2**20:,.1f} MiB are free, and a checkpoint takes "
@@ -85,11 +82,8 @@ def check_space(path: str, needed: int) -> None:
 
 
 def lock(path: str) -> None:
-    """Make the folder and take its lock, until :func:`unlock` or the end of the process.
-
-    Raises:
-        ConfigError: another process has it.
-    """
+    """Make the folder and take its lock, until :func:`unlock` or the end of the process; a
+    ConfigError if another process has it."""
     folder = os.path.realpath(path)
     if (folder, os.getpid()) in _held:
         return
@@ -113,11 +107,7 @@ def unlock(path: str) -> None:
 
 
 def check_free(path: str) -> None:
-    """Check that no other process has the folder; nothing is made.
-
-    Raises:
-        ConfigError: one has.
-    """
+    """Refuse a folder that another process has; nothing is made."""
     folder = os.path.realpath(path)
     name = os.path.join(folder, LOCK_FILE)
     if (folder, os.getpid()) in _held or not os.path.isfile(name):
@@ -156,18 +146,11 @@ def read_record(path: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def check_unfinished(path: str) -> None:
-    """Check that a new run would not take the place of one that can still go on.
-
-    Raises:
-        ConfigError: the folder holds a training that was stopped after a checkpoint.
-    """
-    checkpoint = os.path.join(path, LAST_CHECKPOINT)
-    if not os.path.isfile(checkpoint):
-        return
-    record = read_record(path)
-    finished = record.get("finished", os.path.isfile(os.path.join(path, STUDENT_FILE)))
-    if not finished:
+def _check_unfinished(path: str) -> None:
+    """Refuse the place of a training that was stopped after a checkpoint, and can still go on."""
+    finished = os.path.isfile(os.path.join(path, STUDENT_FILE))  # as version 0.1 said it
+    finished = read_record(path).get("finished", finished)
+    if os.path.isfile(os.path.join(path, LAST_CHECKPOINT)) and not finished:
         raise ConfigError(
             f"OUTPUT_DIR '{shown(path)}' holds a training that was not finished: go on with it by "
             "--resume, or name another OUTPUT_DIR"

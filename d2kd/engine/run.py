@@ -55,11 +55,8 @@ class Run:
 
     def _claim(self, identity: dict, start: int, resumes: bool, needed: int) -> dict:
         folder = self.folder
-        output.check_output_dir(folder)
+        output.check_folder_of_run(folder, begins=not resumes)
         output.check_space(folder, needed)
-        output.check_free(folder)
-        if not resumes:
-            output.check_unfinished(folder)
         output.lock(folder)
         before = output.read_record(folder) if resumes else {}
         kept = {key: before[key] for key in ("best", "changes") if key in before}
@@ -67,13 +64,14 @@ class Run:
         changed = differences(before, identity) if before else []
         if changed:
             record["changes"] = [*record["changes"], {"iteration": start, "changed": changed}]
-        checked = read_teacher_results(folder, identity["teacher"], self.cfg.DATASETS.TEST)
+        checked_teacher = folder, identity["teacher"], self.cfg.DATASETS.TEST
+        checked = read_teacher_results(*checked_teacher)
         moved = "" if resumes else output.set_aside(folder)
         if moved:
             where = shown(folder), shown(moved)
             logger.warning("'%s' held files of another run: they are in '%s' now", *where)
         if checked is not None:
-            self._keep(checked, identity)
+            write_teacher_results(*checked_teacher, checked)
         write_json(record, os.path.join(folder, output.RUN_FILE))
         write_text(self.cfg.dump(), os.path.join(folder, output.CONFIG_FILE))
         return record
@@ -84,26 +82,17 @@ class Run:
         write_json(self.record, os.path.join(self.folder, output.RUN_FILE))
 
     def check_teacher(self, teacher: Teacher | None, evaluate: Callable[[Teacher], dict]) -> None:
-        """Evaluate the teacher, if the config asks for it and this very teacher was not yet.
-
-        Args:
-            evaluate: gives its results, on the main process.
-        """
+        """Evaluate the teacher, if the config asks for it and this very teacher was not yet;
+        ``evaluate`` gives the results on the main process."""
         if teacher is None:
             return
-        datasets = self.cfg.DATASETS.TEST
-        known = on_main_process(
-            lambda: read_teacher_results(self.folder, self.record["teacher"], datasets)
-        )
+        checked = self.folder, self.record["teacher"], self.cfg.DATASETS.TEST
+        known = on_main_process(lambda: read_teacher_results(*checked))
         if known is None and self.cfg.DISTILL.TEACHER.CHECK:
             known = evaluate(teacher)
             if comm.is_main_process():
-                self._keep(known, self.record)
+                write_teacher_results(*checked, known)
         self.teacher_results = known or {}
-
-    def _keep(self, teacher_results: dict, record: dict) -> None:
-        datasets = self.cfg.DATASETS.TEST
-        write_teacher_results(self.folder, record["teacher"], datasets, teacher_results)
 
     def release(self) -> None:
         """The run ends: another one may have the folder."""

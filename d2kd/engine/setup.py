@@ -78,16 +78,8 @@ def import_user_module(name: str) -> None:
     Raises:
         ConfigError: there is no such module, or it raises an error; names the line.
     """
-    module = _import(name)
-    for key, value in vars(module).items():
-        of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
-        if of_detectron2s_form and value is not add_distillation_config:
-            adds_config(value)
-
-
-def _import(name: str) -> ModuleType:
     try:
-        return _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+        module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
     except ConfigError:
         raise
     except SyntaxError as error:
@@ -95,6 +87,10 @@ def _import(name: str) -> ModuleType:
         raise ConfigError(f"--import: {place}: {error.msg}") from error
     except Exception as error:
         raise ConfigError(f"--import: {_place(error)}{first_line(error)}") from error
+    for key, value in vars(module).items():
+        of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
+        if of_detectron2s_form and value is not add_distillation_config:
+            adds_config(value)
 
 
 def _place(error: Exception) -> str:
@@ -142,11 +138,8 @@ def merged_config(config_file: str, opts: list[str]) -> CfgNode:
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """The checked config of ``--config-file`` and the KEY VALUE overrides.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong with them.
-    """
+    """The checked config of ``--config-file`` and the KEY VALUE overrides; a ConfigError for
+    whatever is wrong with them."""
     for name in getattr(args, "imports", []):
         import_user_module(name)
     cfg = merged_config(args.config_file, args.opts)
@@ -193,11 +186,7 @@ def check_config(
 
 
 def check_devices(cfg: CfgNode) -> None:
-    """Check that the processes of this machine have the devices that the config wants.
-
-    Raises:
-        ConfigError: there are fewer GPUs, or GPUs where the model shall be on the CPU.
-    """
+    """Refuse processes on this machine of which not all have the device that the config wants."""
     processes, gpus = comm.get_local_size(), torch.cuda.device_count()
     if processes == 1:
         return
@@ -210,14 +199,8 @@ def check_devices(cfg: CfgNode) -> None:
 
 
 def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
-    """Check that the files of a teacher that will be built are there.
-
-    Args:
-        folders: where they were looked for besides the working directory, for the message.
-
-    Raises:
-        ConfigError: one is not.
-    """
+    """Check that the files of a teacher that will be built are there; ``folders`` as in
+    :func:`check_config`."""
     teacher = cfg.DISTILL.TEACHER
     if not (cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT) or not isinstance(teacher, CfgNode):
         return
@@ -228,14 +211,12 @@ def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
 
 
 def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
-    """Check that a checkpoint is there, if it is a local file.
-
-    Args:
-        key: where the path stands, for the message.
-        folders: where it was looked for besides the working directory.
+    """Check that a checkpoint is there, if it is a local file; ``folders`` as in
+    :func:`check_config`.
 
     Raises:
-        ConfigError: it is not; names the command that makes it, or files like it, and the folders.
+        ConfigError: it is not; names ``key``, where the path stands, and the command that makes it
+            or files like it.
     """
     name = (path or "").partition("?")[0]  # what follows is Detectron2's
     if not name or "://" in name or PathManager.isfile(name):
@@ -251,30 +232,15 @@ def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
 
 
 def setup(args: argparse.Namespace, cfg: CfgNode | None = None) -> CfgNode:
-    """The config of a job, checked, and a log on the console; nothing is written yet.
-
-    Args:
-        args: of :func:`build_parser`.
-        cfg: where it was read already.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong.
-    """
+    """The config of a job, read (unless that is done) and checked, and a log on the console;
+    nothing is written yet."""
     logs.start()
     cfg = read_config(args) if cfg is None else cfg
     if args.eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; give names of datasets to evaluate on")
-    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise ConfigError(
-            "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
-            "with an OUTPUT_DIR that has one"
-        )
     check_devices(cfg)
     if comm.is_main_process():
-        output.check_output_dir(cfg.OUTPUT_DIR)
-        output.check_free(cfg.OUTPUT_DIR)
-        if not (args.eval_only or args.resume):
-            output.check_unfinished(cfg.OUTPUT_DIR)
+        output.check_folder_of_run(cfg.OUTPUT_DIR, begins=not (args.eval_only or args.resume))
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     logger.info("Rank %d of %d processes", comm.get_rank(), comm.get_world_size())

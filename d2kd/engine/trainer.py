@@ -37,13 +37,13 @@ from ..detectors.building import building
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
 from ..files import shown
-from ..meta_arch import TrainingMoments
+from ..meta_arch import TrainingMoments, unwrap
 from . import logs, output
 from .checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint, read_checkpoint
 from .faults import LossError, Stopped, TrainingError, explain, on_main_process, stopping_by_signals
 from .hooks import FinishHook, KeepHook, LazyWriters, StudentHook, first_hooks
 from .run import Run
-from .step import StepTrainer, seed_for, unwrap, use_fused_update
+from .step import StepTrainer, seed_for, use_fused_update
 from .teacher_check import check_teacher
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,7 @@ EVALUATORS = {
 
 
 def find_evaluator(dataset_name: str) -> str:
-    """The dataset's ``evaluator_type``.
-
-    Raises:
-        ConfigError: there is no evaluator of that type.
-    """
+    """The dataset's ``evaluator_type``; a ConfigError if there is no evaluator of that type."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     if kind not in EVALUATORS:
         raise ConfigError(
@@ -229,11 +225,8 @@ class DistillTrainer(DefaultTrainer):
                 raise
 
     def _after_failure(self, error: BaseException) -> None:
-        """Write what was logged so far.
-
-        Raises:
-            LossError: a loss that was not read yet is why ``error`` came.
-        """
+        """Write what was logged so far; a LossError where a loss that was not read yet is why
+        ``error`` came."""
         if isinstance(error, Exception) and not isinstance(error, LossError):
             try:
                 self._trainer.losses.check()
