@@ -56,14 +56,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the verb that the arguments name.
-
-    Args:
-        argv: arguments without the program's name; default: those of this process.
-
-    Raises:
-        SystemExit: of a mistake, with one line; of Ctrl-C, with status 130.
-    """
+    """Run the verb that ``argv`` (default: the arguments of this process) names."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -81,11 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def end_in_one_line(run: Callable[[], int | None]) -> None:
-    """Call ``run`` and end the process as all verbs end.
-
-    Raises:
-        SystemExit: as :func:`main`'s; of a status other than 0 that ``run`` returns.
-    """
+    """Call ``run`` and end the process as all verbs end: of a mistake with one line, of Ctrl-C with
+    status 130, else with the status that ``run`` returns."""
     try:
         status = run()
     except ConfigError as error:
@@ -104,21 +94,5 @@ def end_in_one_line(run: Callable[[], int | None]) -> None:
         if error.name != "detectron2":
             raise
         sys.exit("error: Detectron2 is not installed: run d2kd install-detectron2")
-    except Exception as error:
-        message = _of_process(error)
-        if message is None:
-            raise
-        sys.exit(error_line(message))
     if status:
         sys.exit(status)
-
-
-def _of_process(error: Exception) -> str | None:
-    """The message of a ConfigError in a process that a verb has launched; None of other errors.
-
-    ``torch.multiprocessing`` hands the process's traceback over as text.
-    """
-    if type(error).__name__ != "ProcessRaisedException":
-        return None
-    name, _, message = str(error).strip().splitlines()[-1].partition(": ")
-    return message if name == f"{ConfigError.__module__}.{ConfigError.__name__}" else None
