@@ -83,13 +83,8 @@ def _check_folder(text: str, folder: Path) -> None:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options among ``argv``, and its ``KEY VALUE`` pairs, wherever they stand.
-
-    The word ``--opts``, which stood before the overrides in version 0.1, may be there.
-
-    Raises:
-        ConfigError: a key has no value.
-    """
+    """The options among ``argv``, and its ``KEY VALUE`` pairs, wherever they stand; the word
+    ``--opts`` may stand before them, as in version 0.1."""
     options, opts, words = [], [], iter(argv)
     for word in words:
         if word not in _PLAIN_KEYS and not _KEY.fullmatch(word):

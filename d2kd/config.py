@@ -234,15 +234,8 @@ def validate_distillation_config(cfg: CfgNode) -> None:
 
 
 def set_heads(cfg: CfgNode, heads: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Write heads into ``cfg.DISTILL``, as a LazyConfig names them.
-
-    Args:
-        heads: name -> its keys, in lower or upper case: ``{"SSIM": {"weight": 2.0, "schedule":
-            {"stop_iter": 900}}}``.
-
-    Raises:
-        ConfigError: an unknown head or key, or a value of another type.
-    """
+    """Write heads into ``cfg.DISTILL`` as a LazyConfig names them, keys in lower or upper case:
+    ``{"SSIM": {"weight": 2.0, "schedule": {"stop_iter": 900}}}``."""
     cfg.DISTILL.HEADS = list(heads)
     _check_heads(cfg)
     for name, options in heads.items():

@@ -33,9 +33,6 @@ def resolve_config_file(
     Args:
         key: where the name stands, for the message.
         folders: where a relative path may start besides the working directory, which comes first.
-
-    Raises:
-        ConfigError: none is there; names close matches and the folders.
     """
     if not name:
         raise ConfigError(f"{key} is empty: give a config file or a model-zoo name")
@@ -103,28 +100,17 @@ def similar_files(path: str) -> str:
     return ", ".join(os.path.join(os.path.dirname(path), name) for name in close)
 
 
-def load_config(
-    cfg: CfgNode,
-    name: str,
-    key: str = "--config-file",
-    folders: Sequence[str | os.PathLike[str]] = (),
-) -> str:
-    """Merge a YAML file, a shipped config or a model-zoo entry into ``cfg``.
+def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> str:
+    """Merge a YAML file, a shipped config or a model-zoo entry into ``cfg``; returns its path.
 
     Files that ship with Detectron2 may contain Python expressions; a user's file is data, and so
     are the files that its ``_BASE_`` names.
-
-    Args:
-        key, folders: as in :func:`resolve_config_file`.
-
-    Returns:
-        The path of the file that was read.
 
     Raises:
         ConfigError: the file is missing or broken, has a key that does not exist, twice, or without
             a value; names the file and the line.
     """
-    path = resolve_config_file(name, key, folders)
+    path = resolve_config_file(name, key)
     if path.endswith(".py"):
         raise ConfigError(
             f"{key}: '{name}' is a LazyConfig; d2kd train reads it, and it can teach, but here "

@@ -30,13 +30,9 @@ _SHOWN = 2
 
 
 class AtomicCheckpointer(SafeCheckpointer):
-    """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was.
+    """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was."""
 
-    Attributes:
-        before_save: called before each save, to refuse it.
-    """
-
-    before_save: Callable[[], None] | None = None
+    before_save: Callable[[], None] | None = None  # called before each save, to refuse it
 
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:

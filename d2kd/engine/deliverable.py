@@ -44,16 +44,13 @@ def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, dict[str, str]]:
-    """The config of the student, without teacher, heads, or keys that it does not need.
+    """The config of the student with its ``weights``, without teacher, heads, or keys that it does
+    not need; and the parts that are not Detectron2's, name -> module.
 
-    Args:
-        weights: the student's file, which becomes ``MODEL.WEIGHTS``.
-
-    Returns:
-        The config, and the parts that are not Detectron2's, name -> module; with none, it has no
-        key that plain Detectron2 lacks, with those of Detectron2's projects alone no key of d2kd's.
+    Without such parts it has no key that plain Detectron2 lacks, with those of Detectron2's
+    projects alone no key of d2kd's.
     """
-    plain = student_config(cfg).clone()
+    plain = student_config(cfg)
     plain.defrost()
     plain.MODEL.WEIGHTS = weights
     foreign = _foreign_parts(plain)

@@ -68,17 +68,8 @@ _EVALUATED = "dataloader.test"
 def prepare(
     args: argparse.Namespace, base: type[DistillTrainer]
 ) -> tuple[CfgNode, type[DistillTrainer]]:
-    """Read and check the LazyConfig of ``args``; nothing is written.
-
-    Args:
-        base: the trainer that trains it.
-
-    Returns:
-        The config that the trainer reads, and a trainer that builds what the file describes.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong.
-    """
+    """The checked config of a LazyConfig, as a trainer reads it, and a trainer, derived from
+    ``base``, that builds what the file describes; nothing is written."""
     for name in getattr(args, "imports", []):
         import_user_module(name)
     path = resolve_config_file(args.config_file)
@@ -193,11 +184,7 @@ def _plain(value: Any) -> Any:
 
 
 class _LazyParts:
-    """Over a trainer: it builds what a LazyConfig describes.
-
-    Attributes:
-        lazy: the LazyConfig. source: its file.
-    """
+    """Over a trainer: it builds what ``lazy``, the LazyConfig of the file ``source``, describes."""
 
     lazy: ClassVar[DictConfig]
     source: ClassVar[str]

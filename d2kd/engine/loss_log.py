@@ -62,13 +62,8 @@ class LossLog:
         data_time: float,
         factors: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Note the losses of a step, without waiting for them.
-
-        Args:
-            losses: scalars by name.
-            data_time: seconds that the step waited for its data.
-            factors: head -> factor of its terms, which are called ``loss_kd_<head>...``.
-        """
+        """Note the losses of a step, without waiting for them; ``factors`` are those of the heads,
+        whose terms are called ``loss_kd_<head>...``."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         self._steps.append(_Step(iteration, tuple(losses), values, data_time, dict(factors)))
 

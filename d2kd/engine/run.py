@@ -41,10 +41,6 @@ class Run:
             start: the first iteration.
             resumes: the folder's own training goes on; else what is there of another is set aside.
             needed: bytes of a checkpoint.
-
-        Raises:
-            ConfigError: the folder cannot be written, is in use, or holds a training that can still
-                go on.
         """
         identity = describe_run(self.cfg, teacher) if comm.is_main_process() else {}
         self.record = on_main_process(lambda: self._claim(identity, start, resumes, needed))

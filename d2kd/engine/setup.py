@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -41,6 +40,7 @@ from ..detectors.weights import RANDOM_WEIGHTS
 from ..errors import ConfigError, first_line
 from ..files import shown
 from ..keys import adds_config
+from ..lazy_config import line_of_module
 from . import logs, output
 from .checkpoint import find_checkpoint
 from .launch import add_launch_arguments
@@ -86,20 +86,11 @@ def import_user_module(name: str) -> None:
         place = f"{shown(str(error.filename))}:{error.lineno}"
         raise ConfigError(f"--import: {place}: {error.msg}") from error
     except Exception as error:
-        raise ConfigError(f"--import: {_place(error)}{first_line(error)}") from error
+        raise ConfigError(f"--import: {line_of_module(error) or first_line(error)}") from error
     for key, value in vars(module).items():
         of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
         if of_detectron2s_form and value is not add_distillation_config:
             adds_config(value)
-
-
-def _place(error: Exception) -> str:
-    """Where in a user's module an error came from, and its kind; "" if there is no such module."""
-    ours = (__file__, importlib.__file__, "<frozen")
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith(ours):
-            return f"{shown(frame.filename)}:{frame.lineno}: {type(error).__name__}: "
-    return ""
 
 
 def _import_file(path: str) -> ModuleType:

@@ -45,9 +45,6 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
 
     A teacher of other classes than the dataset's cannot be evaluated on it, but its features can
     be distilled: it is only named. So is one of another library.
-
-    Returns:
-        Results of the evaluators; {} on other processes than the main one.
     """
     results: dict[str, Any] = {}
     if isinstance(teacher.model, MapsDetector):

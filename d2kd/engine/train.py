@@ -23,10 +23,6 @@ from .trainer import DistillTrainer, without_start
 def main(argv: list[str] | None = None, description: str | None = None) -> dict | None:
     """Train or evaluate as a command line says; what goes wrong ends the program in one line.
 
-    Args:
-        argv: arguments without the program's name; default: those of this process.
-        description: what ``--help`` shows below the options.
-
     Returns:
         Results of the last evaluation; None where other processes did the work.
     """

@@ -285,7 +285,7 @@ class DistillTrainer(DefaultTrainer):
         at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         behind = [FinishHook()]
         if comm.is_main_process():
-            behind.append(KeepHook(cfg.SOLVER.CHECKPOINT_KEEP, cfg.TEST.EVAL_PERIOD))
+            behind.append(KeepHook())
         return [*own, *hooks[:at], StudentHook(), *hooks[at:], *behind]
 
     def build_writers(self) -> list[EventWriter]:
