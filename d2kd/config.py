@@ -201,8 +201,11 @@ def validate_solver(cfg: CfgNode) -> None:
         raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
 
 
-def validate_distillation_config(cfg: CfgNode) -> None:
+def validate_distillation_config(cfg: CfgNode, folders: Sequence[str] = ()) -> None:
     """Check what can be checked of ``cfg.DISTILL`` without building a model.
+
+    Args:
+        folders: where the teacher's config may lie besides the working directory.
 
     Raises:
         ConfigError: in one line that names the key and what is valid.
@@ -221,7 +224,7 @@ def validate_distillation_config(cfg: CfgNode) -> None:
                 "DISTILL.TEACHER.CONFIG_FILE is empty: give the teacher's config file or model-zoo "
                 "name"
             )
-        resolve_teacher(teacher.config_file)
+        resolve_teacher(teacher.config_file, folders)
     if teacher.precision == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("DISTILL.TEACHER.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
     known = sorted(name for name, _ in META_ARCH_REGISTRY)

@@ -20,8 +20,7 @@ from ..keys import node_at
 from ..registry import CONFIG_FUNCTIONS, node_name
 from .checkpoint import STUDENT_FILE, save_student
 from .identity import describe_dataset, file_sha256
-from .output import RECEIPT_FILE
-from .run import Run
+from .output import RECEIPT_FILE, Run
 
 STUDENT_CONFIG = "student_config.yaml"
 _PROJECTS = "detectron2.projects."

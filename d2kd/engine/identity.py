@@ -150,7 +150,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before.get("settings", {}), now["settings"]
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_NO_MATTER):
-            was, is_now = (_value(s[key]) if key in s else "its default" for s in (old, new))
+            was, is_now = (one_line(str(s.get(key, "its default")), 60) for s in (old, new))
             changes.append(f"{key} is {is_now} (was {was})")
     if same_teacher(before.get("teacher"), now["teacher"]) is False:
         changes.append(f"the teacher changed ({shown(now['teacher']['config_file'])})")
@@ -166,7 +166,3 @@ def same_teacher(before: dict | None, now: dict | None) -> bool | None:
     if not before or not now:
         return None
     return before.get("sha256") == now["sha256"]
-
-
-def _value(value: Any) -> str:
-    return one_line(str(value), 60)

@@ -16,7 +16,7 @@ from . import logs
 from .checkpoint import AtomicCheckpointer
 from .hooks import StudentHook, first_hooks
 from .identity import describe_teacher
-from .run import Run
+from .output import Run
 from .step import StepTrainer, seed_for
 from .teacher_check import check_teacher
 from .trainer import DistillTrainer

@@ -29,7 +29,6 @@ from ..config_files import (
     load_config,
     merge_overrides,
     resolve_config_file,
-    resolve_teacher,
     similar_files,
 )
 from ..config_paths import looked_in, set_absolute_paths
@@ -162,8 +161,11 @@ def check_config(
     if train:
         validate_solver(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and train:
-        check_teacher_files(cfg, folders)
-        validate_distillation_config(cfg)
+        validate_distillation_config(cfg, folders)
+        teacher, is_built = cfg.DISTILL.TEACHER, cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT
+        if is_built and teacher.WEIGHTS != RANDOM_WEIGHTS:
+            if not foreign_teacher(teacher.CONFIG_FILE):
+                check_weights(teacher.WEIGHTS, "DISTILL.TEACHER.WEIGHTS", folders)
     elif cfg.DISTILL.HEADS and train:
         raise ConfigError(
             f"DISTILL.HEADS {list(cfg.DISTILL.HEADS)} need MODEL.META_ARCHITECTURE Distiller, it "
@@ -187,18 +189,6 @@ def check_devices(cfg: CfgNode) -> None:
         raise ConfigError(
             "MODEL.DEVICE cpu in several processes: hide the GPUs, by CUDA_VISIBLE_DEVICES=''"
         )
-
-
-def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
-    """Check that the files of a teacher that will be built are there; ``folders`` as in
-    :func:`check_config`."""
-    teacher = cfg.DISTILL.TEACHER
-    if not (cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT) or not isinstance(teacher, CfgNode):
-        return
-    if teacher.CONFIG_FILE and isinstance(teacher.CONFIG_FILE, str):
-        resolve_teacher(teacher.CONFIG_FILE, folders)
-    if teacher.WEIGHTS != RANDOM_WEIGHTS and not foreign_teacher(str(teacher.CONFIG_FILE)):
-        check_weights(teacher.WEIGHTS, "DISTILL.TEACHER.WEIGHTS", folders)
 
 
 def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:

@@ -38,11 +38,11 @@ from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
 from ..files import shown
 from ..meta_arch import TrainingMoments, unwrap
-from . import logs, output
+from . import logs
 from .checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint, read_checkpoint
 from .faults import LossError, Stopped, TrainingError, explain, on_main_process, stopping_by_signals
 from .hooks import FinishHook, KeepHook, LazyWriters, StudentHook, first_hooks
-from .run import Run
+from .output import EVALUATION_FOLDER, Run
 from .step import StepTrainer, seed_for, use_fused_update
 from .teacher_check import check_teacher
 
@@ -328,7 +328,7 @@ class DistillTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         """The evaluator of the dataset's ``evaluator_type``."""
         kind = find_evaluator(dataset_name)
-        options = {"output_dir": os.path.join(cfg.OUTPUT_DIR, output.EVALUATION_FOLDER)}
+        options = {"output_dir": os.path.join(cfg.OUTPUT_DIR, EVALUATION_FOLDER)}
         if kind == "coco":
             options["kpt_oks_sigmas"] = tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         return EVALUATORS[kind](dataset_name, **options)
