@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .balance import Balance, BalanceOptions
-from .config_files import merge_overrides, resolve_teacher
+from .config_files import check_registered, merge_overrides, resolve_teacher
 from .errors import ConfigError
 from .keys import (
     BELOW_ONE,
@@ -227,11 +227,7 @@ def validate_distillation_config(cfg: CfgNode, folders: Sequence[str] = ()) -> N
         resolve_teacher(teacher.config_file, folders)
     if teacher.precision == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("DISTILL.TEACHER.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
-    known = sorted(name for name, _ in META_ARCH_REGISTRY)
-    if options.student_meta_arch not in known:
-        raise ConfigError(
-            f"DISTILL.STUDENT_META_ARCH is '{options.student_meta_arch}'; valid: {', '.join(known)}"
-        )
+    check_registered("DISTILL.STUDENT_META_ARCH", options.student_meta_arch, META_ARCH_REGISTRY)
     if options.student_meta_arch == "Distiller":
         raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")
 

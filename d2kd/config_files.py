@@ -14,6 +14,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import Registry
 
 from .config_paths import SHIPPED, find_file, looked_in, shipped_config, shipped_names
 from .errors import ConfigError, close_names, first_line
@@ -126,12 +127,7 @@ def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> str:
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "KEY VALUE") -> None:
-    """Merge KEY VALUE pairs into ``cfg``.
-
-    Raises:
-        ConfigError: an odd number, an unknown key, or a value of another type or none at all; names
-            ``source``, where they stand, e.g. "DISTILL.TEACHER.OPTS".
-    """
+    """Merge KEY VALUE pairs into ``cfg``; ``source`` is where they stand, for messages."""
     if len(opts) % 2:
         raise ConfigError(f"{source}: {list(opts)} is not a list of pairs; {opts[-1]!r} is left")
     for name, value in zip(opts[0::2], opts[1::2], strict=True):
@@ -292,6 +288,13 @@ def _merge_error(cfg: CfgNode, error: Exception, lines: dict[str, str], path: st
 
 def _unknown_key(cfg: CfgNode, key: str) -> str:
     return f"no config key '{key}'{close_names(key, dict(all_keys(cfg)))}"
+
+
+def check_registered(key: str, name: str, registry: Registry) -> None:
+    """Refuse a value of ``key`` that the registry does not know."""
+    if name not in registry:
+        known = sorted(entry for entry, _ in registry)
+        raise ConfigError(f"{key} is {name!r}; {close_to(name, known)}")
 
 
 def close_to(name: str, valid: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from detectron2.modeling import (
 )
 from detectron2.utils.registry import Registry
 
-from .config_files import close_to
+from .config_files import check_registered
 from .errors import ConfigError
 from .keys import (
     BELOW_ONE,
@@ -259,9 +259,6 @@ def _check_registries(cfg: CfgNode) -> None:
         optional = name.endswith("BOX_HEAD.NAME") and value == ""
         if name.endswith("MASK_HEAD.NAME") and not cfg.MODEL.MASK_ON:
             continue
-        if arch in archs and not optional and value not in registry:
-            known = sorted(entry for entry, _ in registry)
-            raise ConfigError(f"{name} is {value!r}; {close_to(value, known)}")
-    if arch not in META_ARCH_REGISTRY:
-        known = sorted(entry for entry, _ in META_ARCH_REGISTRY)
-        raise ConfigError(f"{key} is {arch!r}; {close_to(arch, known)}")
+        if arch in archs and not optional:
+            check_registered(name, value, registry)
+    check_registered(key, arch, META_ARCH_REGISTRY)

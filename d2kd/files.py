@@ -129,11 +129,8 @@ def null_to_nan(data: Any) -> Any:
 
 
 def parse_json(text: str, where: str, keys: Iterable[str] = ()) -> dict:
-    """The JSON object of ``text``, which an earlier run has written to ``where``.
-
-    Raises:
-        ConfigError: it is broken, or lacks one of ``keys``; names the place.
-    """
+    """The JSON object of ``text``, which an earlier run has written to ``where``; a ConfigError if
+    it is broken or lacks one of ``keys``."""
     try:
         found = json.loads(text)
     except ValueError as error:

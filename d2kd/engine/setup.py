@@ -73,9 +73,6 @@ def import_user_module(name: str) -> None:
 
     Its functions called ``add_..._config``, as Detectron2's projects call theirs, add their keys to
     every config that is read from then on.
-
-    Raises:
-        ConfigError: there is no such module, or it raises an error; names the line.
     """
     try:
         module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
@@ -151,9 +148,6 @@ def check_config(
         folders: where its files were looked for besides the working directory, for messages.
         train: for training, else for evaluation.
         resume: a checkpoint in ``OUTPUT_DIR`` takes the place of ``MODEL.WEIGHTS``.
-
-    Raises:
-        ConfigError: in one line.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -192,13 +186,8 @@ def check_devices(cfg: CfgNode) -> None:
 
 
 def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
-    """Check that a checkpoint is there, if it is a local file; ``folders`` as in
-    :func:`check_config`.
-
-    Raises:
-        ConfigError: it is not; names ``key``, where the path stands, and the command that makes it
-            or files like it.
-    """
+    """Refuse a checkpoint, the value of ``key``, that is a local file and not there (nor in
+    ``folders``); names the command that makes it, or files like it."""
     name = (path or "").partition("?")[0]  # what follows is Detectron2's
     if not name or "://" in name or PathManager.isfile(name):
         return
