@@ -66,8 +66,8 @@ class LazyWriters(EventWriter):
 
 
 class KeepHook(HookBase):
-    """Removes all checkpoints but the ``SOLVER.CHECKPOINT_KEEP`` last ones, if that is not 0, and
-    the one that was evaluated as the best.
+    """Removes all checkpoints but the ``SOLVER.CHECKPOINT_KEEP`` last ones and the one that was
+    evaluated as the best.
 
     It comes behind checkpoints and evaluations, on the main process.
     """
@@ -76,8 +76,6 @@ class KeepHook(HookBase):
         trainer = self.trainer
         keep, period = trainer.cfg.SOLVER.CHECKPOINT_KEEP, trainer.cfg.TEST.EVAL_PERIOD
         done = trainer.iter + 1
-        if not keep:
-            return
         if period > 0 and done % period == 0 and done != trainer.max_iter:
             self._note_best()
         best = trainer.run.record.get("best") or {}

@@ -37,7 +37,7 @@ from ..detectors.building import building
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
 from ..files import shown
-from ..meta_arch import TrainingMoments, unwrap
+from ..meta_arch import unwrap
 from . import logs
 from .checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint, read_checkpoint
 from .faults import LossError, Stopped, TrainingError, explain, on_main_process, stopping_by_signals
@@ -109,6 +109,7 @@ class DistillTrainer(DefaultTrainer):
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             seed=seed,
         )
+        self._moments = self._trainer.moments
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.before_save = self._trainer.losses.check
@@ -128,10 +129,6 @@ class DistillTrainer(DefaultTrainer):
     def ddp_options(self) -> dict[str, Any]:
         """Arguments of Detectron2's ``create_ddp_model``."""
         return {"broadcast_buffers": False}
-
-    @property
-    def _moments(self) -> TrainingMoments:
-        return self._trainer.moments
 
     # --- before the first step -------------------------------------------------------------------
 
@@ -284,7 +281,7 @@ class DistillTrainer(DefaultTrainer):
         own = first_hooks(cfg, self._moments)
         at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         behind = [FinishHook()]
-        if comm.is_main_process():
+        if comm.is_main_process() and cfg.SOLVER.CHECKPOINT_KEEP:
             behind.append(KeepHook())
         return [*own, *hooks[:at], StudentHook(), *hooks[at:], *behind]
 
