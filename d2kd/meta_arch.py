@@ -187,7 +187,7 @@ class Distiller(nn.Module, TrainingMoments):
         return built
 
     @property
-    def teacher(self) -> Teacher | None:  # type: ignore[override]
+    def teacher(self) -> Teacher | None:
         return self._hidden[0]
 
     @property
@@ -200,7 +200,7 @@ class Distiller(nn.Module, TrainingMoments):
         return [hook for head in self.distill_heads.values() for hook in head.build_hooks(cfg)]
 
     @property
-    def factors(self) -> Mapping[str, float]:  # type: ignore[override]
+    def factors(self) -> Mapping[str, float]:
         return {_short_name(name): factor for name, factor in self._factors.items()}
 
     def start_from_weights(self) -> None:
