@@ -15,7 +15,7 @@ from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .config_files import close_to
 from .errors import ConfigError, first_line
@@ -119,12 +119,13 @@ def _arguments(node: Mapping[str, Any]) -> list[str]:
 
 
 def build_lazy(cfg: DictConfig, key: str, source: str) -> Any:
-    """What the config's ``key`` (such as "model") describes; ``source`` is its file."""
-    if key not in cfg:
+    """What the config's ``key`` (such as "dataloader.train") describes; ``source`` is its file."""
+    node = OmegaConf.select(cfg, key)
+    if node is None:
         has = ", ".join(str(known) for known in cfg) or "none"
         raise ConfigError(f"{source} has no '{key}' among its config objects, which are: {has}")
     try:
-        return instantiate(cfg[key])
+        return instantiate(node)
     except ConfigError:
         raise
     except Exception as error:

@@ -191,9 +191,7 @@ class _LazyParts:
 
     @classmethod
     def _build(cls, key: str) -> Any:
-        parent, _, last = key.rpartition(".")
-        node = OmegaConf.select(cls.lazy, parent) if parent else cls.lazy
-        return build_lazy(node, last, cls.source)
+        return build_lazy(cls.lazy, key, cls.source)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

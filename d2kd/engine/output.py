@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import json
 import logging
 import os
 import shutil
@@ -19,7 +18,15 @@ from detectron2.utils import comm
 
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError
-from ..files import check_folder, nearest_there, remove_leftovers, shown, write_json, write_text
+from ..files import (
+    check_folder,
+    nearest_there,
+    read_json,
+    remove_leftovers,
+    shown,
+    write_json,
+    write_text,
+)
 from . import logs
 from .checkpoint import LAST_CHECKPOINT, STUDENT_FILE
 from .faults import on_main_process
@@ -147,20 +154,17 @@ def _lock(file: int, path: str) -> None:
 
 
 def read_record(path: str) -> dict:
-    """What ``run.json`` of a folder says; {} where there is none, or none that can be read."""
-    try:
-        with open(os.path.join(path, RUN_FILE)) as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """What ``run.json`` of a folder says; {} where there is none."""
+    name = os.path.join(path, RUN_FILE)
+    return read_json(name) if os.path.isfile(name) else {}
 
 
 def _check_unfinished(path: str) -> None:
     """Refuse the place of a training that was stopped after a checkpoint, and can still go on."""
+    if not os.path.isfile(os.path.join(path, LAST_CHECKPOINT)):
+        return
     finished = os.path.isfile(os.path.join(path, STUDENT_FILE))  # as version 0.1 said it
-    finished = read_record(path).get("finished", finished)
-    if os.path.isfile(os.path.join(path, LAST_CHECKPOINT)) and not finished:
+    if not read_record(path).get("finished", finished):
         raise ConfigError(
             f"OUTPUT_DIR '{shown(path)}' holds a training that was not finished: go on with it by "
             "--resume, or name another OUTPUT_DIR"
