@@ -95,9 +95,10 @@ class AtomicCheckpointer(SafeCheckpointer):
         self._check_fit(moments.student, result, sizes, names)
         if heads and moments.distill_heads.state_dict():
             found = _load(moments.distill_heads, {"model": heads})
-            result.missing_keys += [HEADS_PREFIX + key for key in found.missing_keys]
-            result.unexpected_keys += [HEADS_PREFIX + key for key in found.unexpected_keys]
-            result.incorrect_shapes += [(HEADS_PREFIX + k, *s) for k, *s in found.incorrect_shapes]
+            result.missing_keys.extend(HEADS_PREFIX + key for key in found.missing_keys)
+            result.unexpected_keys.extend(HEADS_PREFIX + key for key in found.unexpected_keys)
+            shapes = ((HEADS_PREFIX + key, *both) for key, *both in found.incorrect_shapes)
+            result.incorrect_shapes.extend(shapes)
         return result
 
     def _check_fit(
