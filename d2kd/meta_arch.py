@@ -62,7 +62,7 @@ class TrainingMoments:
 
     Attributes:
         student: the detector that is trained, evaluated and saved.
-        distill_heads: what is trained beside it.
+        distill_heads: what is trained in addition to it.
         teacher: the frozen teacher, where there is one.
         factors: name of each head, as in its losses -> factor of its terms in the last step.
     """
