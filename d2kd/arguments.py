@@ -19,11 +19,8 @@ _PLAIN_KEYS = ("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that complains in one line, as all other mistakes of users end.
-
-    Args:
-        description: shown by ``--help`` as it stands; ends with examples.
-    """
+    """A parser that complains in one line, as all other mistakes of users end, and whose ``--help``
+    shows the description as it stands."""
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -35,9 +32,6 @@ class CommandParser(argparse.ArgumentParser):
     def parse_command(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse options, and the ``KEY VALUE`` pairs among them as the list ``opts``.
 
-        Args:
-            argv: arguments without the program's name; default: those of this process.
-
         Raises:
             SystemExit: an unknown option or a bad value of one.
             ConfigError: a key without a value.
@@ -48,18 +42,16 @@ class CommandParser(argparse.ArgumentParser):
         return args
 
 
+def natural(text: str, least: int = 0) -> int:
+    """The type of an option: a whole number of at least 0."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least {least}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """The type of an option: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """The type of an option: a whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
-    return int(text)
+    return natural(text, 1)
 
 
 def file_to_write(*endings: str) -> Callable[[str], Path]:
@@ -91,16 +83,11 @@ def _check_folder(text: str, folder: Path) -> None:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options among ``argv``, and its ``KEY VALUE`` pairs, wherever they stand.
-
-    The word ``--opts``, which stood before the overrides in version 0.1, may be there.
-
-    Raises:
-        ConfigError: a key has no value.
-    """
+    """The options among ``argv``, and its ``KEY VALUE`` pairs, wherever they stand; the word
+    ``--opts`` may stand before them, as in version 0.1."""
     options, opts, words = [], [], iter(argv)
     for word in words:
-        if not _is_key(word):
+        if word not in _PLAIN_KEYS and not _KEY.fullmatch(word):
             options += [word] if word != "--opts" else []
             continue
         value = next(words, None)
@@ -108,7 +95,3 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             raise ConfigError(f"overrides are KEY VALUE pairs: {word} has no value")
         opts += [word, value]
     return options, opts
-
-
-def _is_key(word: str) -> bool:
-    return word in _PLAIN_KEYS or _KEY.fullmatch(word) is not None

@@ -30,7 +30,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from .keys import COUNT, Options, Rule, key
+from .keys import BELOW_ONE, COUNT, ITERATION_OR_NEVER, Options, Rule, key
 from .registry import node_name
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class BalanceOptions(Options):
     )
     smoothing: float = key(
         0.7,
-        Rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1"),
+        BELOW_ONE,
         "Part of the mean over measurements that a new one leaves as it was.",
     )
     bound: float = key(
@@ -81,7 +81,7 @@ class BalanceOptions(Options):
     )
     freeze_iter: int = key(
         -1,
-        Rule(lambda value: value >= -1, "it must be an iteration, or -1"),
+        ITERATION_OR_NEVER,
         "First iteration from which weights stay as they are; shares are measured and logged on. "
         "0: measure only. -1: never.",
     )
@@ -109,49 +109,44 @@ class Lengths:
 
     def shares(self, factors: Mapping[str, float]) -> dict[str, float]:
         """Part of the gradient that each head makes, its terms being multiplied by its factor."""
-        return {name: self._share(own, factors) for name, own in self._weighted(factors).items()}
+        return {name: self._share(name, own, factors) for name, own in self.heads.items()}
 
     def details(self, name: str, factors: Mapping[str, float]) -> dict[str, float]:
         """The head's share at each stride, then that of each of its terms, of several, then the
         cosines."""
-        own, found = self._weighted(factors)[name], {}
+        found, own = {}, self.heads[name]
         if len(own) > 1:
             for at, stride in enumerate(self.strides):
-                found[f"stride{stride}"] = self._share(own[at : at + 1], factors, at)
+                found[f"stride{stride}"] = self._share(name, own, factors, slice(at, at + 1))
         if len(self.terms[name]) > 1:
             for term, lengths in self.terms[name].items():
-                weighted = [factors[name] * length for length in lengths]
-                found[term] = self._share(weighted, factors)
+                found[term] = self._share(name, lengths, factors)
         for other, cosine in self.cosines[name].items():
             found[f"cosine_{other if other == DETECTOR else node_name(other).lower()}"] = cosine
         return found
 
-    def _weighted(self, factors: Mapping[str, float]) -> dict[str, list[float]]:
-        return {n: [factors[n] * length for length in own] for n, own in self.heads.items()}
-
     def _share(
-        self, own: list[float], factors: Mapping[str, float], at: int | None = None
+        self, name: str, own: list[float], factors: Mapping[str, float], at: slice = slice(None)
     ) -> float:
-        """``own`` over all that is at these places, or at one of them."""
-        part = slice(None) if at is None else slice(at, at + 1)
-        whole = math.hypot(*self.detection[part])
-        whole += sum(math.hypot(*lengths[part]) for lengths in self._weighted(factors).values())
-        return math.hypot(*own) / whole if whole else 0.0
+        """``own``, of the head ``name``, over all that is at these places, or at some of them."""
+
+        def norm(head: str, lengths: list[float]) -> float:
+            return math.hypot(*(factors[head] * length for length in lengths[at]))
+
+        whole = math.hypot(*self.detection[at])
+        whole += sum(norm(head, lengths) for head, lengths in self.heads.items())
+        return norm(name, own) / whole if whole else 0.0
 
 
 def gradient_lengths(
     detection: Tensor, heads: Mapping[str, Terms], places: Places, scale: float = 1.0
 ) -> Lengths | None:
-    """Norms of the gradients of losses at ``places`` and the angles between them; the graph stays
-    as it is. The gradients of all heads are in memory at a time.
+    """Norms of the gradients of losses at ``places`` and the angles between them, whose graph stays
+    as it is; None where one is not finite. The gradients of all heads are in memory at a time.
 
     Args:
         detection: sum of the student's own losses.
-        heads: head -> its terms.
         scale: what gradients are multiplied by on their way.
-
-    Returns:
-        None where one is not finite.
     """
     tensors = [tensor for place in places.values() for tensor in place]
     sizes = [len(place) for place in places.values()]
@@ -184,7 +179,7 @@ def gradient_lengths(
         for loss in terms.values():
             found = gradients(loss)
             rows.append(squares(found))
-            whole = [_sum(pair) for pair in zip(whole, found, strict=True)]
+            whole = list(map(_sum, whole, found))
         rows.append(squares(whole))
         sums[name] = whole
     pairs = list(itertools.combinations(sums, 2))
@@ -215,9 +210,10 @@ def _cosines(
     return found
 
 
-def _sum(tensors: Iterable[Tensor | None]) -> Tensor | None:
-    there = [tensor for tensor in tensors if tensor is not None]
-    return sum(there[1:], there[0]) if there else None
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 class Outweighed:
@@ -259,7 +255,6 @@ class Balance:
     """Chooses the heads' weights; see the module.
 
     Args:
-        options: of ``DISTILL.BALANCE``.
         shares: head -> its target.
         weights: head -> ``WEIGHT``, which its scheduled factor is a multiple of.
     """
@@ -291,11 +286,8 @@ class Balance:
         return is_early or is_regular or not self._means.keys() >= set(heads)
 
     def factors(self, scheduled: Mapping[str, float]) -> dict[str, float]:
-        """Factor of each head's terms.
-
-        Args:
-            scheduled: head -> ``WEIGHT`` times its schedule, 0 for one at rest.
-        """
+        """Factor of each head's terms; ``scheduled`` is its ``WEIGHT`` times its schedule, 0 for a
+        head at rest."""
         total = sum(self.shares[name] for name, factor in scheduled.items() if factor)
         return {
             name: factor * self._multiplier(name, total) if factor else factor

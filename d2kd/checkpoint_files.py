@@ -42,22 +42,15 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ARRAYS:
-            if module.startswith("numpy.core"):
-                module = (
-                    module
-                    if np.lib.NumpyVersion(np.__version__) < "2.0.0"
-                    else (module.replace("numpy.core", "numpy._core"))
-                )
+            if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+                module = module.replace("numpy.core", "numpy._core")
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
 
 
 def read_pickle(path: str) -> Any:
-    """The arrays of a ``.pkl`` file.
-
-    Raises:
-        ConfigError: it is damaged, or holds something else, which is not run.
-    """
+    """The arrays of a ``.pkl`` file; a ConfigError if it is damaged or holds something else, which
+    is not run."""
     try:
         with PathManager.open(path, "rb") as file:
             return _ArrayUnpickler(file, encoding="latin1").load()
@@ -71,11 +64,8 @@ def read_pickle(path: str) -> Any:
 
 
 def read_tensors(path: str) -> Any:
-    """The tensors and plain values of a file of ``torch.save``.
-
-    Raises:
-        ConfigError: it is damaged, or holds something else, which is not run.
-    """
+    """The tensors and plain values of a file of ``torch.save``; a ConfigError if it is damaged or
+    holds something else, which is not run."""
     try:
         with PathManager.open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -6,14 +6,13 @@ user does wrong ends it in one line ``error: ...`` on standard error, here and n
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .errors import ConfigError, error_line, one_line
+from .errors import ConfigError, close_names, error_line, one_line
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, by convention of shells
 
@@ -57,23 +56,15 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the verb that the arguments name.
-
-    Args:
-        argv: arguments without the program's name; default: those of this process.
-
-    Raises:
-        SystemExit: of a mistake, with one line; of Ctrl-C, with status 130.
-    """
+    """Run the verb that ``argv`` (default: the arguments of this process) names."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return
     name, *arguments = words
     if name not in VERBS:
-        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
-        hint = f"; close: {close[0]}" if close else ""
-        sys.exit(error_line(f"no verb '{name}'{hint}; valid: {', '.join(VERBS)}"))
+        close = close_names(name, VERBS, 0.7)
+        sys.exit(error_line(f"no verb '{name}'{close}; valid: {', '.join(VERBS)}"))
     outer = sys.argv
     sys.argv = [f"d2kd {name}", *arguments]  # for the parsers' "usage: d2kd train ..."
     try:
@@ -83,11 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def end_in_one_line(run: Callable[[], int | None]) -> None:
-    """Call ``run`` and end the process as all verbs end.
-
-    Raises:
-        SystemExit: as :func:`main`'s; of a status other than 0 that ``run`` returns.
-    """
+    """Call ``run`` and end the process as all verbs end: of a mistake with one line, of Ctrl-C with
+    status 130, else with the status that ``run`` returns."""
     try:
         status = run()
     except ConfigError as error:
@@ -106,21 +94,5 @@ def end_in_one_line(run: Callable[[], int | None]) -> None:
         if error.name != "detectron2":
             raise
         sys.exit("error: Detectron2 is not installed: run d2kd install-detectron2")
-    except Exception as error:
-        message = _of_process(error)
-        if message is None:
-            raise
-        sys.exit(error_line(message))
     if status:
         sys.exit(status)
-
-
-def _of_process(error: Exception) -> str | None:
-    """The message of a ConfigError in a process that a verb has launched; None of other errors.
-
-    ``torch.multiprocessing`` hands the process's traceback over as text.
-    """
-    if type(error).__name__ != "ProcessRaisedException":
-        return None
-    name, _, message = str(error).strip().splitlines()[-1].partition(": ")
-    return message if name == f"{ConfigError.__module__}.{ConfigError.__name__}" else None

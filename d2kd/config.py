@@ -15,13 +15,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from .balance import Balance, BalanceOptions
-from .config_files import merge_overrides, resolve_teacher
+from .config_files import check_registered, merge_overrides, resolve_teacher
 from .errors import ConfigError
 from .keys import (
+    BELOW_ONE,
     NOT_NEGATIVE,
     KeyInfo,
     Options,
-    Rule,
     config_keys,
     group,
     key,
@@ -31,12 +31,7 @@ from .keys import (
 from .registry import CONFIG_FUNCTIONS, CONFIG_KEYS, DISTILL_HEAD_REGISTRY, node_name
 from .schedules import Schedule, ScheduleOptions
 
-PRECISIONS = {
-    "": None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+PRECISIONS = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class HeadOptions(Options):
     weight: float = key(1.0, NOT_NEGATIVE, "Factor of all of the head's terms.")
     share: float = key(
         0.0,
-        Rule(lambda value: 0 <= value < 1, "it must be at least 0 and below 1"),
+        BELOW_ONE,
         "Part of the gradient that the head makes where DISTILL.BALANCE is on; 0: an equal part of "
         "DISTILL.BALANCE.SHARE.",
     )
@@ -96,7 +91,7 @@ class EmaOptions(Options):
     )
     decay: float = key(
         0.9998,
-        Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1"),
+        BELOW_ONE,
         "What the average keeps of itself each step: it is over about 1 / (1 - DECAY) steps. In "
         "the first n steps it is at most (1 + n) / (10 + n).",
     )
@@ -197,23 +192,8 @@ def declared_keys() -> Iterator[KeyInfo]:
 # --- checking -----------------------------------------------------------------------------------
 
 
-def validate_meta_arch(key: str, name: str) -> None:
-    """Check that ``name``, the value of ``key``, is a registered meta-architecture.
-
-    Raises:
-        ConfigError: it is not; names those that are.
-    """
-    known = sorted(registered for registered, _ in META_ARCH_REGISTRY)
-    if name not in known:
-        raise ConfigError(f"{key} is '{name}'; valid: {', '.join(known)}")
-
-
 def validate_solver(cfg: CfgNode) -> None:
-    """Check the values of d2kd's own keys under ``SOLVER``, of any training.
-
-    Raises:
-        ConfigError: names the key and what is valid.
-    """
+    """Check the values of d2kd's own keys under ``SOLVER``, of any training."""
     SolverOptions.read(cfg.SOLVER, "SOLVER")
     EmaOptions.read(cfg.SOLVER.EMA, "SOLVER.EMA")
     precision = AmpOptions.read(cfg.SOLVER.AMP, "SOLVER.AMP").precision
@@ -221,8 +201,11 @@ def validate_solver(cfg: CfgNode) -> None:
         raise ConfigError("SOLVER.AMP.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
 
 
-def validate_distillation_config(cfg: CfgNode) -> None:
+def validate_distillation_config(cfg: CfgNode, folders: Sequence[str] = ()) -> None:
     """Check what can be checked of ``cfg.DISTILL`` without building a model.
+
+    Args:
+        folders: where the teacher's config may lie besides the working directory.
 
     Raises:
         ConfigError: in one line that names the key and what is valid.
@@ -241,24 +224,17 @@ def validate_distillation_config(cfg: CfgNode) -> None:
                 "DISTILL.TEACHER.CONFIG_FILE is empty: give the teacher's config file or model-zoo "
                 "name"
             )
-        resolve_teacher(teacher.config_file)
+        resolve_teacher(teacher.config_file, folders)
     if teacher.precision == "fp16" and cfg.MODEL.DEVICE == "cpu":
         raise ConfigError("DISTILL.TEACHER.PRECISION fp16 needs a GPU; bf16 works on the CPU too")
-    validate_meta_arch("DISTILL.STUDENT_META_ARCH", options.student_meta_arch)
+    check_registered("DISTILL.STUDENT_META_ARCH", options.student_meta_arch, META_ARCH_REGISTRY)
     if options.student_meta_arch == "Distiller":
         raise ConfigError("DISTILL.STUDENT_META_ARCH names the student, e.g. GeneralizedRCNN")
 
 
 def set_heads(cfg: CfgNode, heads: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Write heads into ``cfg.DISTILL``, as a LazyConfig names them.
-
-    Args:
-        heads: name -> its keys, in lower or upper case: ``{"SSIM": {"weight": 2.0, "schedule":
-            {"stop_iter": 900}}}``.
-
-    Raises:
-        ConfigError: an unknown head or key, or a value of another type.
-    """
+    """Write heads into ``cfg.DISTILL`` as a LazyConfig names them, keys in lower or upper case:
+    ``{"SSIM": {"weight": 2.0, "schedule": {"stop_iter": 900}}}``."""
     cfg.DISTILL.HEADS = list(heads)
     _check_heads(cfg)
     for name, options in heads.items():
@@ -288,21 +264,15 @@ def _check_heads(cfg: CfgNode) -> None:
             )
         if list(cfg.DISTILL.HEADS).count(name) > 1:
             raise ConfigError(f"DISTILL.HEADS names '{name}' twice")
-        _check_head_node(cfg, name)
+        if node_name(name) not in cfg.DISTILL:
+            raise ConfigError(
+                f"there is no node DISTILL.{node_name(name)}: the head {name} must be registered "
+                "(imported) before add_distillation_config(cfg) is called"
+            )
 
 
-def _check_head_node(cfg: CfgNode, name: str) -> None:
-    node = node_name(name)
-    if node not in cfg.DISTILL:
-        raise ConfigError(
-            f"there is no node DISTILL.{node}: the head {name} must be registered (imported) "
-            "before add_distillation_config(cfg) is called"
-        )
-    if not {"WEIGHT", "SCHEDULE"} <= cfg.DISTILL[node].keys():
-        raise ConfigError(
-            f"DISTILL.{node} has no WEIGHT or no SCHEDULE: leave the node to "
-            "add_distillation_config(cfg), and declare the head's own keys in its Options"
-        )
+def _head_options(cfg: CfgNode, name: str) -> HeadOptions:
+    return HeadOptions.read(cfg.DISTILL[node_name(name)], f"DISTILL.{node_name(name)}")
 
 
 def head_schedule(cfg: CfgNode, name: str) -> Schedule:
@@ -311,31 +281,24 @@ def head_schedule(cfg: CfgNode, name: str) -> Schedule:
     Raises:
         ConfigError: a value is not valid, or the schedule never runs.
     """
-    key = f"DISTILL.{node_name(name)}"
-    options = HeadOptions.read(cfg.DISTILL[node_name(name)], key)
+    options = _head_options(cfg, name)
     schedule = Schedule.from_options(
         options.weight, options.schedule, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS
     )
     if schedule.start >= schedule.stop:
         raise ConfigError(
-            f"{key}.SCHEDULE never runs: START_ITER {schedule.start} is not before "
-            f"{'STOP_ITER' if options.schedule.stop_iter >= 0 else 'SOLVER.MAX_ITER'} "
+            f"DISTILL.{node_name(name)}.SCHEDULE never runs: START_ITER {schedule.start} is not "
+            f"before {'STOP_ITER' if options.schedule.stop_iter >= 0 else 'SOLVER.MAX_ITER'} "
             f"{schedule.stop}"
         )
     return schedule
 
 
 def head_balance(cfg: CfgNode) -> Balance | None:
-    """What balances the heads of ``cfg``; None where ``DISTILL.BALANCE`` is off.
-
-    Raises:
-        ConfigError: a value is not valid, or the shares leave nothing for the detector's losses.
-    """
+    """What balances the heads of ``cfg``; None where ``DISTILL.BALANCE`` is off. A ConfigError if
+    the shares leave nothing for the detector's losses."""
     options = BalanceOptions.read(cfg.DISTILL.BALANCE, "DISTILL.BALANCE")
-    heads = {
-        name: HeadOptions.read(cfg.DISTILL[node_name(name)], f"DISTILL.{node_name(name)}")
-        for name in cfg.DISTILL.HEADS
-    }
+    heads = {name: _head_options(cfg, name) for name in cfg.DISTILL.HEADS}
     if not options.enabled or not heads:
         return None
     shares = {name: head.share or options.share / len(heads) for name, head in heads.items()}

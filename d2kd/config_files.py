@@ -14,16 +14,16 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import Registry
 
 from .config_paths import SHIPPED, find_file, looked_in, shipped_config, shipped_names
-from .errors import ConfigError, first_line
-from .keys import node_at
+from .errors import ConfigError, close_names, first_line
+from .keys import all_keys, node_at
 
 BASE_KEY = "_BASE_"
 # Detectron2's own default, which makes all trainings share one folder.
 SHARED_OUTPUT = "./output"
-# Whose models can teach by name, "timm:resnet50".
-FOREIGN_LIBRARIES = ("timm", "torchvision")
+_ZOO = Path(os.path.abspath(model_zoo.__file__)).parent / "configs"
 
 
 def resolve_config_file(
@@ -34,9 +34,6 @@ def resolve_config_file(
     Args:
         key: where the name stands, for the message.
         folders: where a relative path may start besides the working directory, which comes first.
-
-    Raises:
-        ConfigError: none is there; names close matches and the folders.
     """
     if not name:
         raise ConfigError(f"{key} is empty: give a config file or a model-zoo name")
@@ -50,19 +47,18 @@ def resolve_config_file(
     try:
         return model_zoo.get_config_file(name)
     except RuntimeError:
-        known = [*_zoo_names(), *shipped_names(), *_files_beside(name)]
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"; close: {', '.join(close)}" if close else ""
+        names = (*_zoo_names(), *shipped_names(), *_files_beside(name))
+        known = [name for name in names if name.endswith((".yaml", ".py"))]
         raise ConfigError(
-            f"{key}: '{name}' is neither a file nor a model-zoo name{hint}"
-            f"{looked_in(name, folders)}"
+            f"{key}: '{name}' is neither a file nor a model-zoo name"
+            f"{close_names(name, known, 0.5)}{looked_in(name, folders)}"
         ) from None
 
 
 def foreign_teacher(name: str) -> tuple[str, str] | None:
     """Library and model of a teacher that no config file describes, such as "timm:resnet50"."""
     library, colon, model = name.partition(":")
-    return (library, model) if colon and library in FOREIGN_LIBRARIES else None
+    return (library, model) if colon and library in ("timm", "torchvision") else None
 
 
 def resolve_teacher(name: str, folders: Sequence[str | os.PathLike[str]] = ()) -> str:
@@ -76,65 +72,46 @@ def resolve_teacher(name: str, folders: Sequence[str | os.PathLike[str]] = ()) -
 def default_output_dir(name: str) -> str:
     """The ``OUTPUT_DIR`` of a config that names none: ``output/<path of the config>``.
 
-    Args:
-        name: the config as the user named it. Of a shipped config or an entry of the zoo the whole
-            name counts, of another file its path from the working directory, or only its name if
-            it lies elsewhere.
+    Of a shipped config or an entry of the zoo that is its whole name, of another file its path from
+    the working directory, or only its name if it lies elsewhere.
     """
     path = Path(os.path.abspath(resolve_config_file(name)))
-    zoo = Path(model_zoo.__file__).resolve().parent / "configs"
-    for root in (SHIPPED, zoo, Path.cwd()):
+    for root in (SHIPPED, _ZOO, Path.cwd()):
         if path.is_relative_to(root):
             return str(Path("output") / path.relative_to(root).with_suffix(""))
     return str(Path("output") / path.stem)
 
 
 def _zoo_names() -> list[str]:
-    root = os.path.join(os.path.dirname(model_zoo.__file__), "configs")
-    return [
-        os.path.relpath(os.path.join(folder, file), root)
-        for folder, _, files in os.walk(root)
-        for file in files
-        if file.endswith((".yaml", ".py")) and folder != root and "common" not in folder
-    ]
+    names = (path.relative_to(_ZOO).as_posix() for path in _ZOO.rglob("*/*"))
+    return [name for name in names if not name.startswith("common/")]
 
 
 def _files_beside(path: str) -> list[str]:
+    """The files in the folder of ``path``, by that folder's name."""
     folder = os.path.dirname(path)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    return [os.path.join(folder, name) for name in names if name.endswith((".yaml", ".py"))]
+    return [os.path.join(folder, name) for name in names]
 
 
 def similar_files(path: str) -> str:
     """Files in the folder of ``path`` with a similar name, as a list for a message."""
-    folder = os.path.dirname(path)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    names = [os.path.basename(file) for file in _files_beside(path)]
     close = difflib.get_close_matches(os.path.basename(path), names, n=3, cutoff=0.4)
-    return ", ".join(os.path.join(folder, name) for name in close)
+    return ", ".join(os.path.join(os.path.dirname(path), name) for name in close)
 
 
-def load_config(
-    cfg: CfgNode,
-    name: str,
-    key: str = "--config-file",
-    folders: Sequence[str | os.PathLike[str]] = (),
-) -> str:
-    """Merge a YAML file, a shipped config or a model-zoo entry into ``cfg``.
+def load_config(cfg: CfgNode, name: str, key: str = "--config-file") -> str:
+    """Merge a YAML file, a shipped config or a model-zoo entry into ``cfg``; returns its path.
 
     Files that ship with Detectron2 may contain Python expressions; a user's file is data, and so
     are the files that its ``_BASE_`` names.
-
-    Args:
-        key, folders: as in :func:`resolve_config_file`.
-
-    Returns:
-        The path of the file that was read.
 
     Raises:
         ConfigError: the file is missing or broken, has a key that does not exist, twice, or without
             a value; names the file and the line.
     """
-    path = resolve_config_file(name, key, folders)
+    path = resolve_config_file(name, key)
     if path.endswith(".py"):
         raise ConfigError(
             f"{key}: '{name}' is a LazyConfig; d2kd train reads it, and it can teach, but here "
@@ -150,21 +127,14 @@ def load_config(
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "KEY VALUE") -> None:
-    """Merge KEY VALUE pairs into ``cfg``.
-
-    Args:
-        source: where they stand, for messages, e.g. "DISTILL.TEACHER.OPTS".
-
-    Raises:
-        ConfigError: an odd number, an unknown key, or a value of another type or none at all.
-    """
+    """Merge KEY VALUE pairs into ``cfg``; ``source`` is where they stand, for messages."""
     if len(opts) % 2:
         raise ConfigError(f"{source}: {list(opts)} is not a list of pairs; {opts[-1]!r} is left")
     for name, value in zip(opts[0::2], opts[1::2], strict=True):
         if not isinstance(name, str):
             raise ConfigError(f"{source}: {name!r} is no config key such as SOLVER.BASE_LR")
         if not _has_key(cfg, name):
-            raise ConfigError(f"{source}: {unknown_key(cfg, name)}")
+            raise ConfigError(f"{source}: {_unknown_key(cfg, name)}")
         default = node_at(cfg, name)
         if value in (None, "None") and default is not None:
             raise ConfigError(f"{source}: {_empty(name, default)}")
@@ -175,12 +145,7 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "KEY VALUE"
 
 
 def _has_key(cfg: CfgNode, name: str) -> bool:
-    node: Any = cfg
-    for part in name.split("."):
-        if not isinstance(node, CfgNode) or part not in node:
-            return False
-        node = node[part]
-    return True
+    return name in dict(all_keys(cfg))
 
 
 def _empty(name: str, default: Any) -> str:
@@ -201,10 +166,7 @@ def _wrong_type(name: str, value: Any, default: Any) -> str:
 
 
 def read_yaml(path: str) -> tuple[Any, dict[str, int]]:
-    """The content of a user's YAML file as plain data, and the line of each key.
-
-    Returns:
-        the content, and "A.B" -> line number for keys of nested mappings.
+    """The content of a user's YAML file as plain data, and "A.B" -> line of each key.
 
     Raises:
         ConfigError: it cannot be read, is not YAML, has a key twice, or a tag, which could run
@@ -254,15 +216,9 @@ def _walk(node: yaml.Node, path: str, prefix: str, lines: dict[str, int], seen: 
 
 
 def _checked_lines(path: str, cfg: CfgNode, above: tuple[str, ...] = ()) -> dict[str, str]:
-    """Check a config file and those that its ``_BASE_`` names.
-
-    Returns:
-        key -> "file:line" where it stands, of the file that counts.
-
-    Raises:
-        ConfigError: see :func:`load_config`.
-    """
-    if _is_detectron2s(path):
+    """Check a config file and those that its ``_BASE_`` names; key -> "file:line" where it stands,
+    of the file that counts."""
+    if Path(path).resolve().is_relative_to(_ZOO.resolve()):  # Detectron2's own are trusted
         return {}
     if os.path.realpath(path) in above:
         raise ConfigError(f"{path}: its _BASE_ leads back to itself")
@@ -270,49 +226,39 @@ def _checked_lines(path: str, cfg: CfgNode, above: tuple[str, ...] = ()) -> dict
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{path}: it is {found}; a config holds lines such as SOLVER: ...")
+    places = {name: f"{path}:{line}" for name, line in lines.items()}
+    where: dict[str, str] = {}
+    for base in _bases(path, content.pop(BASE_KEY, []), places.pop(BASE_KEY, path)):
+        where |= _checked_lines(base, cfg, (*above, os.path.realpath(path)))
     try:
-        _refuse_other_types(content, path, lines)
+        _check_values(content, path, dict(all_keys(cfg)), places)
     except RecursionError as error:
         raise ConfigError(f"{path}: it contains itself") from error
-    where: dict[str, str] = {}
-    for base in _bases(path, content.get(BASE_KEY, []), lines):
-        where |= _checked_lines(base, cfg, (*above, os.path.realpath(path)))
-    for name, line in lines.items():
-        if name == BASE_KEY:
-            continue
-        place = where[name] = f"{path}:{line}"
-        value: Any = content
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None and _has_key(cfg, name) and node_at(cfg, name) is not None:
-            raise ConfigError(f"{place}: {_empty(name, node_at(cfg, name))}")
-    return where
+    return where | places
 
 
-def _refuse_other_types(node: Any, path: str, lines: dict[str, int], prefix: str = "") -> None:
-    """yacs knows names as keys, and as values what a config has: no date, for one."""
-    if isinstance(node, list):
-        for item in node:
-            _refuse_other_types(item, path, lines, prefix)
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            if not isinstance(key, str):
-                place = f"{path}:{lines.get(f'{prefix}{key}', 1)}"
-                raise ConfigError(f"{place}: {key!r} is no name of a config key, as SOLVER is")
-            _refuse_other_types(value, path, lines, f"{prefix}{key}.")
-    elif not isinstance(node, str | int | float | None):
-        name = prefix.rstrip(".")
-        raise ConfigError(
-            f"{path}:{lines.get(name, 1)}: {name} is a {type(node).__name__}, {node}; "
-            "put it into quotes"
-        )
+def _check_values(
+    node: dict[Any, Any], path: str, known: dict[str, Any], places: dict[str, str], prefix: str = ""
+) -> None:
+    """Refuse what yacs does not know: keys that are no names, null, dates and other types."""
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        place = places.get(name, path)
+        if not isinstance(key, str):
+            raise ConfigError(f"{place}: {key!r} is no name of a config key, as SOLVER is")
+        if isinstance(value, dict):
+            _check_values(value, path, known, places, f"{name}.")
+        elif value is None and known.get(name) is not None:
+            raise ConfigError(f"{place}: {_empty(name, known[name])}")
+        elif not isinstance(value, str | int | float | list | None):
+            kind = type(value).__name__
+            raise ConfigError(f"{place}: {name} is a {kind}, {value}; put it into quotes")
 
 
-def _bases(path: str, bases: Any, lines: dict[str, int]) -> list[str]:
+def _bases(path: str, bases: Any, place: str) -> list[str]:
     """The files that ``_BASE_`` names, found as fvcore finds them."""
     files = []
     for base in bases if isinstance(bases, list) else [bases]:
-        place = f"{path}:{lines.get(BASE_KEY, 1)}"
         if not isinstance(base, str) or "://" in base:
             raise ConfigError(f"{place}: _BASE_ is {base!r}; it must be a file on this machine")
         base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
@@ -325,12 +271,6 @@ def _bases(path: str, bases: Any, lines: dict[str, int]) -> list[str]:
     return files
 
 
-def _is_detectron2s(path: str) -> bool:
-    """Whether a file ships with Detectron2, which is trusted."""
-    shipped = os.path.dirname(os.path.abspath(model_zoo.__file__))
-    return os.path.realpath(path).startswith(os.path.realpath(shipped) + os.sep)
-
-
 def _merge_error(cfg: CfgNode, error: Exception, lines: dict[str, str], path: str) -> str:
     """One line for what yacs says about a file."""
     text = str(error)
@@ -340,28 +280,23 @@ def _merge_error(cfg: CfgNode, error: Exception, lines: dict[str, str], path: st
     name = found.group(1)
     place = lines.get(name, path)
     if isinstance(error, KeyError):
-        return f"{place}: {unknown_key(cfg, name)}"
+        return f"{place}: {_unknown_key(cfg, name)}"
     value = re.search(r"values \(.* vs\. (.*)\) for config", text, re.DOTALL)
     default = node_at(cfg, name) if _has_key(cfg, name) else ""
     return f"{place}: {_wrong_type(name, value.group(1) if value else '', default)}"
 
 
-def unknown_key(cfg: CfgNode, key: str) -> str:
-    """One line for a key that does not exist, with the closest that do."""
-    close = difflib.get_close_matches(key, _all_keys(cfg), n=3, cutoff=0.6)
-    return f"no config key '{key}'" + (f"; close: {', '.join(close)}" if close else "")
+def _unknown_key(cfg: CfgNode, key: str) -> str:
+    return f"no config key '{key}'{close_names(key, dict(all_keys(cfg)))}"
+
+
+def check_registered(key: str, name: str, registry: Registry) -> None:
+    """Refuse a value of ``key`` that the registry does not know."""
+    if name not in registry:
+        known = sorted(entry for entry, _ in registry)
+        raise ConfigError(f"{key} is {name!r}; {close_to(name, known)}")
 
 
 def close_to(name: str, valid: Sequence[str]) -> str:
     """Words for a message: the valid names that are close to ``name``, or else all of them."""
-    close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.6)
-    return f"close: {', '.join(close)}" if close else f"valid: {', '.join(valid)}"
-
-
-def _all_keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in node.items():
-        keys.append(prefix + name)
-        if isinstance(value, CfgNode):
-            keys += _all_keys(value, f"{prefix}{name}.")
-    return keys
+    return close_names(str(name), valid).removeprefix("; ") or f"valid: {', '.join(valid)}"

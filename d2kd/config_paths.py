@@ -86,14 +86,8 @@ def absolute_path(
     folders: Sequence[str | os.PathLike[str]] = (),
     is_there: Callable[[str], bool] = os.path.isfile,
 ) -> str:
-    """The absolute path of the file that ``value`` names, and ``value`` if there is none.
-
-    What follows a "?" is Detectron2's and stays.
-
-    Args:
-        folders: where it may lie besides the working directory, which comes first.
-        is_there: ``os.path.exists`` where folders count, too.
-    """
+    """The absolute path of the file that ``value`` names, in the working directory or in one of
+    ``folders``, and ``value`` if there is none. What follows a "?" is Detectron2's and stays."""
     name, mark, query = value.partition("?")
     if not name or "://" in name:
         return value

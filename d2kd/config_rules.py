@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -16,29 +15,34 @@ from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
-    RPN_HEAD_REGISTRY,
-)
-from detectron2.modeling.roi_heads import (
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
+    RPN_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
 )
 from detectron2.utils.registry import Registry
 
-from .config_files import close_to
+from .config_files import check_registered
 from .errors import ConfigError
-from .keys import COUNT, NOT_NEGATIVE, POSITIVE, Rule, node_at, one_of
+from .keys import (
+    BELOW_ONE,
+    COUNT,
+    ITERATIONS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    all_keys,
+    check_rule,
+    node_at,
+    one_of,
+)
 
 SHARE = Rule(lambda value: 0 <= value <= 1, "it must be from 0 to 1")
-MOMENTUM = Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1")
 SIZES = Rule(
     lambda value: bool(value) and all(isinstance(v, int) and v > 0 for v in value),
     "it must be a list of sizes in pixels, each a positive whole number",
-)
-SIZE_OR_OFF = Rule(lambda value: value >= 0, "it must be a size in pixels, or 0 for none")
-ITERATIONS = Rule(
-    lambda value: all(isinstance(v, int) and v >= 0 for v in value),
-    "they must be iterations, 0 or positive",
 )
 NAMES = Rule(
     lambda value: all(isinstance(v, str) and v for v in value), "it must be a list of names"
@@ -78,6 +82,10 @@ DEVICE = Rule(
 )
 
 _OF_MODELS = ("MODEL.", "INPUT.FORMAT")
+_NEVER_NONE = (
+    *("MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"),
+    *("OUTPUT_DIR", "SEED"),
+)
 # Samplers of training that d2kd's loader knows.
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler")
 
@@ -121,7 +129,7 @@ RULES = {
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": NESTED_POSITIVE,
     "INPUT.FORMAT": one_of(("BGR", "RGB")),
     "INPUT.MASK_FORMAT": one_of(("polygon", "bitmask")),
-    "INPUT.MIN_SIZE_TEST": SIZE_OR_OFF,
+    "INPUT.MIN_SIZE_TEST": NOT_NEGATIVE,
     "INPUT.MAX_SIZE_TEST": COUNT,
     "DATASETS.TRAIN": NAMES,
     "DATASETS.TEST": NAMES,
@@ -146,7 +154,7 @@ TRAIN_RULES = {
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.BASE_LR": POSITIVE,
     "SOLVER.BASE_LR_END": NOT_NEGATIVE,
-    "SOLVER.MOMENTUM": MOMENTUM,
+    "SOLVER.MOMENTUM": BELOW_ONE,
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
     "SOLVER.WEIGHT_DECAY_NORM": NOT_NEGATIVE,
     "SOLVER.GAMMA": NOT_NEGATIVE,
@@ -168,8 +176,10 @@ TRAIN_RULES = {
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
     "VIS_PERIOD": NOT_NEGATIVE,
 }
-# Names that a registry must know, where the meta-architecture reads the key.
-REGISTRIES: dict[str, tuple[Registry, tuple[str, ...]]] = {
+# Keys that name a part of a model -> its registry, and the meta-architectures for which the name is
+# checked here.
+PARTS: dict[str, tuple[Registry, tuple[str, ...]]] = {
+    "MODEL.META_ARCHITECTURE": (META_ARCH_REGISTRY, ()),
     "MODEL.BACKBONE.NAME": (BACKBONE_REGISTRY, ("GeneralizedRCNN", "RetinaNet", "FCOS")),
     "MODEL.ANCHOR_GENERATOR.NAME": (ANCHOR_GENERATOR_REGISTRY, ("GeneralizedRCNN", "RetinaNet")),
     "MODEL.PROPOSAL_GENERATOR.NAME": (PROPOSAL_GENERATOR_REGISTRY, ("GeneralizedRCNN",)),
@@ -177,14 +187,13 @@ REGISTRIES: dict[str, tuple[Registry, tuple[str, ...]]] = {
     "MODEL.ROI_HEADS.NAME": (ROI_HEADS_REGISTRY, ("GeneralizedRCNN",)),
     "MODEL.ROI_BOX_HEAD.NAME": (ROI_BOX_HEAD_REGISTRY, ("GeneralizedRCNN",)),
     "MODEL.ROI_MASK_HEAD.NAME": (ROI_MASK_HEAD_REGISTRY, ("GeneralizedRCNN",)),
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": (ROI_KEYPOINT_HEAD_REGISTRY, ()),
+    "MODEL.SEM_SEG_HEAD.NAME": (SEM_SEG_HEADS_REGISTRY, ()),
 }
 
 
 def check_detectron2_keys(cfg: CfgNode, train: bool = True) -> None:
-    """Check the values of Detectron2's keys.
-
-    Args:
-        train: also the keys that only training reads.
+    """Check the values of Detectron2's keys, with ``train`` also those that only training reads.
 
     Raises:
         ConfigError: names the first key whose value is not valid, and what is.
@@ -194,16 +203,12 @@ def check_detectron2_keys(cfg: CfgNode, train: bool = True) -> None:
     _check_registries(cfg)
     if train:
         _check_combinations(cfg)
-    if train and not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN is empty; give names of datasets, or use --eval-only")
+        if not cfg.DATASETS.TRAIN:
+            raise ConfigError("DATASETS.TRAIN is empty; give names of datasets, or use --eval-only")
 
 
 def check_model_keys(cfg: CfgNode) -> None:
-    """The same of the keys by which a model is built, of a teacher's config.
-
-    Raises:
-        ConfigError: see :func:`check_detectron2_keys`.
-    """
+    """As :func:`check_detectron2_keys`, of the keys by which a teacher's model is built."""
     _check_rules(cfg, {name: r for name, r in RULES.items() if name.startswith(_OF_MODELS)})
     _check_registries(cfg)
 
@@ -214,12 +219,7 @@ def _check_rules(cfg: CfgNode, rules: dict[str, Rule]) -> None:
             value = node_at(cfg, name)
         except KeyError:  # of another version of Detectron2
             continue
-        try:
-            good = rule.holds(value)
-        except (TypeError, ValueError):  # of values that cannot be compared
-            good = False
-        if not good:
-            raise ConfigError(f"{name} is {value!r}; {rule.words}")
+        check_rule(value, rule, name)
 
 
 def _check_combinations(cfg: CfgNode) -> None:
@@ -245,38 +245,20 @@ def _check_combinations(cfg: CfgNode) -> None:
 def _refuse_empty(cfg: CfgNode) -> None:
     """yacs takes None for every key; Detectron2's only key that may be None is one of its
     defaults."""
-    for name in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"):
-        for key, value in _leaves(cfg[name], name):
-            if value is None and key not in _MAY_BE_NONE:
-                raise ConfigError(f"{key} is None; give a value")
-    for key in ("OUTPUT_DIR", "SEED"):
-        if cfg[key] is None:
+    for key, value in all_keys(cfg):
+        if value is None and key.startswith(_NEVER_NONE) and key != "SOLVER.WEIGHT_DECAY_BIAS":
             raise ConfigError(f"{key} is None; give a value")
-
-
-_MAY_BE_NONE = {"SOLVER.WEIGHT_DECAY_BIAS"}
-
-
-def _leaves(node: CfgNode, prefix: str) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in node.items():
-        name = f"{prefix}.{key}"
-        found += _leaves(value, name) if isinstance(value, CfgNode) else [(name, value)]
-    return found
 
 
 def _check_registries(cfg: CfgNode) -> None:
     key, arch = "MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE
     if arch == "Distiller":
         key, arch = "DISTILL.STUDENT_META_ARCH", cfg.DISTILL.STUDENT_META_ARCH
-    for name, (registry, archs) in REGISTRIES.items():
+    for name, (registry, archs) in PARTS.items():
         value = node_at(cfg, name)
         optional = name.endswith("BOX_HEAD.NAME") and value == ""
         if name.endswith("MASK_HEAD.NAME") and not cfg.MODEL.MASK_ON:
             continue
-        if arch in archs and not optional and value not in registry:
-            known = sorted(entry for entry, _ in registry)
-            raise ConfigError(f"{name} is {value!r}; {close_to(value, known)}")
-    if arch not in META_ARCH_REGISTRY:
-        known = sorted(entry for entry, _ in META_ARCH_REGISTRY)
-        raise ConfigError(f"{key} is {arch!r}; {close_to(arch, known)}")
+        if arch in archs and not optional:
+            check_registered(name, value, registry)
+    check_registered(key, arch, META_ARCH_REGISTRY)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 MAX_LINE = 300
 
 
@@ -29,3 +32,9 @@ def one_line(message: str, limit: int = MAX_LINE) -> str:
     """
     text = " ".join(message.split())
     return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
+
+
+def close_names(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; close: A, B", up to three ``known`` names that are like ``name``; "" where none is."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    return f"; close: {', '.join(close)}" if close else ""

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +24,21 @@ def shown(path: str | os.PathLike) -> str:
     return name.removeprefix(here) or name
 
 
+def nearest_there(path: str | os.PathLike) -> str:
+    """``path``, or the nearest of the folders above that is there."""
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    return place
+
+
 def check_folder(path: str | os.PathLike) -> None:
     """Check that files can be written to a folder, which need not be there; none is left.
 
     Raises:
         ConfigError: in words that go on after the folder's name.
     """
-    parent = os.path.abspath(path)
-    while not os.path.lexists(parent):
-        parent = os.path.dirname(parent)
+    parent = nearest_there(path)
     if not os.path.isdir(parent):
         raise ConfigError(f"'{shown(parent)}' is not a folder")
     try:
@@ -42,7 +49,7 @@ def check_folder(path: str | os.PathLike) -> None:
         raise ConfigError(f"cannot be written: {error.strerror or first_line(error)}") from error
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then move it there in one step.
 
     A reader finds the old file or the new one, never a part, wherever the process was killed. The
@@ -98,12 +105,7 @@ def _is_alive(process: int) -> bool:
 
 def write_text(text: str, path: str | os.PathLike) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w") as file:
-            file.write(text)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def write_json(data: Any, path: str | os.PathLike) -> None:
@@ -127,11 +129,8 @@ def null_to_nan(data: Any) -> Any:
 
 
 def parse_json(text: str, where: str, keys: Iterable[str] = ()) -> dict:
-    """The JSON object of ``text``, which an earlier run has written to ``where``.
-
-    Raises:
-        ConfigError: it is broken, or lacks one of ``keys``; names the place.
-    """
+    """The JSON object of ``text``, which an earlier run has written to ``where``; a ConfigError if
+    it is broken or lacks one of ``keys``."""
     try:
         found = json.loads(text)
     except ValueError as error:

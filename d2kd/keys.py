@@ -37,6 +37,12 @@ class Rule(NamedTuple):
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "it must be positive")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "it must be 0 or positive")
 COUNT = Rule(lambda value: value >= 1, "it must be at least 1")
+BELOW_ONE = Rule(lambda value: 0 <= value < 1, "it must be from 0 to below 1")
+ITERATION_OR_NEVER = Rule(lambda value: value >= -1, "it must be an iteration, or -1")
+ITERATIONS = Rule(
+    lambda value: all(isinstance(v, int) and v >= 0 for v in value),
+    "they must be iterations, 0 or positive",
+)
 
 
 def one_of(choices: Collection[Any]) -> Rule:
@@ -47,6 +53,16 @@ def one_of(choices: Collection[Any]) -> Rule:
 def or_none(rule: Rule) -> Rule:
     """``None``, or a value that ``rule`` allows."""
     return Rule(lambda value: value is None or rule.holds(value), f"{rule.words}, or None")
+
+
+def check_rule(value: Any, rule: Rule, where: str) -> None:
+    """Refuse a value that breaks its rule; ``where`` is its key, for the message."""
+    try:
+        good = rule.holds(value)
+    except (TypeError, ValueError):  # of values that cannot be compared
+        good = False
+    if not good:
+        raise ConfigError(f"{where} is {value!r}; {rule.words}")
 
 
 @dataclass(frozen=True)
@@ -169,16 +185,25 @@ def adds_config(function: Adder) -> Adder:
 
 
 def node_at(cfg: CfgNode, path: str, create: bool = False) -> CfgNode:
-    """The node of ``cfg`` at a dotted path.
-
-    Args:
-        create: add the nodes that are missing.
-    """
+    """The node or value of ``cfg`` at a dotted path; ``create`` adds nodes that are missing."""
     for name in path.split("."):
         if create and name not in cfg:
             cfg[name] = CfgNode()
         cfg = cfg[name]
     return cfg
+
+
+def all_keys(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of each key below ``node``, of nodes too."""
+    for name, value in node.items():
+        yield prefix + name, value
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{name}.")
+
+
+def flat_values(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value of each key below ``node`` that is no node."""
+    return {key: value for key, value in all_keys(node, prefix) if not isinstance(value, CfgNode)}
 
 
 def _key_name(field: dataclasses.Field[Any]) -> str:
@@ -198,14 +223,8 @@ def _check(value: Any, hint: Any, rule: Rule | None, where: str) -> None:
     if not _is_a(value, hint):
         words = f"; {rule.words}" if rule else f"; it must be {_type_words(hint)}"
         raise ConfigError(f"{where} is {value!r}{words}")
-    if rule is None:
-        return
-    try:
-        good = rule.holds(value)
-    except TypeError:  # of values that cannot be compared
-        good = False
-    if not good:
-        raise ConfigError(f"{where} is {value!r}; {rule.words}")
+    if rule is not None:
+        check_rule(value, rule, where)
 
 
 _PLAIN = {float: "a number", int: "a whole number", str: "a string", bool: "True or False"}

@@ -15,10 +15,11 @@ from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .config_files import close_to
 from .errors import ConfigError, first_line
+from .files import shown
 
 
 def is_lazy(name: str) -> bool:
@@ -27,11 +28,8 @@ def is_lazy(name: str) -> bool:
 
 
 def load_lazy(path: str) -> DictConfig:
-    """The config objects of a LazyConfig file, by name. The file is run.
-
-    Raises:
-        ConfigError: it cannot be read or fails; names the line of a config file where it does.
-    """
+    """The config objects of a LazyConfig file, by name. The file is run; a ConfigError names the
+    line where it fails."""
     own_import = builtins.__import__
     try:
         return LazyConfig.load(path)
@@ -40,12 +38,18 @@ def load_lazy(path: str) -> DictConfig:
             words = re.fullmatch("Config file (.*) has syntax error!", str(error))
             file, syntax = words.group(1) if words else path, error.__cause__
             raise ConfigError(f"{file}:{syntax.lineno}: {syntax.msg}") from error
-        frames = traceback.extract_tb(error.__traceback__)
-        # The last line of a config or module, not of the functions that it calls.
-        place = [f"{f.filename}:{f.lineno}" for f in frames if f.name == "<module>"] or [path]
-        raise ConfigError(f"{place[-1]}: {type(error).__name__}: {first_line(error)}") from error
+        reason = line_of_module(error) or f"{path}: {type(error).__name__}: {first_line(error)}"
+        raise ConfigError(reason) from error
     finally:
         builtins.__import__ = own_import  # which Detectron2 leaves replaced after an error
+
+
+def line_of_module(error: Exception) -> str:
+    """What went wrong, and in which line of a file that was run, or of a module that this imports;
+    not of the functions that they call. "" if no line was run."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{shown(f.filename)}:{f.lineno}" for f in frames if f.name == "<module>"]
+    return f"{lines[-1]}: {type(error).__name__}: {first_line(error)}" if lines else ""
 
 
 def override_lazy(
@@ -66,9 +70,6 @@ def override_lazy(
         trusted: they may say what is called (``_target_``), as those of a command line; those of a
             YAML file, which is data, may not.
         free: what keys begin with that may be new; others check them.
-
-    Raises:
-        ConfigError: it is no ``a.b=c``, or nothing has such a key; names close ones.
     """
     for item in overrides:
         if not isinstance(item, str) or "=" not in item:
@@ -118,19 +119,13 @@ def _arguments(node: Mapping[str, Any]) -> list[str]:
 
 
 def build_lazy(cfg: DictConfig, key: str, source: str) -> Any:
-    """What the config's ``key`` (such as "model") describes.
-
-    Args:
-        source: the file, for messages.
-
-    Raises:
-        ConfigError: there is no such key, or it cannot be built.
-    """
-    if key not in cfg:
+    """What the config's ``key`` (such as "dataloader.train") describes; ``source`` is its file."""
+    node = OmegaConf.select(cfg, key)
+    if node is None:
         has = ", ".join(str(known) for known in cfg) or "none"
         raise ConfigError(f"{source} has no '{key}' among its config objects, which are: {has}")
     try:
-        return instantiate(cfg[key])
+        return instantiate(node)
     except ConfigError:
         raise
     except Exception as error:

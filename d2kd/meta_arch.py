@@ -17,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable, get_cfg
@@ -53,34 +54,34 @@ STUDENT_PREFIX = "student."
 HEADS_PREFIX = "distill_heads."
 
 
-class TrainingMoments(Protocol):
+class TrainingMoments:
     """What a trainer asks of the model that it trains, and the moments that it tells it of.
 
-    A :class:`Distiller` is one; :func:`moments_of` makes one of any other model.
+    As they are here, nothing is done, for a model without distillation; a :class:`Distiller`
+    overrides them, and :func:`moments_of` finds those of any model.
+
+    Attributes:
+        student: the detector that is trained, evaluated and saved.
+        distill_heads: what is trained in addition to it.
+        teacher: the frozen teacher, where there is one.
+        factors: name of each head, as in its losses -> factor of its terms in the last step.
     """
 
-    @property
-    def student(self) -> nn.Module:
-        """The detector that is trained, evaluated and saved."""
+    teacher: Teacher | None = None
+    factors: Mapping[str, float] = MappingProxyType({})
 
-    @property
-    def teacher(self) -> Teacher | None:
-        """The frozen teacher, where there is one."""
+    def __init__(self, student: nn.Module):
+        self.student = student
+        self.distill_heads = nn.ModuleDict()
 
     @property
     def trained_beside(self) -> list[nn.Parameter]:
-        """What is trained, but is not the student's: the parameters of heads."""
-
-    @property
-    def checkpoint_parts(self) -> dict[str, nn.Module]:
-        """Prefix of keys in a checkpoint -> the module that they belong to; "" is the student."""
+        """The parameters of heads that are trained."""
+        return [p for p in self.distill_heads.parameters() if p.requires_grad]
 
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         """Hooks that the trainer runs before its own."""
-
-    @property
-    def factors(self) -> dict[str, float]:
-        """Name of each head, as in its losses -> the factor of its terms in the last step."""
+        return []
 
     def start_from_weights(self) -> None:
         """A training starts, and does not resume: ``MODEL.WEIGHTS`` are loaded."""
@@ -93,49 +94,25 @@ class TrainingMoments(Protocol):
 
     def state_dict_of_training(self) -> dict[str, Any]:
         """What the model needs to go on with this training, and is no weight; plain values."""
+        return {}
 
     def load_state_dict_of_training(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict_of_training` gave."""
 
 
-class PlainMoments:
-    """:class:`TrainingMoments` of a model without distillation, to which they say nothing."""
-
-    def __init__(self, model: nn.Module):
-        self.student = model
-        self.teacher = None
-        self.trained_beside: list[nn.Parameter] = []
-        self.checkpoint_parts = {"": model}
-        self.factors: dict[str, float] = {}
-
-    def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
-        return []
-
-    def start_from_weights(self) -> None:
-        pass
-
-    def before_training(self) -> None:
-        pass
-
-    def after_backward(self) -> None:
-        pass
-
-    def state_dict_of_training(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict_of_training(self, state: dict[str, Any]) -> None:
-        pass
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def moments_of(model: nn.Module) -> TrainingMoments:
     """``model``, inside DistributedDataParallel or not, as a trainer talks to it."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model if isinstance(model, Distiller) else PlainMoments(model)
+    model = unwrap(model)
+    return model if isinstance(model, Distiller) else TrainingMoments(model)
 
 
 @META_ARCH_REGISTRY.register()
-class Distiller(nn.Module):
+class Distiller(nn.Module, TrainingMoments):
     """Meta-architecture of a student in distillation.
 
     Args:
@@ -170,7 +147,11 @@ class Distiller(nn.Module):
         super().__init__()
         if heads and not any(isinstance(head, nn.Module) for head in heads.values()):
             _check_complete(teacher, heads, heads, inherit)
-            cfg, specs = _config_of_heads(heads, max_iter), describe_pair(student, teacher)
+            cfg = get_cfg()
+            add_distillation_config(cfg)
+            cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = max_iter, ()
+            set_heads(cfg, heads)
+            specs = describe_pair(student, teacher)
             heads, schedules = _build_heads(cfg, list(heads), specs)
         _check_complete(teacher, heads or {}, schedules or {}, inherit)
         self.student = student
@@ -215,19 +196,11 @@ class Distiller(nn.Module):
 
     # --- the moments of a training; see TrainingMoments ---
 
-    @property
-    def trained_beside(self) -> list[nn.Parameter]:
-        return [p for p in self.distill_heads.parameters() if p.requires_grad]
-
-    @property
-    def checkpoint_parts(self) -> dict[str, nn.Module]:
-        return {"": self.student, HEADS_PREFIX: self.distill_heads}
-
     def build_hooks(self, cfg: CfgNode) -> list[HookBase]:
         return [hook for head in self.distill_heads.values() for hook in head.build_hooks(cfg)]
 
     @property
-    def factors(self) -> dict[str, float]:
+    def factors(self) -> Mapping[str, float]:
         return {_short_name(name): factor for name, factor in self._factors.items()}
 
     def start_from_weights(self) -> None:
@@ -291,19 +264,13 @@ class Distiller(nn.Module):
 
     def _say_that_hooks_are_missing(self) -> None:
         self._has_trainer = True  # once is enough
-        if self.teacher is None:
-            return
-        heads = self.distill_heads.items()
-        hooked = [n for n, h in heads if type(h).build_hooks is not DistillHead.build_hooks]
-        lost = ["DISTILL.INHERIT"] if self._inheritance is not None else []
-        lost += [f"what {name} does between steps" for name in hooked]
-        lost += ["the teacher's check", "resting heads", "SOLVER.OPTIMIZER", "SOLVER.EMA"]
-        logger.warning(
-            "The trainer of this Distiller runs no hooks of d2kd and drops, where the config asks "
-            "for it: %s. Call d2kd.add_distillation_hooks(trainer) before it trains, or use "
-            "d2kd.DistillTrainer",
-            ", ".join(lost),
-        )
+        if self.teacher is not None:
+            logger.warning(
+                "The trainer of this Distiller runs no hooks of d2kd and drops, where the config "
+                "asks for it: DISTILL.INHERIT, what heads do between steps, the teacher's check, "
+                "resting heads, SOLVER.OPTIMIZER and SOLVER.EMA. Call "
+                "d2kd.add_distillation_hooks(trainer) before it trains, or use d2kd.DistillTrainer"
+            )
 
     def _distill(self, batched_inputs: list[dict], losses: dict[str, Tensor]) -> dict[str, Tensor]:
         iteration = get_event_storage().iter
@@ -330,8 +297,8 @@ class Distiller(nn.Module):
                     self.balance.measure(iteration, factors, losses, found, pyramid, trunk)
                 factors = self.balance.factors(factors)
             for name, own in found.items():
+                factor = factors[name]
                 for term, loss in own.items():
-                    factor = factors[name]
                     terms[_loss_name(name, term)] = loss if factor == 1 else loss * factor
             student.release()
             teacher.release()
@@ -353,11 +320,8 @@ def _is_pictured(student: nn.Module) -> bool:
 def describe_pair(
     student: nn.Module, teacher: Teacher, class_names: tuple[str, ...] | None = None
 ) -> tuple[DetectorSpec, DetectorSpec]:
-    """What heads may read of both, the teacher being read on the student's boxes.
-
-    Args:
-        class_names: of the student's classes, in order, where they are known.
-    """
+    """What heads may read of both, the teacher being read on the student's boxes; ``class_names``
+    are the student's, in order, where they are known."""
     spec = describe_detector(student, "student")
     names = class_names or teacher.student_classes
     if names and spec.num_classes not in (None, len(names)):
@@ -374,15 +338,6 @@ def _build_heads(
     with torch.random.fork_rng(devices=[]):
         heads = {name: build_head(name, cfg, *specs) for name in names}
     return heads, {name: head_schedule(cfg, name) for name in names}
-
-
-def _config_of_heads(heads: Mapping[str, Mapping[str, Any]], max_iter: int) -> CfgNode:
-    """A config with heads that a LazyConfig names."""
-    cfg = get_cfg()
-    add_distillation_config(cfg)
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = max_iter, ()
-    set_heads(cfg, heads)
-    return cfg
 
 
 def _check_complete(teacher, heads: dict, schedules: dict, inherit: Sequence[str]) -> None:

@@ -228,29 +228,26 @@ class Ragged:
     @functools.cached_property
     def lengths(self) -> Tensor:
         """(B,) long, ``counts``."""
-        return self._to_device(np.array(self.counts))
+        return on_device(self.counts, self.device, torch.long)
 
     @functools.cached_property
     def valid(self) -> Tensor:
         """(B, n) bool, True where the grid holds a row."""
-        return self._to_device(self._valid())
+        return on_device(self._valid(), self.device)
 
     @functools.cached_property
     def image_index(self) -> Tensor:
         """(R,) long, the image of each row."""
-        return self._to_device(np.repeat(np.arange(self.shape[0]), self.counts))
+        return on_device(np.repeat(np.arange(self.shape[0]), self.counts), self.device)
 
     @functools.cached_property
     def slots(self) -> Tensor:
         """(R,) long, the place of each row in the flattened grid."""
-        return self._to_device(np.flatnonzero(self._valid()))
+        return on_device(np.flatnonzero(self._valid()), self.device)
 
     def _valid(self) -> np.ndarray[Any, Any]:
         valid: np.ndarray[Any, Any] = np.arange(self.shape[1]) < np.array(self.counts)[:, None]
         return valid
-
-    def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return on_device(array, self.device)
 
     def pad(self, rows: Tensor, fill: float = 0) -> Tensor:
         """(R, ...) -> (B, n, ...), ``fill`` where no row is."""

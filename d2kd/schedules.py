@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .keys import NOT_NEGATIVE, Options, Rule, key, one_of
-
-DECAYS = ("constant", "linear", "cosine", "step")
+from .keys import ITERATION_OR_NEVER, ITERATIONS, NOT_NEGATIVE, Options, key, one_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class ScheduleOptions(Options):
     )
     stop_iter: int = key(
         -1,
-        Rule(lambda value: value >= -1, "it must be an iteration, or -1"),
+        ITERATION_OR_NEVER,
         "First iteration without the head again; -1: it runs until the end.",
     )
     warmup_iters: int = key(
@@ -30,17 +28,12 @@ class ScheduleOptions(Options):
     )
     decay: str = key(
         "constant",
-        one_of(DECAYS),
+        one_of(("constant", "linear", "cosine", "step")),
         'After the warm-up: "constant"; "linear" or "cosine" to 0 at STOP_ITER; "step": times '
         "GAMMA at each of STEPS.",
     )
     steps: tuple[int, ...] = key(
-        (),
-        Rule(
-            lambda value: all(step >= 0 for step in value),
-            "they must be iterations, 0 or positive",
-        ),
-        'Iterations of the decay "step"; []: SOLVER.STEPS.',
+        (), ITERATIONS, 'Iterations of the decay "step"; []: SOLVER.STEPS.'
     )
     gamma: float = key(0.1, NOT_NEGATIVE, 'Factor of each step of the decay "step".')
 
@@ -69,12 +62,8 @@ class Schedule:
     def from_options(
         cls, weight: float, options: ScheduleOptions, max_iter: int, solver_steps: Sequence[int]
     ) -> Schedule:
-        """The schedule of a head with ``WEIGHT`` and ``SCHEDULE`` in a training.
-
-        Args:
-            max_iter: length of the training.
-            solver_steps: ``SOLVER.STEPS``, for ``STEPS []``.
-        """
+        """The schedule of a head with ``WEIGHT`` and ``SCHEDULE`` in a training of ``max_iter``
+        iterations; ``solver_steps`` are for ``STEPS []``."""
         return cls(
             weight=weight,
             start=options.start_iter,

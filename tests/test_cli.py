@@ -129,17 +129,6 @@ def test_ctrl_c_is_one_line(capsys):
     assert ends(KeyboardInterrupt("go on")) == 130 and capsys.readouterr().err == "go on\n"
 
 
-def test_a_mistake_in_a_launched_process():
-    """PyTorch hands it over as the text of a traceback; other errors of processes stay."""
-    from torch.multiprocessing import ProcessRaisedException
-
-    text = "-- Process 1 terminated\nTraceback\nd2kd.errors.ConfigError: not this way\n"
-    assert ends(ProcessRaisedException(text, 1, 2)) == "error: not this way"
-    for other in (ProcessRaisedException("ValueError: x", 1, 2), ValueError("a defect")):
-        with pytest.raises(type(other)):
-            cli.end_in_one_line(lambda error=other: (_ for _ in ()).throw(error))
-
-
 # --- overrides ----------------------------------------------------------------------------------
 
 

@@ -234,7 +234,7 @@ def test_a_node_without_schedule_is_named(teacher_files):
     """A node that a user made by hand, without the keys of every head, is named."""
     cfg = distiller_config(detector_config(), ["ToyMimic"], teacher_files["faster"])
     del cfg.DISTILL.TOY_MIMIC["SCHEDULE"]
-    with pytest.raises(ConfigError, match="DISTILL.TOY_MIMIC has no WEIGHT or no SCHEDULE"):
+    with pytest.raises(ConfigError, match="the config has no DISTILL.TOY_MIMIC.SCHEDULE"):
         build(cfg)
 
 
@@ -277,7 +277,7 @@ def test_a_trainer_meets_every_model_in_the_same_moments(teacher_files):
     plain = build(detector_config())
     moments = moments_of(plain)
     assert moments.student is plain and moments.teacher is None
-    assert moments.trained_beside == [] and moments.checkpoint_parts == {"": plain}
+    assert moments.trained_beside == [] and not moments.distill_heads and not moments.factors
     assert moments.build_hooks(detector_config()) == []
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     moments.start_from_weights(), moments.before_training(), moments.after_backward()
@@ -288,12 +288,8 @@ def test_a_trainer_meets_every_model_in_the_same_moments(teacher_files):
     assert moments_of(distiller) is distiller
     heads = [id(p) for p in distiller.distill_heads.parameters()]
     assert [id(p) for p in distiller.trained_beside] == heads and heads
-    keys = [
-        prefix + key
-        for prefix, part in distiller.checkpoint_parts.items()
-        for key in part.state_dict()
-    ]
-    assert sorted(keys) == sorted(distiller.state_dict())
+    keys = [f"distill_heads.{key}" for key in distiller.distill_heads.state_dict()]
+    assert {*keys, *distiller.student.state_dict()} == distiller.state_dict().keys()
     wrapped = torch.nn.parallel.DistributedDataParallel.__new__(
         torch.nn.parallel.DistributedDataParallel
     )

@@ -35,10 +35,11 @@ from detectron2.config import CfgNode
 from ..config_files import foreign_teacher, read_yaml, resolve_config_file
 from ..config_paths import PATH_KEYS, absolute_path, find_file
 from ..engine.checkpoint import STUDENT_FILE
-from ..engine.identity import file_sha256, flat_config
+from ..engine.identity import file_sha256
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..files import shown
+from ..keys import flat_values
 from ..lazy_config import is_lazy
 from ..registry import node_name
 
@@ -281,7 +282,7 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
         kept = {"HEADS", "INHERIT", "TEACHER", "STUDENT_META_ARCH", *head_nodes(cfg)}
     flat = {
         key: str(value)
-        for key, value in flat_config(cfg).items()
+        for key, value in flat_values(cfg).items()
         if key not in NO_SETTINGS and (key.split(".")[0] != "DISTILL" or key.split(".")[1] in kept)
     }
     _set_file(flat, "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
@@ -291,7 +292,7 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
         if is_lazy(node.CONFIG_FILE) or foreign_teacher(node.CONFIG_FILE):
             return flat  # no YAML: its name and OPTS say what it is
         teacher = merged_config(node.CONFIG_FILE, list(node.OPTS))
-        own = flat_config(teacher.MODEL, "MODEL.")
+        own = flat_values(teacher.MODEL, "MODEL.")
         flat |= {f"teacher's {key}": str(value) for key, value in own.items()}
         if node.WEIGHTS:  # the file says what weights it has; the keys below, what it is
             del flat["DISTILL.TEACHER.CONFIG_FILE"], flat["teacher's MODEL.WEIGHTS"]

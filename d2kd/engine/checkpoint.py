@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import re
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoint_files import SafeCheckpointer
 from ..errors import ConfigError, first_line, one_line
 from ..files import shown, write_tensors, write_text
-from ..meta_arch import moments_of
+from ..meta_arch import HEADS_PREFIX, moments_of
 
 LAST_CHECKPOINT = "last_checkpoint"
 STUDENT_FILE = "student_final.pth"
@@ -30,13 +30,9 @@ _SHOWN = 2
 
 
 class AtomicCheckpointer(SafeCheckpointer):
-    """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was.
+    """Detectron2's checkpointer; a kill while it saves leaves the last checkpoint as it was."""
 
-    Attributes:
-        before_save: called before each save, to refuse it.
-    """
-
-    before_save: Callable[[], None] | None = None
+    before_save: Callable[[], None] | None = None  # called before each save, to refuse it
 
     def save(self, name: str, **kwargs: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
@@ -79,36 +75,30 @@ class AtomicCheckpointer(SafeCheckpointer):
 
     _wanted: tuple[str, bool] | None = None
 
-    def restore(self, checkpoint: dict) -> dict:
-        """Load what :func:`read_checkpoint` read: the model and all that goes with it.
-
-        Returns:
-            What is left of ``checkpoint``.
-        """
+    def restore(self, checkpoint: dict) -> None:
+        """Load what :func:`read_checkpoint` read: the model and all that goes with it."""
         self._log_incompatible_keys(self._load_model(checkpoint))
         for key, item in self.checkpointables.items():
-            item.load_state_dict(checkpoint.pop(key))
-        return checkpoint
+            item.load_state_dict(checkpoint[key])
 
     def _load_model(self, checkpoint: dict):
-        """Load part by part: Detectron2 follows a name to its module where shapes differ, and
-        matches names of foreign backbones by their ends, which those of heads must not see.
+        """Load the student and the heads apart: Detectron2 follows a name to its module where
+        shapes differ, and matches names of foreign backbones by their ends, which those of heads
+        must not see.
         """
-        state, parts = checkpoint.pop("model"), moments_of(self.model).checkpoint_parts
-        sizes = {key: _size(value) for key, value in state.items()}
-        result = None
-        for prefix in sorted(parts, key=len):  # the student's, which is "", is the first
-            others = tuple(other for other in parts if len(other) > len(prefix))
-            mine = [k for k in state if k.startswith(prefix) and not k.startswith(others)]
-            own = {key.removeprefix(prefix): state.pop(key) for key in mine}
-            if result is None:
-                names = None if checkpoint.get("matching_heuristics") else _names(own)
-                result = _load(parts[prefix], {**checkpoint, "model": own})
-                self._check_fit(parts[prefix], result, sizes, names)
-            elif own and parts[prefix].state_dict():
-                found = _load(parts[prefix], {"model": own})
-                for keys, more in zip(result, found, strict=True):
-                    keys += [_with_prefix(prefix, key) for key in more]
+        state, moments = checkpoint.pop("model"), moments_of(self.model)
+        of_heads = [k for k in state if k.startswith(HEADS_PREFIX) and moments.distill_heads]
+        heads = {key.removeprefix(HEADS_PREFIX): state.pop(key) for key in of_heads}
+        sizes = {key: math.prod(getattr(value, "shape", ())) for key, value in state.items()}
+        names = None if checkpoint.get("matching_heuristics") else _names(state)
+        result = _load(moments.student, {**checkpoint, "model": state})
+        self._check_fit(moments.student, result, sizes, names)
+        if heads and moments.distill_heads.state_dict():
+            found = _load(moments.distill_heads, {"model": heads})
+            result.missing_keys.extend(HEADS_PREFIX + key for key in found.missing_keys)
+            result.unexpected_keys.extend(HEADS_PREFIX + key for key in found.unexpected_keys)
+            shapes = ((HEADS_PREFIX + key, *both) for key, *both in found.incorrect_shapes)
+            result.incorrect_shapes.extend(shapes)
         return result
 
     def _check_fit(
@@ -116,10 +106,9 @@ class AtomicCheckpointer(SafeCheckpointer):
     ) -> None:
         """Refuse weights of which nearly nothing found a place, or too little for ``complete``.
 
-        Args:
-            sizes: numbers in each weight of the file.
-            names: of weights in the file; None where they are matched in other ways. (What is not
-                missed need not be in the file: a frozen norm makes up its statistics.)
+        ``sizes`` are of each weight in the file, and ``names`` what they are called there; None
+        where they are matched in other ways. (What is not missed need not be in the file: a frozen
+        norm makes up its statistics.)
         """
         if self._wanted is None:
             return
@@ -154,17 +143,8 @@ def _names(state: dict) -> set[str]:
     return {key.removeprefix(prefix) for key in state}
 
 
-def _size(value: Any) -> int:
-    return math.prod(getattr(value, "shape", ()))
-
-
 def _is_of_backbone(key: str) -> bool:
     return key.startswith("backbone.") and not key.startswith(_PYRAMID)
-
-
-def _with_prefix(prefix: str, key):
-    """``key``, or the key that a tuple (key, shape, shape) begins with, after ``prefix``."""
-    return prefix + key if isinstance(key, str) else (prefix + key[0], *key[1:])
 
 
 def _some(names: list[str]) -> str:
@@ -209,9 +189,11 @@ def find_checkpoint(folder: str, *, weights_only: bool = False) -> str:
     with open(pointer, errors="replace") as file:
         name = file.read().strip()
     path = os.path.join(folder, name)
-    if not name or not is_whole(path):
-        raise ConfigError(damage_words(folder, name))
-    if not weights_only and _is_archive(path) and iteration_of(path) is None:
+    # A file that was cut off lacks its end, PyTorch's table of contents. Bytes that changed in the
+    # middle show when it is read.
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(_damage_words(folder, name))
+    if not weights_only and _iteration_of(path) is None:
         raise ConfigError(
             f"'{shown(path)}' holds no state of a training to resume, only weights: start from "
             "them, by MODEL.WEIGHTS, in another OUTPUT_DIR"
@@ -219,7 +201,7 @@ def find_checkpoint(folder: str, *, weights_only: bool = False) -> str:
     return path
 
 
-def damage_words(folder: str, name: str) -> str:
+def _damage_words(folder: str, name: str) -> str:
     """One line for a last checkpoint ``name`` that cannot be resumed from."""
     if not name:
         what = f"'{shown(os.path.join(folder, LAST_CHECKPOINT))}' is empty"
@@ -228,9 +210,9 @@ def damage_words(folder: str, name: str) -> str:
         state = "damaged" if there else "not there"
         what = f"the last checkpoint '{shown(os.path.join(folder, name))}' is {state}"
     iterations = {
-        os.path.basename(path): iteration
-        for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
-        if os.path.basename(path) != name and (iteration := iteration_of(path)) is not None
+        path.name: iteration
+        for path in Path(folder).glob("model_*.pth")
+        if path.name != name and (iteration := _iteration_of(path)) is not None
     }
     newest = sorted(iterations, key=lambda n: (iterations[n], n), reverse=True)[:3]
     if not newest:
@@ -241,32 +223,8 @@ def damage_words(folder: str, name: str) -> str:
     )
 
 
-def is_whole(path: str) -> bool:
-    """Whether a checkpoint has its end, where PyTorch's format keeps its table of contents.
-
-    Bytes that changed in the middle show only when it is read.
-    """
-    if not os.path.isfile(path):
-        return False
-    if _is_archive(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return any(name.endswith("data.pkl") for name in archive.namelist())
-        except (zipfile.BadZipFile, OSError, ValueError):
-            return False
-    with open(path, "rb") as file:
-        return file.read(1) == b"\x80"  # a pickle, as PyTorch wrote before 1.6
-
-
-def _is_archive(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
-
-
-def iteration_of(path: str) -> int | None:
+def _iteration_of(path: str | Path) -> int | None:
     """The last iteration of a checkpoint; None if it is damaged or not one of a training."""
-    if not is_whole(path):
-        return None
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return int(content["trainer"]["iteration"])
@@ -275,25 +233,18 @@ def iteration_of(path: str) -> int | None:
 
 
 def read_checkpoint(path: str) -> dict:
-    """The content of the checkpoint that :func:`find_checkpoint` found.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
+    """The content of the checkpoint that :func:`find_checkpoint` found; a ConfigError if it is
+    damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ConfigError(damage_words(*os.path.split(path))) from error
+        raise ConfigError(_damage_words(*os.path.split(path))) from error
 
 
 def prune(folder: str, keep: int, best: str = "") -> None:
     """Remove all checkpoints of the way but the ``keep`` that were written last and ``best``."""
-    paths = [
-        path
-        for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pth"))
-        if re.fullmatch(r"model_\d+\.pth", os.path.basename(path))
-    ]
-    paths.sort(key=lambda path: (os.stat(path).st_mtime_ns, path))
+    paths = [path for path in Path(folder).iterdir() if re.fullmatch(r"model_\d+\.pth", path.name)]
+    paths.sort(key=lambda path: (path.stat().st_mtime_ns, path))
     for path in paths[: max(len(paths) - keep, 0)]:
-        if os.path.basename(path) != best:
-            os.remove(path)
+        if path.name != best:
+            path.unlink()

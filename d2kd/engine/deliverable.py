@@ -1,47 +1,29 @@
-"""What a training leaves for use: the plain student's weights, and a config that reads them."""
+"""What a training leaves for use: the plain student's weights, a config that reads them, and a
+receipt of what they are and what they were made of."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    RPN_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
-from detectron2.utils.registry import Registry
+from detectron2.utils import comm
 from torch import nn
 
 from ..config import declared_keys, student_config
-from ..files import write_text
+from ..config_rules import PARTS
+from ..files import write_json, write_text
 from ..keys import node_at
-from ..registry import CONFIG_FUNCTIONS
+from ..registry import CONFIG_FUNCTIONS, node_name
 from .checkpoint import STUDENT_FILE, save_student
+from .identity import describe_dataset, file_sha256
+from .output import RECEIPT_FILE, Run
 
 STUDENT_CONFIG = "student_config.yaml"
 _PROJECTS = "detectron2.projects."
-
-# Parts that a config names, and where their names are looked up.
-_PARTS: dict[str, Registry] = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ANCHOR_GENERATOR.NAME": ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": RPN_HEAD_REGISTRY,
-    "MODEL.SEM_SEG_HEAD.NAME": SEM_SEG_HEADS_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
-    "MODEL.ROI_MASK_HEAD.NAME": ROI_MASK_HEAD_REGISTRY,
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": ROI_KEYPOINT_HEAD_REGISTRY,
-}
 
 
 def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
@@ -61,16 +43,13 @@ def save_deliverable(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, dict[str, str]]:
-    """The config of the student, without teacher, heads, or keys that it does not need.
+    """The config of the student with its ``weights``, without teacher, heads, or keys that it does
+    not need; and the parts that are not Detectron2's, name -> module.
 
-    Args:
-        weights: the student's file, which becomes ``MODEL.WEIGHTS``.
-
-    Returns:
-        The config, and the parts that are not Detectron2's, name -> module; with none, it has no
-        key that plain Detectron2 lacks, with those of Detectron2's projects alone no key of d2kd's.
+    Without such parts it has no key that plain Detectron2 lacks, with those of Detectron2's
+    projects alone no key of d2kd's.
     """
-    plain = student_config(cfg).clone()
+    plain = student_config(cfg)
     plain.defrost()
     plain.MODEL.WEIGHTS = weights
     foreign = _foreign_parts(plain)
@@ -92,9 +71,8 @@ def deployable_config(cfg: CfgNode, weights: str) -> tuple[CfgNode, dict[str, st
 def _foreign_parts(cfg: CfgNode) -> dict[str, str]:
     """Name -> module of the parts that plain Detectron2 does not define."""
     parts = {}
-    for path, registry in _PARTS.items():
-        node, _, key = path.rpartition(".")
-        name = node_at(cfg, node)[key]
+    for path, (registry, _) in PARTS.items():
+        name = node_at(cfg, path)
         module = registry.get(name).__module__ if name in registry else ""
         if module and (not module.startswith("detectron2.") or module.startswith(_PROJECTS)):
             parts[name] = module
@@ -113,3 +91,41 @@ def _keep_only(node: CfgNode, like: CfgNode) -> None:
             del node[name]
         elif isinstance(node[name], CfgNode):
             _keep_only(node[name], like[name])
+
+
+def write_receipt(run: Run, cost: dict, results: dict, seed: int) -> None:
+    """Write ``receipt.json`` of a complete training, whose student's files are there.
+
+    ``compared`` is filled by :mod:`d2kd.compare`, where the student is one of a comparison.
+    """
+    cfg, record = run.cfg, run.record
+    teacher = record["teacher"]
+    device = "cpu" if cost["memory_of"] == "process" else torch.cuda.get_device_name()
+    receipt: dict[str, Any] = {
+        "student": {
+            "architecture": student_config(cfg).MODEL.META_ARCHITECTURE,
+            "parameters": cost["student_parameters"],
+            "weights": _file(run.folder, STUDENT_FILE),
+            "config": _file(run.folder, STUDENT_CONFIG),
+            "results": results,
+        },
+        "teacher": None if teacher is None else {**teacher, "results": run.teacher_results},
+        "heads": {name: cfg.DISTILL[node_name(name)].WEIGHT for name in record["heads"]},
+        "compared": None,
+        "data": {
+            "trained_on": record["data"],
+            "evaluated_on": {name: describe_dataset(name) for name in cfg.DATASETS.TEST},
+        },
+        "command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}",
+        "seed": seed,
+        "processes": comm.get_world_size(),
+        "settings": {"sha256": record["config"], "changed": record["settings"]},
+        "resumed_with_other_settings": record["changes"],
+        "cost": {**cost, "device": device},
+        "versions": record["versions"],
+    }
+    write_json(receipt, os.path.join(run.folder, RECEIPT_FILE))
+
+
+def _file(folder: str, name: str) -> dict[str, str]:
+    return {"file": name, "sha256": file_sha256(os.path.join(folder, name))}

@@ -21,10 +21,8 @@ class EmaHook(HookBase):
     goes on from the weights that the step before left. They are part of the checkpoint, too, so
     that a resumed training continues as if it had not been stopped.
 
-    Args:
-        decay: of the average a step. It is less in the first steps, (1 + n) / (10 + n) after n of
-            them, so that the average soon forgets the initial weights.
-        periods: of checkpoints and evaluations, in iterations; 0 for never.
+    The average keeps ``decay`` of itself a step; less in the first ones, (1 + n) / (10 + n) after n
+    of them, so that it soon forgets the initial weights.
     """
 
     def __init__(self, decay: float, periods: Sequence[int]):

@@ -15,12 +15,12 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from detectron2.utils import comm
 
-from ..errors import ConfigError, first_line, one_line
+from ..errors import MAX_LINE, ConfigError, first_line, one_line
 from ..files import shown
 
 T = TypeVar("T")
@@ -38,13 +38,9 @@ _LOST_PEER = re.compile(r"Connection (closed|reset) by peer|Broken pipe|[Tt]imed
 
 
 class TrainingError(RuntimeError):
-    """A fault that ends a training, said in one line.
+    """A fault that ends a training, said in one line."""
 
-    Attributes:
-        is_of_another_process: it only shows here, as a connection that broke.
-    """
-
-    is_of_another_process = False
+    is_of_another_process = False  # it only shows here, as a connection that broke
 
 
 class LossError(TrainingError, FloatingPointError):
@@ -60,11 +56,7 @@ class LossError(TrainingError, FloatingPointError):
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was told to stop, by Ctrl-C or a signal.
-
-    Attributes:
-        signal: the number of the signal.
-    """
+    """The process was told to stop, by Ctrl-C or a signal."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -81,18 +73,18 @@ def stopping_by_signals() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, _stop)
+            signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop(number: int, frame) -> None:
-    raise Stopped(number)
 
 
 def explain(error: Exception, batch: str = "", resume: str = "") -> Exception:
@@ -107,8 +99,8 @@ def explain(error: Exception, batch: str = "", resume: str = "") -> Exception:
     message = _words(error, batch)
     if not message:
         return error
-    room = len(resume) + 2 if resume else 0
-    text = one_line(message, 300 - len("error: ") - room) + (f"; {resume}" if resume else "")
+    end = f"; {resume}" if resume else ""
+    text = one_line(message, MAX_LINE - len("error: ") - len(end)) + end
     fault = (LossError if isinstance(error, LossError) else TrainingError)(text)
     fault.is_of_another_process = _is_lost_contact(error)
     return fault
@@ -170,11 +162,7 @@ def _of_worker(text: str) -> str:
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """``work()`` of the main process, for all; what it refuses, all refuse.
-
-    Raises:
-        ConfigError, TrainingError: as the main process raised it.
-    """
+    """``work()`` of the main process, for all; what it refuses, all refuse."""
     result = error = None
     if comm.is_main_process():
         try:

@@ -16,10 +16,9 @@ from detectron2.utils.events import EventWriter
 from ..files import write_json
 from ..meta_arch import TrainingMoments
 from .checkpoint import prune
-from .deliverable import save_deliverable
+from .deliverable import save_deliverable, write_receipt
 from .ema import EmaHook
 from .output import RESULTS_FILE
-from .receipt import write_receipt
 from .summary import summarise
 
 logger = logging.getLogger(__name__)
@@ -36,11 +35,8 @@ def first_hooks(cfg: CfgNode, moments: TrainingMoments) -> list[HookBase]:
 
 
 class LossHook(HookBase):
-    """Reads the losses of the steps before what follows from them is written, kept or evaluated.
-
-    Args:
-        periods: of what needs them, in iterations; 0 for never.
-    """
+    """Reads the losses of the steps before what follows from them is written, kept or evaluated, in
+    ``periods`` of iterations (0 for never)."""
 
     def __init__(self, periods: Sequence[int]):
         self.periods = [period for period in periods if period > 0]
@@ -70,27 +66,20 @@ class LazyWriters(EventWriter):
 
 
 class KeepHook(HookBase):
-    """Removes old checkpoints: all but the last ones, and the one that was evaluated as the best.
+    """Removes all checkpoints but the ``SOLVER.CHECKPOINT_KEEP`` last ones and the one that was
+    evaluated as the best.
 
     It comes behind checkpoints and evaluations, on the main process.
-
-    Args:
-        keep: ``SOLVER.CHECKPOINT_KEEP``; 0 keeps all.
-        period: of evaluations, 0 for none.
     """
-
-    def __init__(self, keep: int, period: int):
-        self.keep, self.period = keep, period
 
     def after_step(self) -> None:
         trainer = self.trainer
+        keep, period = trainer.cfg.SOLVER.CHECKPOINT_KEEP, trainer.cfg.TEST.EVAL_PERIOD
         done = trainer.iter + 1
-        if not self.keep:
-            return
-        if self.period > 0 and done % self.period == 0 and done != trainer.max_iter:
+        if period > 0 and done % period == 0 and done != trainer.max_iter:
             self._note_best()
         best = trainer.run.record.get("best") or {}
-        prune(trainer.cfg.OUTPUT_DIR, self.keep, best.get("checkpoint", ""))
+        prune(trainer.cfg.OUTPUT_DIR, keep, best.get("checkpoint", ""))
 
     def _note_best(self) -> None:
         trainer = self.trainer
@@ -115,7 +104,6 @@ class StudentHook(HookBase):
             self.save()
 
     def save(self) -> None:
-        """Write them."""
         save_deliverable(self.trainer.cfg, self.trainer.model)
 
 

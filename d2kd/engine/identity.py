@@ -24,6 +24,7 @@ from ..config import add_distillation_config
 from ..detectors.teacher import Teacher
 from ..errors import one_line
 from ..files import shown
+from ..keys import flat_values
 
 # Keys that change where or how fast a training runs, what it starts from or how it is watched, but
 # not what it learns from here on; and names of files that are known by their content.
@@ -76,22 +77,13 @@ def changed_settings(cfg: CfgNode) -> dict[str, Any]:
     """
     default = get_cfg()
     add_distillation_config(default)
-    missing = object()
-    own, default = (  # tuples are lists, as when read back
-        json.loads(json.dumps(flat_config(one), default=str)) for one in (cfg, default)
-    )
-    return {key: value for key, value in own.items() if default.get(key, missing) != value}
+    own, default = _values(cfg), _values(default)
+    return {key: value for key, value in own.items() if key not in default or default[key] != value}
 
 
-def flat_config(node: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """All keys of a config with their values, nodes dissolved: "SOLVER.MAX_ITER" -> 1000."""
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            flat |= flat_config(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def _values(cfg: CfgNode) -> dict[str, Any]:
+    """Key -> value, as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(flat_values(cfg), default=str))
 
 
 def describe_teacher(cfg: CfgNode, teacher: Teacher) -> dict[str, str]:
@@ -157,7 +149,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = before.get("settings", {}), now["settings"]
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_NO_MATTER):
-            was, is_now = (_value(s[key]) if key in s else "its default" for s in (old, new))
+            was, is_now = (one_line(str(s.get(key, "its default")), 60) for s in (old, new))
             changes.append(f"{key} is {is_now} (was {was})")
     if same_teacher(before.get("teacher"), now["teacher"]) is False:
         changes.append(f"the teacher changed ({shown(now['teacher']['config_file'])})")
@@ -173,7 +165,3 @@ def same_teacher(before: dict | None, now: dict | None) -> bool | None:
     if not before or not now:
         return None
     return before.get("sha256") == now["sha256"]
-
-
-def _value(value: Any) -> str:
-    return one_line(str(value), 60)

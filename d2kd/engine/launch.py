@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -52,21 +52,15 @@ class _Job(NamedTuple):
 
     main: Callable
     args: argparse.Namespace
-    processes: int  # on this machine
-    backend: str
-    url: str
-    port: int  # of the meeting point that the launcher offers; 0: at the url
+    port: int  # of the meeting point that the launcher offers; 0: at --dist-url
     messages: Any  # a queue for one line each: (rank, whether another process is the cause, words)
 
 
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    """Call ``main(args)`` in each process that ``args`` asks for.
+    """Call ``main(args)``, a function of a module or of the program that was started, in each
+    process that ``args`` asks for.
 
     A mistake of the user's, a fault of the training, or a signal ends the program with one line.
-
-    Args:
-        main: a function of a module, or of the program that was started.
-        args: ``num_gpus``, ``num_machines``, ``machine_rank``, ``dist_url``, ``dist_timeout``.
 
     Returns:
         What ``main`` returned, if it ran in this process; else None.
@@ -77,11 +71,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 
 @contextlib.contextmanager
 def ending_in_one_line() -> Iterator[None]:
-    """End the program in one line where what is done here goes wrong.
-
-    Raises:
-        SystemExit: of a mistake, a fault of the training, or a signal.
-    """
+    """End the program in one line of a mistake, a fault of the training, or a signal."""
     try:
         yield
     except (ConfigError, TrainingError) as error:
@@ -91,15 +81,13 @@ def ending_in_one_line() -> Iterator[None]:
             raise
         sys.exit(error_line(disk_words(error)))
     except Stopped as stop:
-        _end(str(stop), 128 + stop.signal)
+        print(error_line(str(stop)), file=sys.stderr, flush=True)
+        sys.exit(128 + stop.signal)
 
 
 def start(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    """As :func:`launch`, for a program that goes on: what goes wrong is raised.
-
-    Raises:
-        ConfigError, TrainingError, Stopped: in one line.
-    """
+    """As :func:`launch`, for a program that goes on: ConfigError, TrainingError and Stopped are
+    raised."""
     with stopping_by_signals():
         if under_torchrun():
             return _join_torchrun(main, args)
@@ -112,11 +100,6 @@ def start(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -
 def under_torchrun() -> bool:
     """Whether ``torchrun`` started this process as one of several."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
-
-
-def _end(words: str, code: int) -> NoReturn:
-    print(error_line(words), file=sys.stderr, flush=True)
-    raise SystemExit(code)
 
 
 def _check_counts(args: argparse.Namespace) -> None:
@@ -162,8 +145,7 @@ def _start_processes(main: Callable, args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         port = stack.enter_context(_meeting_point(args)) if _meets_here(args) else 0
         messages = mp.get_context(START_METHOD).SimpleQueue()
-        backend = _backend(args.num_gpus)
-        job = _Job(main, args, args.num_gpus, backend, args.dist_url, port, messages)
+        job = _Job(main, args, port, messages)
         context = mp.start_processes(
             _process, (job,), nprocs=args.num_gpus, join=False, start_method=START_METHOD
         )
@@ -216,7 +198,7 @@ def _process(local_rank: int, job: _Job) -> None:
     # The launcher says what there is to say; files are whole at any time.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    rank = job.args.machine_rank * job.processes + local_rank
+    rank = job.args.machine_rank * job.args.num_gpus + local_rank
     try:
         _join(local_rank, rank, job)
         job.main(job.args)
@@ -228,30 +210,26 @@ def _process(local_rank: int, job: _Job) -> None:
 
 
 def _join(local_rank: int, rank: int, job: _Job) -> None:
-    """Become part of the process group.
-
-    Raises:
-        TrainingError: not all processes came in time.
-    """
-    world_size = job.processes * job.args.num_machines
-    common = {"rank": rank, "world_size": world_size, "timeout": _timeout(job.args)}
-    if job.port:
-        name = "lo0" if sys.platform == "darwin" else "lo"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    """Become part of the process group; a TrainingError if not all processes came in time."""
+    args = job.args
+    backend, world_size = _backend(args.num_gpus), args.num_gpus * args.num_machines
+    common = {"rank": rank, "world_size": world_size, "timeout": _timeout(args)}
     try:
         if job.port:
-            store = dist.TCPStore("127.0.0.1", job.port, timeout=_timeout(job.args))
-            dist.init_process_group(job.backend, store=store, **common)
+            name = "lo0" if sys.platform == "darwin" else "lo"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            store = dist.TCPStore("127.0.0.1", job.port, timeout=_timeout(args))
+            dist.init_process_group(backend, store=store, **common)
         else:
-            dist.init_process_group(job.backend, init_method=job.url, **common)
+            dist.init_process_group(backend, init_method=args.dist_url, **common)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"not all {world_size} processes met at {job.url} within {job.args.dist_timeout:g} "
+            f"not all {world_size} processes met at {args.dist_url} within {args.dist_timeout:g} "
             f"seconds (--dist-timeout): start each machine with its --machine-rank and the same "
             f"--dist-url ({first_line(error)})"
         ) from error
-    _prepare(local_rank, job.processes, job.backend)
+    _prepare(local_rank, args.num_gpus, backend)
 
 
 def _prepare(local_rank: int, processes: int, backend: str) -> None:
@@ -293,16 +271,15 @@ def _words_for(context: ProcessContext, job: _Job) -> str:
     if own:
         return own[0]
     # SIGTERM is what the others are ended with.
-    for rank, process in enumerate(context.processes):
-        code = process.exitcode or 0
+    codes = [process.exitcode or 0 for process in context.processes]
+    for rank, code in enumerate(codes):
         if code < 0 and -code != signal.SIGTERM:
             return (
-                f"process {rank} of {job.processes} was killed by {signal.Signals(-code).name}, "
-                "often by the system for lack of memory; --resume goes on from the last checkpoint"
+                f"process {rank} of {len(codes)} was killed by {signal.Signals(-code).name}, often "
+                "by the system for lack of memory; --resume goes on from the last checkpoint"
             )
     if said:
         return said[0][2]
-    codes = [process.exitcode for process in context.processes]
     return f"the processes ended with exit codes {codes}; --resume goes on"
 
 

@@ -68,17 +68,8 @@ _EVALUATED = "dataloader.test"
 def prepare(
     args: argparse.Namespace, base: type[DistillTrainer]
 ) -> tuple[CfgNode, type[DistillTrainer]]:
-    """Read and check the LazyConfig of ``args``; nothing is written.
-
-    Args:
-        base: the trainer that trains it.
-
-    Returns:
-        The config that the trainer reads, and a trainer that builds what the file describes.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong.
-    """
+    """The checked config of a LazyConfig, as a trainer reads it, and a trainer, derived from
+    ``base``, that builds what the file describes; nothing is written."""
     for name in getattr(args, "imports", []):
         import_user_module(name)
     path = resolve_config_file(args.config_file)
@@ -193,20 +184,14 @@ def _plain(value: Any) -> Any:
 
 
 class _LazyParts:
-    """Over a trainer: it builds what a LazyConfig describes.
-
-    Attributes:
-        lazy: the LazyConfig. source: its file.
-    """
+    """Over a trainer: it builds what ``lazy``, the LazyConfig of the file ``source``, describes."""
 
     lazy: ClassVar[DictConfig]
     source: ClassVar[str]
 
     @classmethod
     def _build(cls, key: str) -> Any:
-        parent, _, last = key.rpartition(".")
-        node = OmegaConf.select(cls.lazy, parent) if parent else cls.lazy
-        return build_lazy(node, last, cls.source)
+        return build_lazy(cls.lazy, key, cls.source)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -71,12 +71,9 @@ def open_file(folder: str) -> None:
 def is_written_by_program(path: str) -> bool:
     """Whether ``path`` is a log file that the program opened, as ``default_setup`` does."""
     streams = [getattr(h, "stream", None) for n in _LOGGERS for h in logging.getLogger(n).handlers]
-    names = [getattr(stream, "name", None) for stream in streams]
-    return any(isinstance(name, str) and _is_same(name, path) for name in names)
-
-
-def _is_same(name: str, path: str) -> bool:
-    return os.path.exists(name) and os.path.exists(path) and os.path.samefile(name, path)
+    names = [str(getattr(stream, "name", "")) for stream in streams]
+    there = [name for name in names if os.path.exists(name) and os.path.exists(path)]
+    return any(os.path.samefile(name, path) for name in there)
 
 
 def write_to_file(text: str, error: BaseException | None = None) -> None:

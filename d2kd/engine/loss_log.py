@@ -32,15 +32,7 @@ logger = logging.getLogger(__name__)
 
 class _Step(NamedTuple):
     iteration: int
-    names: tuple[str, ...]
-    losses: Tensor  # (len(names),), float32, on the device
-    data_time: float
-    factors: dict[str, float]
-
-
-class _Read(NamedTuple):
-    iteration: int
-    losses: dict[str, float]
+    losses: dict[str, float]  # NaN until they are read
     data_time: float
     factors: dict[str, float]
 
@@ -50,6 +42,7 @@ class LossLog:
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
+        self._values: list[Tensor] = []  # float32, on the device: the losses of each step
         self._outweighed = Outweighed()
 
     def __len__(self) -> int:
@@ -62,27 +55,22 @@ class LossLog:
         data_time: float,
         factors: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Note the losses of a step, without waiting for them.
-
-        Args:
-            losses: scalars by name.
-            data_time: seconds that the step waited for its data.
-            factors: head -> factor of its terms, which are called ``loss_kd_<head>...``.
-        """
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        self._steps.append(_Step(iteration, tuple(losses), values, data_time, dict(factors)))
+        """Note the losses of a step, without waiting for them; ``factors`` are those of the heads,
+        whose terms are called ``loss_kd_<head>...``."""
+        self._values.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+        unread = dict.fromkeys(losses, math.nan)
+        self._steps.append(_Step(iteration, unread, data_time, dict(factors)))
 
     def flush(self) -> float:
-        """Read what was noted, and log its mean over the ranks. All ranks take part.
+        """Read what was noted, and log its mean over the ranks, which all take part; on all of them
+        a LossError of the first step with a loss that is not finite.
 
         Returns:
             Seconds that this rank waited for its device.
-
-        Raises:
-            LossError: on all ranks, of the first step with a loss that is not finite.
         """
         start = time.perf_counter()
         own = self._read()
+        self._steps, self._values = [], []
         seconds = time.perf_counter() - start
         ranks = comm.all_gather(own)
         for steps in zip(*ranks, strict=True):
@@ -110,40 +98,26 @@ class LossLog:
             )
 
     def check(self) -> None:
-        """Check this rank's losses that were not read yet; they stay to be logged.
-
-        Raises:
-            LossError: one is not finite.
-        """
-        for step in self._read(keep=True):
+        """Check this rank's losses that were not read yet; they stay to be logged. A LossError if
+        one is not finite."""
+        for step in self._read():
             _check(step)
 
-    def _read(self, keep: bool = False) -> list[_Read]:
-        steps = self._steps
-        if not keep:
-            self._steps = []
-        if not steps:
-            return []
-        sizes = [len(step.names) for step in steps]
-        rows = torch.cat([step.losses for step in steps]).cpu().split(sizes)
+    def _read(self) -> list[_Step]:
+        values = iter(torch.cat(self._values).cpu().tolist() if self._values else ())
         return [
-            _Read(
-                step.iteration,
-                dict(zip(step.names, row.tolist(), strict=True)),
-                step.data_time,
-                step.factors,
-            )
-            for step, row in zip(steps, rows, strict=True)
+            step._replace(losses={name: next(values) for name in step.losses})
+            for step in self._steps
         ]
 
 
-def _check(step: _Read) -> None:
+def _check(step: _Step) -> None:
     for name, value in step.losses.items():
         if not math.isfinite(value):
             raise LossError.of(name, value, step.iteration)
 
 
-def _log(ranks: tuple[_Read, ...]) -> None:
+def _log(ranks: tuple[_Step, ...]) -> None:
     """Log one step, seen by all ranks, in the storage of the training."""
     storage = get_event_storage()
     names, factors = ranks[0].losses, ranks[0].factors

@@ -1,20 +1,37 @@
-"""The output folder of a run: it can be written, one run has it at a time, and nothing is lost."""
+"""A run and its output folder: claimed when all checks are done, known by ``run.json``. One run has
+it at a time, and nothing is lost."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import glob
-import json
 import logging
 import os
 import shutil
 import socket
+from collections.abc import Callable
+from typing import Any
 
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..detectors.teacher import Teacher
 from ..errors import ConfigError
-from ..files import check_folder, remove_leftovers, shown
+from ..files import (
+    check_folder,
+    nearest_there,
+    read_json,
+    remove_leftovers,
+    shown,
+    write_json,
+    write_text,
+)
 from . import logs
 from .checkpoint import LAST_CHECKPOINT, STUDENT_FILE
+from .faults import on_main_process
+from .identity import describe_run, differences
+from .teacher_check import read_teacher_results, write_teacher_results
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +67,7 @@ _held: dict[tuple[str, int], int] = {}
 
 
 def check_output_dir(path: str) -> None:
-    """Check that files can be written to ``OUTPUT_DIR``, which need not be there; none is left.
-
-    Raises:
-        ConfigError: it is empty, a URL or a file, or cannot be made or written.
-    """
+    """Refuse an ``OUTPUT_DIR`` that is empty, a URL, a file, or cannot be made or written."""
     if not path.strip():
         raise ConfigError("OUTPUT_DIR is empty: name a folder")
     if "://" in path:
@@ -67,16 +80,17 @@ def check_output_dir(path: str) -> None:
         ) from error
 
 
-def check_space(path: str, needed: int) -> None:
-    """Check that there is room for ``needed`` bytes in ``path``, which need not be there.
+def check_folder_of_run(path: str, begins: bool) -> None:
+    """Refuse a folder in which no run can be now; nothing is made. ``begins``: a new training."""
+    check_output_dir(path)
+    check_free(path)
+    if begins:
+        _check_unfinished(path)
 
-    Raises:
-        ConfigError: there is not.
-    """
-    parent = os.path.abspath(path)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    free = shutil.disk_usage(parent).free
+
+def check_space(path: str, needed: int) -> None:
+    """Refuse a folder, which need not be there, without room for ``needed`` bytes."""
+    free = shutil.disk_usage(nearest_there(path)).free
     if free < needed:
         raise ConfigError(
             f"OUTPUT_DIR '{shown(path)}': {free / 2**20:,.1f} MiB are free, and a checkpoint takes "
@@ -85,11 +99,8 @@ def check_space(path: str, needed: int) -> None:
 
 
 def lock(path: str) -> None:
-    """Make the folder and take its lock, until :func:`unlock` or the end of the process.
-
-    Raises:
-        ConfigError: another process has it.
-    """
+    """Make the folder and take its lock, until :func:`unlock` or the end of the process; a
+    ConfigError if another process has it."""
     folder = os.path.realpath(path)
     if (folder, os.getpid()) in _held:
         return
@@ -113,11 +124,7 @@ def unlock(path: str) -> None:
 
 
 def check_free(path: str) -> None:
-    """Check that no other process has the folder; nothing is made.
-
-    Raises:
-        ConfigError: one has.
-    """
+    """Refuse a folder that another process has; nothing is made."""
     folder = os.path.realpath(path)
     name = os.path.join(folder, LOCK_FILE)
     if (folder, os.getpid()) in _held or not os.path.isfile(name):
@@ -147,27 +154,17 @@ def _lock(file: int, path: str) -> None:
 
 
 def read_record(path: str) -> dict:
-    """What ``run.json`` of a folder says; {} where there is none, or none that can be read."""
-    try:
-        with open(os.path.join(path, RUN_FILE)) as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """What ``run.json`` of a folder says; {} where there is none."""
+    name = os.path.join(path, RUN_FILE)
+    return read_json(name) if os.path.isfile(name) else {}
 
 
-def check_unfinished(path: str) -> None:
-    """Check that a new run would not take the place of one that can still go on.
-
-    Raises:
-        ConfigError: the folder holds a training that was stopped after a checkpoint.
-    """
-    checkpoint = os.path.join(path, LAST_CHECKPOINT)
-    if not os.path.isfile(checkpoint):
+def _check_unfinished(path: str) -> None:
+    """Refuse the place of a training that was stopped after a checkpoint, and can still go on."""
+    if not os.path.isfile(os.path.join(path, LAST_CHECKPOINT)):
         return
-    record = read_record(path)
-    finished = record.get("finished", os.path.isfile(os.path.join(path, STUDENT_FILE)))
-    if not finished:
+    finished = os.path.isfile(os.path.join(path, STUDENT_FILE))  # as version 0.1 said it
+    if not read_record(path).get("finished", finished):
         raise ConfigError(
             f"OUTPUT_DIR '{shown(path)}' holds a training that was not finished: go on with it by "
             "--resume, or name another OUTPUT_DIR"
@@ -197,3 +194,79 @@ def set_aside(path: str) -> str:
         if os.path.lexists(os.path.join(path, name)):
             os.rename(os.path.join(path, name), os.path.join(target, name))
     return target
+
+
+class Run:
+    """A training and the folder that it writes to.
+
+    Attributes:
+        record: what ``run.json`` says of the run; {} before :meth:`claim`.
+        teacher_results: of the teacher's check; {} without.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        self.cfg = cfg
+        self.folder: str = cfg.OUTPUT_DIR
+        self.record: dict[str, Any] = {}
+        self.teacher_results: dict[str, Any] = {}
+
+    def claim(self, teacher: Teacher | None, start: int, resumes: bool, needed: int) -> None:
+        """Take the folder: from here on files are written. All processes together.
+
+        Args:
+            start: the first iteration.
+            resumes: the folder's own training goes on; else what is there of another is set aside.
+            needed: bytes of a checkpoint.
+        """
+        identity = describe_run(self.cfg, teacher) if comm.is_main_process() else {}
+        self.record = on_main_process(lambda: self._claim(identity, start, resumes, needed))
+        logs.open_file(self.folder)
+        for change in self.record["changes"][-1:]:
+            if change["iteration"] == start:
+                logger.warning("Resuming at iteration %d: %s", start, ", ".join(change["changed"]))
+
+    def _claim(self, identity: dict, start: int, resumes: bool, needed: int) -> dict:
+        folder = self.folder
+        check_folder_of_run(folder, begins=not resumes)
+        check_space(folder, needed)
+        lock(folder)
+        before = read_record(folder) if resumes else {}
+        kept = {key: before[key] for key in ("best", "changes") if key in before}
+        record = {"finished": False, "changes": [], **kept, **identity}
+        changed = differences(before, identity) if before else []
+        if changed:
+            record["changes"] = [*record["changes"], {"iteration": start, "changed": changed}]
+        checked_teacher = folder, identity["teacher"], self.cfg.DATASETS.TEST
+        checked = read_teacher_results(*checked_teacher)
+        moved = "" if resumes else set_aside(folder)
+        if moved:
+            where = shown(folder), shown(moved)
+            logger.warning("'%s' held files of another run: they are in '%s' now", *where)
+        if checked is not None:
+            write_teacher_results(*checked_teacher, checked)
+        write_json(record, os.path.join(folder, RUN_FILE))
+        write_text(self.cfg.dump(), os.path.join(folder, CONFIG_FILE))
+        return record
+
+    def update(self, **changes: Any) -> None:
+        """Change ``run.json``; on the main process."""
+        self.record |= changes
+        write_json(self.record, os.path.join(self.folder, RUN_FILE))
+
+    def check_teacher(self, teacher: Teacher | None, evaluate: Callable[[Teacher], dict]) -> None:
+        """Evaluate the teacher, if the config asks for it and this very teacher was not yet;
+        ``evaluate`` gives the results on the main process."""
+        if teacher is None:
+            return
+        checked = self.folder, self.record["teacher"], self.cfg.DATASETS.TEST
+        known = on_main_process(lambda: read_teacher_results(*checked))
+        if known is None and self.cfg.DISTILL.TEACHER.CHECK:
+            known = evaluate(teacher)
+            if comm.is_main_process():
+                write_teacher_results(*checked, known)
+        self.teacher_results = known or {}
+
+    def release(self) -> None:
+        """The run ends: another one may have the folder."""
+        unlock(self.folder)
+        logs.close()

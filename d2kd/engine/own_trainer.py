@@ -16,7 +16,7 @@ from . import logs
 from .checkpoint import AtomicCheckpointer
 from .hooks import StudentHook, first_hooks
 from .identity import describe_teacher
-from .run import Run
+from .output import Run
 from .step import StepTrainer, seed_for
 from .teacher_check import check_teacher
 from .trainer import DistillTrainer
@@ -51,7 +51,14 @@ def add_distillation_hooks(trainer: DefaultTrainer) -> None:
         trainer.checkpointer.__class__ = AtomicCheckpointer
     moments = moments_of(trainer.model)
     if _has_detectron2s_step(trainer):
-        trainer._trainer = _step_of(trainer)
+        step, amp = trainer._trainer, cfg.SOLVER.AMP
+        trainer._trainer = StepTrainer(
+            step.model,
+            step.optimizer,
+            lambda seed, start: step.data_loader,
+            precision=amp.PRECISION if amp.ENABLED else "",
+            seed=seed_for(cfg),
+        )
         first = first_hooks(cfg, moments)
     else:
         trainer.optimizer.register_step_pre_hook(lambda *_: moments.after_backward())
@@ -68,18 +75,6 @@ def _has_detectron2s_step(trainer: DefaultTrainer) -> bool:
     is_default = getattr(step, "precision", torch.float16) is torch.float16
     is_own = type(trainer).run_step is not DefaultTrainer.run_step
     return type(step) in (SimpleTrainer, AMPTrainer) and is_default and not is_own
-
-
-def _step_of(trainer: DefaultTrainer) -> StepTrainer:
-    """d2kd's step with model, optimiser and data of the trainer's."""
-    step, amp = trainer._trainer, trainer.cfg.SOLVER.AMP
-    return StepTrainer(
-        step.model,
-        step.optimizer,
-        lambda seed, start: step.data_loader,
-        precision=amp.PRECISION if amp.ENABLED else "",
-        seed=seed_for(trainer.cfg),
-    )
 
 
 class _StartHook(HookBase):

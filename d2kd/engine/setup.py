@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -22,12 +21,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
 
 from ..arguments import CommandParser
-from ..config import (
-    add_distillation_config,
-    validate_distillation_config,
-    validate_meta_arch,
-    validate_solver,
-)
+from ..config import add_distillation_config, validate_distillation_config, validate_solver
 from ..config_files import (
     SHARED_OUTPUT,
     default_output_dir,
@@ -35,7 +29,6 @@ from ..config_files import (
     load_config,
     merge_overrides,
     resolve_config_file,
-    resolve_teacher,
     similar_files,
 )
 from ..config_paths import looked_in, set_absolute_paths
@@ -46,6 +39,7 @@ from ..detectors.weights import RANDOM_WEIGHTS
 from ..errors import ConfigError, first_line
 from ..files import shown
 from ..keys import adds_config
+from ..lazy_config import line_of_module
 from . import logs, output
 from .checkpoint import find_checkpoint
 from .launch import add_launch_arguments
@@ -79,36 +73,20 @@ def import_user_module(name: str) -> None:
 
     Its functions called ``add_..._config``, as Detectron2's projects call theirs, add their keys to
     every config that is read from then on.
-
-    Raises:
-        ConfigError: there is no such module, or it raises an error; names the line.
     """
-    module = _import(name)
-    for key, value in vars(module).items():
-        of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
-        if of_detectron2s_form and value is not add_distillation_config:
-            adds_config(value)
-
-
-def _import(name: str) -> ModuleType:
     try:
-        return _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+        module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
     except ConfigError:
         raise
     except SyntaxError as error:
         place = f"{shown(str(error.filename))}:{error.lineno}"
         raise ConfigError(f"--import: {place}: {error.msg}") from error
     except Exception as error:
-        raise ConfigError(f"--import: {_place(error)}{first_line(error)}") from error
-
-
-def _place(error: Exception) -> str:
-    """Where in a user's module an error came from, and its kind; "" if there is no such module."""
-    ours = (__file__, importlib.__file__, "<frozen")
-    for frame in traceback.extract_tb(error.__traceback__):
-        if not frame.filename.startswith(ours):
-            return f"{shown(frame.filename)}:{frame.lineno}: {type(error).__name__}: "
-    return ""
+        raise ConfigError(f"--import: {line_of_module(error) or first_line(error)}") from error
+    for key, value in vars(module).items():
+        of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
+        if of_detectron2s_form and value is not add_distillation_config:
+            adds_config(value)
 
 
 def _import_file(path: str) -> ModuleType:
@@ -147,11 +125,8 @@ def merged_config(config_file: str, opts: list[str]) -> CfgNode:
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """The checked config of ``--config-file`` and the KEY VALUE overrides.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong with them.
-    """
+    """The checked config of ``--config-file`` and the KEY VALUE overrides; a ConfigError for
+    whatever is wrong with them."""
     for name in getattr(args, "imports", []):
         import_user_module(name)
     cfg = merged_config(args.config_file, args.opts)
@@ -173,19 +148,18 @@ def check_config(
         folders: where its files were looked for besides the working directory, for messages.
         train: for training, else for evaluation.
         resume: a checkpoint in ``OUTPUT_DIR`` takes the place of ``MODEL.WEIGHTS``.
-
-    Raises:
-        ConfigError: in one line.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_detectron2_keys(cfg, train=train)
     if train:
         validate_solver(cfg)
-    validate_meta_arch("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller" and train:
-        check_teacher_files(cfg, folders)
-        validate_distillation_config(cfg)
+        validate_distillation_config(cfg, folders)
+        teacher, is_built = cfg.DISTILL.TEACHER, cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT
+        if is_built and teacher.WEIGHTS != RANDOM_WEIGHTS:
+            if not foreign_teacher(teacher.CONFIG_FILE):
+                check_weights(teacher.WEIGHTS, "DISTILL.TEACHER.WEIGHTS", folders)
     elif cfg.DISTILL.HEADS and train:
         raise ConfigError(
             f"DISTILL.HEADS {list(cfg.DISTILL.HEADS)} need MODEL.META_ARCHITECTURE Distiller, it "
@@ -199,11 +173,7 @@ def check_config(
 
 
 def check_devices(cfg: CfgNode) -> None:
-    """Check that the processes of this machine have the devices that the config wants.
-
-    Raises:
-        ConfigError: there are fewer GPUs, or GPUs where the model shall be on the CPU.
-    """
+    """Refuse processes on this machine of which not all have the device that the config wants."""
     processes, gpus = comm.get_local_size(), torch.cuda.device_count()
     if processes == 1:
         return
@@ -215,34 +185,9 @@ def check_devices(cfg: CfgNode) -> None:
         )
 
 
-def check_teacher_files(cfg: CfgNode, folders: Sequence[str]) -> None:
-    """Check that the files of a teacher that will be built are there.
-
-    Args:
-        folders: where they were looked for besides the working directory, for the message.
-
-    Raises:
-        ConfigError: one is not.
-    """
-    teacher = cfg.DISTILL.TEACHER
-    if not (cfg.DISTILL.HEADS or cfg.DISTILL.INHERIT) or not isinstance(teacher, CfgNode):
-        return
-    if teacher.CONFIG_FILE and isinstance(teacher.CONFIG_FILE, str):
-        resolve_teacher(teacher.CONFIG_FILE, folders)
-    if teacher.WEIGHTS != RANDOM_WEIGHTS and not foreign_teacher(str(teacher.CONFIG_FILE)):
-        check_weights(teacher.WEIGHTS, "DISTILL.TEACHER.WEIGHTS", folders)
-
-
 def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
-    """Check that a checkpoint is there, if it is a local file.
-
-    Args:
-        key: where the path stands, for the message.
-        folders: where it was looked for besides the working directory.
-
-    Raises:
-        ConfigError: it is not; names the command that makes it, or files like it, and the folders.
-    """
+    """Refuse a checkpoint, the value of ``key``, that is a local file and not there (nor in
+    ``folders``); names the command that makes it, or files like it."""
     name = (path or "").partition("?")[0]  # what follows is Detectron2's
     if not name or "://" in name or PathManager.isfile(name):
         return
@@ -257,30 +202,15 @@ def check_weights(path: str, key: str, folders: Sequence[str] = ()) -> None:
 
 
 def setup(args: argparse.Namespace, cfg: CfgNode | None = None) -> CfgNode:
-    """The config of a job, checked, and a log on the console; nothing is written yet.
-
-    Args:
-        args: of :func:`build_parser`.
-        cfg: where it was read already.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong.
-    """
+    """The config of a job, read (unless that is done) and checked, and a log on the console;
+    nothing is written yet."""
     logs.start()
     cfg = read_config(args) if cfg is None else cfg
     if args.eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty; give names of datasets to evaluate on")
-    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-        raise ConfigError(
-            "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
-            "with an OUTPUT_DIR that has one"
-        )
     check_devices(cfg)
     if comm.is_main_process():
-        output.check_output_dir(cfg.OUTPUT_DIR)
-        output.check_free(cfg.OUTPUT_DIR)
-        if not (args.eval_only or args.resume):
-            output.check_unfinished(cfg.OUTPUT_DIR)
+        output.check_folder_of_run(cfg.OUTPUT_DIR, begins=not (args.eval_only or args.resume))
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     logger.info("Rank %d of %d processes", comm.get_rank(), comm.get_world_size())

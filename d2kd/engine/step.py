@@ -15,14 +15,9 @@ from torch import nn
 from ..config import PRECISIONS
 from ..data.loader import seed_of
 from ..errors import ConfigError
-from ..meta_arch import moments_of
+from ..meta_arch import moments_of, unwrap
 from .cost import TrainingCost
 from .loss_log import LossLog
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def seed_for(cfg: CfgNode) -> int:
@@ -86,11 +81,8 @@ class StepTrainer(TrainerBase):
         self.cost.add_step(time.perf_counter() - start, device)
 
     def read_losses(self) -> None:
-        """Check and log the losses of all steps so far; all ranks together.
-
-        Raises:
-            LossError: one was not finite.
-        """
+        """Check and log the losses of all steps so far; all ranks together. A LossError if one was
+        not finite."""
         steps = len(self.losses)
         self.cost.add_wait(self.losses.flush(), steps)
 
@@ -124,22 +116,13 @@ class StepTrainer(TrainerBase):
         return [(name, tuple(p.shape)) for name, p in named if p.requires_grad]
 
     def check_state(self, state_dict: dict) -> None:
-        """Check that :meth:`load_state_dict` can go on from ``state_dict``; nothing is changed.
-
-        Raises:
-            ConfigError: it is of a model with other parameters, or of another optimiser.
-        """
+        """Refuse the state of a model with other parameters, or of another optimiser."""
         # The optimiser's state knows its parameters by position only, and does not look at shapes.
         check_parameters(state_dict.get("parameters"), self._parameters())
         own = self.optimizer.state_dict()["param_groups"]
         check_optimizer(state_dict["optimizer"]["param_groups"], own)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from a checkpoint of this config.
-
-        Raises:
-            ConfigError: it is of another one; see :meth:`check_state`.
-        """
         self.check_state(state_dict)
         super().load_state_dict(state_dict)
         self.seed = state_dict["seed"]

@@ -27,12 +27,8 @@ def _rows(name: str, results: dict) -> list[list]:
 
 
 def metrics_table(found: dict[str, dict], style: str = "simple") -> str:
-    """AP of several detectors, "" without any.
-
-    Args:
-        found: whose -> results of Detectron2's evaluators, a map of tasks or of datasets.
-        style: of tabulate, e.g. "pipe" for Markdown.
-    """
+    """AP of several detectors, "" without any, in a style of tabulate; ``found`` are results of
+    Detectron2's evaluators, a map of tasks or of datasets."""
     rows = [row for name, results in found.items() for row in _rows(name, results)]
     headers = ["", "task", *METRICS]
     return tabulate(rows, headers, tablefmt=style, disable_numparse=True) if rows else ""
@@ -41,13 +37,8 @@ def metrics_table(found: dict[str, dict], style: str = "simple") -> str:
 def summarise(
     cfg: CfgNode, student: dict, teacher: dict, cost: dict, changes: Sequence[dict] = ()
 ) -> str:
-    """AP of student and teacher, what was distilled, the time of a step and where the files are.
-
-    Args:
-        student, teacher: results of Detectron2's evaluators; {} where there are none.
-        cost: of the training, see :meth:`~d2kd.engine.cost.TrainingCost.summary`.
-        changes: what was resumed with other settings: ``iteration``, and ``changed`` in words.
-    """
+    """AP of student and teacher, what was distilled, what it cost, where the files are, and
+    ``changes``: what was resumed with other settings."""
     table = metrics_table({"student": student, "teacher": teacher})
     lines = [table] if table else []
     heads = cfg.DISTILL.HEADS if cfg.MODEL.META_ARCHITECTURE == "Distiller" else []

@@ -45,9 +45,6 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
 
     A teacher of other classes than the dataset's cannot be evaluated on it, but its features can
     be distilled: it is only named. So is one of another library.
-
-    Returns:
-        Results of the evaluators; {} on other processes than the main one.
     """
     results: dict[str, Any] = {}
     if isinstance(teacher.model, MapsDetector):
@@ -72,11 +69,7 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
 
 
 def write_teacher_results(folder: str, teacher: dict, datasets: list[str], results: dict) -> None:
-    """Keep what :func:`check_teacher` found, with whose it is and on which datasets.
-
-    Args:
-        teacher: of :func:`~d2kd.engine.identity.describe_teacher`.
-    """
+    """Keep what :func:`check_teacher` found, with whose it is and on which datasets."""
     content = {"teacher": teacher, "datasets": list(datasets), "results": results}
     write_json(content, os.path.join(folder, TEACHER_RESULTS))
 

@@ -70,9 +70,7 @@ class Examined:
     @property
     def mean_ap(self) -> np.ndarray:
         """(6,) over the classes that there are; NaN where there is none."""
-        there = np.isfinite(self.ap)
-        sums = np.where(there, self.ap, 0).sum(0)
-        return np.where(there.any(0), sums / np.maximum(there.sum(0), 1), np.nan)
+        return np.ma.masked_invalid(self.ap).mean(0).filled(np.nan)
 
     @property
     def objects(self) -> np.ndarray:
@@ -175,7 +173,7 @@ def findings(
         splits: "train" and "val" -> the teacher there, or one of them only.
         baseline: the same of the student as it is without a teacher.
     """
-    said = [*_of_classes(list(splits.values()))]
+    said = _of_classes(list(splits.values()))
     for split, examined in splits.items():
         said += _of_boxes(split, examined)
     last = list(splits)[-1]

@@ -23,10 +23,6 @@ from .trainer import DistillTrainer, without_start
 def main(argv: list[str] | None = None, description: str | None = None) -> dict | None:
     """Train or evaluate as a command line says; what goes wrong ends the program in one line.
 
-    Args:
-        argv: arguments without the program's name; default: those of this process.
-        description: what ``--help`` shows below the options.
-
     Returns:
         Results of the last evaluation; None where other processes did the work.
     """
@@ -44,15 +40,8 @@ def process(args: argparse.Namespace) -> dict:
 def prepare(
     args: argparse.Namespace, trainer_class: type[DistillTrainer] = DistillTrainer
 ) -> tuple[CfgNode, type[DistillTrainer]]:
-    """The config of a job, checked, and its trainer; nothing is written yet.
-
-    Args:
-        args: of :func:`~d2kd.engine.setup.build_parser`.
-        trainer_class: trains a YAML config as it is; of a LazyConfig, a class derived from it.
-
-    Raises:
-        ConfigError: in one line, for whatever is wrong.
-    """
+    """The config of a job, checked, and its trainer, ``trainer_class`` itself or, of a LazyConfig,
+    a class derived from it; nothing is written yet."""
     if is_lazy(args.config_file):
         return lazy.prepare(args, trainer_class)
     return setup(args), trainer_class
@@ -88,9 +77,7 @@ def evaluate(
     What it writes is in ``OUTPUT_DIR``/inference; the files of a training in the folder stay.
 
     Args:
-        resume: evaluate the last checkpoint of ``OUTPUT_DIR``, if there is one, and not
-            ``MODEL.WEIGHTS``.
-        trainer_class: says how to evaluate.
+        resume: the last checkpoint of ``OUTPUT_DIR``, if there is one, and not ``MODEL.WEIGHTS``.
 
     Raises:
         ConfigError: there are no weights, or not for all of the model.
@@ -99,7 +86,10 @@ def evaluate(
     last = on_main_process(lambda: find_checkpoint(folder, weights_only=True)) if resume else ""
     weights = last or cfg.MODEL.WEIGHTS
     if not weights:
-        raise ConfigError("an evaluation needs weights: MODEL.WEIGHTS is empty")
+        raise ConfigError(
+            "an evaluation needs weights: name a checkpoint as MODEL.WEIGHTS, or give --resume "
+            "with an OUTPUT_DIR that has one"
+        )
     cfg = student_config(cfg)
     with building("the model"):
         model = trainer_class.build_model(without_start(cfg))

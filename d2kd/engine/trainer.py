@@ -37,13 +37,13 @@ from ..detectors.building import building
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
 from ..files import shown
-from ..meta_arch import TrainingMoments
-from . import logs, output
+from ..meta_arch import unwrap
+from . import logs
 from .checkpoint import STUDENT_FILE, AtomicCheckpointer, find_checkpoint, read_checkpoint
 from .faults import LossError, Stopped, TrainingError, explain, on_main_process, stopping_by_signals
 from .hooks import FinishHook, KeepHook, LazyWriters, StudentHook, first_hooks
-from .run import Run
-from .step import StepTrainer, seed_for, unwrap, use_fused_update
+from .output import EVALUATION_FOLDER, Run
+from .step import StepTrainer, seed_for, use_fused_update
 from .teacher_check import check_teacher
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,7 @@ EVALUATORS = {
 
 
 def find_evaluator(dataset_name: str) -> str:
-    """The dataset's ``evaluator_type``.
-
-    Raises:
-        ConfigError: there is no evaluator of that type.
-    """
+    """The dataset's ``evaluator_type``; a ConfigError if there is no evaluator of that type."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
     if kind not in EVALUATORS:
         raise ConfigError(
@@ -113,6 +109,7 @@ class DistillTrainer(DefaultTrainer):
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
             seed=seed,
         )
+        self._moments = self._trainer.moments
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.before_save = self._trainer.losses.check
@@ -132,10 +129,6 @@ class DistillTrainer(DefaultTrainer):
     def ddp_options(self) -> dict[str, Any]:
         """Arguments of Detectron2's ``create_ddp_model``."""
         return {"broadcast_buffers": False}
-
-    @property
-    def _moments(self) -> TrainingMoments:
-        return self._trainer.moments
 
     # --- before the first step -------------------------------------------------------------------
 
@@ -229,11 +222,8 @@ class DistillTrainer(DefaultTrainer):
                 raise
 
     def _after_failure(self, error: BaseException) -> None:
-        """Write what was logged so far.
-
-        Raises:
-            LossError: a loss that was not read yet is why ``error`` came.
-        """
+        """Write what was logged so far; a LossError where a loss that was not read yet is why
+        ``error`` came."""
         if isinstance(error, Exception) and not isinstance(error, LossError):
             try:
                 self._trainer.losses.check()
@@ -291,8 +281,8 @@ class DistillTrainer(DefaultTrainer):
         own = first_hooks(cfg, self._moments)
         at = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         behind = [FinishHook()]
-        if comm.is_main_process():
-            behind.append(KeepHook(cfg.SOLVER.CHECKPOINT_KEEP, cfg.TEST.EVAL_PERIOD))
+        if comm.is_main_process() and cfg.SOLVER.CHECKPOINT_KEEP:
+            behind.append(KeepHook())
         return [*own, *hooks[:at], StudentHook(), *hooks[at:], *behind]
 
     def build_writers(self) -> list[EventWriter]:
@@ -335,7 +325,7 @@ class DistillTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         """The evaluator of the dataset's ``evaluator_type``."""
         kind = find_evaluator(dataset_name)
-        options = {"output_dir": os.path.join(cfg.OUTPUT_DIR, output.EVALUATION_FOLDER)}
+        options = {"output_dir": os.path.join(cfg.OUTPUT_DIR, EVALUATION_FOLDER)}
         if kind == "coco":
             options["kpt_oks_sigmas"] = tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         return EVALUATORS[kind](dataset_name, **options)

@@ -180,7 +180,7 @@ def test_losses_do_not_keep_the_graph():
     """What a step computed is freed though its losses are not read yet."""
     log, weight = LossLog(), torch.ones(3, requires_grad=True)
     log.add(0, {"loss_cls": (weight * 2).sum()}, 0.0)
-    assert not log._steps[0].losses.requires_grad
+    assert not log._values[0].requires_grad
 
 
 def two_ranks(args) -> None:

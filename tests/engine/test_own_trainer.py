@@ -233,7 +233,7 @@ def test_a_distiller_without_its_hooks_says_so(teacher_files, caplog):
         found = [r.getMessage() for r in caplog.records if "runs no hooks" in r.getMessage()]
         assert len(found) == (not told)
         for message in found:
-            assert "DISTILL.INHERIT, what GlobalKnowledge does between steps" in message
+            assert "DISTILL.INHERIT, what heads do between steps" in message
 
 
 # --- --import -----------------------------------------------------------------------------------
