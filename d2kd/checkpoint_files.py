@@ -34,7 +34,7 @@ _ARRAYS = {
 }
 
 # What published files wrap a state dict in.
-_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+_WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -91,12 +91,15 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     except OSError as error:
         why = error.strerror or error
         raise ConfigError(f"'{shown(path)}' cannot be read, or is damaged: {why}") from error
-    if isinstance(found, dict):
-        found = next((found[w] for w in _WRAPPERS if isinstance(found.get(w), dict)), found)
-    is_state = isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())
+    for wrapper in _WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    is_state = isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    )
     if not is_state or not found:
         raise ConfigError(f"'{shown(path)}' holds no weights by name, but a {type(found).__name__}")
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def _read_safetensors(path: str) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ class Options:
             where = f"{path}.{name}"
             if name not in node:
                 raise ConfigError(
-                    f"the config has no {where}: call d2kd.add_distillation_config(cfg) first"
+                    f"the config has no {where}: leave {path} to d2kd.add_distillation_config(cfg)"
                 )
             if isinstance(field.default, Options):
                 if not isinstance(node[name], CfgNode):

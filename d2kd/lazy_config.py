@@ -44,12 +44,12 @@ def load_lazy(path: str) -> DictConfig:
         builtins.__import__ = own_import  # which Detectron2 leaves replaced after an error
 
 
-def line_of_module(error: Exception) -> str:
-    """What went wrong, and in which line of a file that was run, or of a module that this imports;
-    not of the functions that they call. "" if no line was run."""
+def line_of_module(error: Exception, which: int = -1) -> str:
+    """What went wrong, and in which line of the last file that was run, or of the first one, which
+    imports the others (``which`` 0); not of the functions that they call. "" if no line was run."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f"{shown(f.filename)}:{f.lineno}" for f in frames if f.name == "<module>"]
-    return f"{lines[-1]}: {type(error).__name__}: {first_line(error)}" if lines else ""
+    return f"{lines[which]}: {type(error).__name__}: {first_line(error)}" if lines else ""
 
 
 def override_lazy(
@@ -120,12 +120,13 @@ def _arguments(node: Mapping[str, Any]) -> list[str]:
 
 def build_lazy(cfg: DictConfig, key: str, source: str) -> Any:
     """What the config's ``key`` (such as "dataloader.train") describes; ``source`` is its file."""
-    node = OmegaConf.select(cfg, key)
-    if node is None:
-        has = ", ".join(str(known) for known in cfg) or "none"
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not isinstance(node, DictConfig) or name not in node:
+        has = ", ".join(map(str, node if isinstance(node, DictConfig) else cfg)) or "none"
         raise ConfigError(f"{source} has no '{key}' among its config objects, which are: {has}")
     try:
-        return instantiate(node)
+        return instantiate(node[name])
     except ConfigError:
         raise
     except Exception as error:

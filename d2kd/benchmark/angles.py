@@ -35,7 +35,10 @@ def measured(folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     path = folder / "metrics.json"
     for line in path.read_text().splitlines() if path.is_file() else ():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the last line of a training that was killed
+            continue
         for name, value in entry.items():
             if match := NAME.fullmatch(name):
                 found[match[1]][match[2]][entry["iteration"]] = value
@@ -77,10 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table.
 
     Raises:
-        ConfigError: a folder without measurements.
+        ConfigError: a folder without measurements, or of other heads than the first.
     """
     args = build_parser().parse_command(argv)
     data = {"runs": [measured(folder) for folder in args.folders]}
+    for folder, run in zip(args.folders, data["runs"], strict=True):
+        if run.keys() != data["runs"][0].keys():
+            raise ConfigError(
+                f"{folder} is a training of {', '.join(run)}, and {args.folders[0]} one of "
+                f"{', '.join(data['runs'][0])}: name trainings of the same heads"
+            )
     print(markdown(data))
     if args.json:
         write_json(data, args.json)

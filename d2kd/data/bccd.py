@@ -70,7 +70,7 @@ def _names(path: Path) -> list[str]:
         raise ConfigError(f"BCCD: {path} names no image")
     for name in names:
         # With folders in it, files outside of the clone would be read, and of the output written.
-        if Path(name).name != name or name == "..":
+        if Path(name).name != name or name == ".." or "\0" in name:
             raise ConfigError(
                 f"BCCD: {path} names {shown(name, 60)}, which is not the plain name of an image"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
@@ -26,6 +27,7 @@ class CocoEvaluator(COCOEvaluator):
         dataset_name: a registered dataset.
         output_dir: where predictions go.
         kpt_oks_sigmas: TEST.KEYPOINT_OKS_SIGMAS; () stands for COCO's own of 17 keypoints.
+        options: further ones of Detectron2's.
     """
 
     def __init__(
@@ -34,18 +36,21 @@ class CocoEvaluator(COCOEvaluator):
         output_dir: str | None = None,
         *,
         kpt_oks_sigmas: tuple[float, ...] = (),
+        **options: Any,
     ):
+        # A dataset that is no COCO file is converted to one, which an earlier run may have left
+        # here: it may be of other data.
+        options = {"allow_cached_coco": False, "use_fast_impl": True, **options}
+        is_fast = options.pop("use_fast_impl")
         is_compiled = coco_evaluation.COCOeval_opt is not COCOeval
         super().__init__(
             dataset_name,
             output_dir=output_dir,
             kpt_oks_sigmas=list(kpt_oks_sigmas),
-            use_fast_impl=is_compiled,
-            # A dataset that is no COCO file is converted to one, which an earlier run may have left
-            # here: it may be of other data.
-            allow_cached_coco=False,
+            use_fast_impl=is_fast and is_compiled,
+            **options,
         )
-        self._lends_metrics = not is_compiled and has_fast_metrics()
+        self._lends_metrics = is_fast and not is_compiled and has_fast_metrics()
         self._use_fast_impl |= self._lends_metrics
         self._repair(reading_of(dataset_name), len(kpt_oks_sigmas))
 

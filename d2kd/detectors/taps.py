@@ -8,7 +8,6 @@ that the student's own losses hold on to anyway, and drop them after the step.
 from __future__ import annotations
 
 import functools
-import operator
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -52,12 +51,15 @@ class Taps:
             self._tap(path)
 
     def _tap(self, path: str) -> None:
+        parent, _, name = path.rpartition(".")
         try:
-            target = operator.attrgetter(path)(self.student)
-        except AttributeError as error:
+            target = getattr(self.student.get_submodule(parent), name)
+        except AttributeError:
+            target = None
+        if not callable(target):
             raise ConfigError(
                 f"the student, a {type(self.student).__name__}, has no '{path}' to read from"
-            ) from error
+            )
         if isinstance(target, nn.Module):
             # Not a closure: a copy of the Distiller records into its own taps, and can be pickled.
             target.register_forward_hook(functools.partial(self._record_module, path))

@@ -191,14 +191,22 @@ def find_checkpoint(folder: str, *, weights_only: bool = False) -> str:
     path = os.path.join(folder, name)
     # A file that was cut off lacks its end, PyTorch's table of contents. Bytes that changed in the
     # middle show when it is read.
-    if not zipfile.is_zipfile(path):
+    if not _is_whole(path):
         raise ConfigError(_damage_words(folder, name))
-    if not weights_only and _iteration_of(path) is None:
+    if not weights_only and zipfile.is_zipfile(path) and _iteration_of(path) is None:
         raise ConfigError(
             f"'{shown(path)}' holds no state of a training to resume, only weights: start from "
             "them, by MODEL.WEIGHTS, in another OUTPUT_DIR"
         )
     return path
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file has its end; of PyTorch's old format, a pickle, only reading it tells."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def _damage_words(folder: str, name: str) -> str:

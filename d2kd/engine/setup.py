@@ -82,7 +82,7 @@ def import_user_module(name: str) -> None:
         place = f"{shown(str(error.filename))}:{error.lineno}"
         raise ConfigError(f"--import: {place}: {error.msg}") from error
     except Exception as error:
-        raise ConfigError(f"--import: {line_of_module(error) or first_line(error)}") from error
+        raise ConfigError(f"--import: {line_of_module(error, 0) or first_line(error)}") from error
     for key, value in vars(module).items():
         of_detectron2s_form = re.fullmatch(r"add_(\w+_)?config", key) and inspect.isfunction(value)
         if of_detectron2s_form and value is not add_distillation_config:

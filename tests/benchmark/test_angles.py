@@ -32,6 +32,22 @@ def test_means_of_runs(tmp_path, capsys):
     assert row in capsys.readouterr().out and row in angles.markdown(data)
 
 
+def test_a_killed_training(tmp_path):
+    """Its last line may be cut off."""
+    write_metrics(tmp_path / "one", [-0.4, 0.2])
+    with (tmp_path / "one/metrics.json").open("a") as file:
+        file.write('{"iteration": 7, "balance/dr')
+    assert angles.measured(tmp_path / "one")["drkd"]["cosine_dsig"] == pytest.approx(-0.1)
+
+
+def test_trainings_of_other_heads(tmp_path):
+    one, two = (write_metrics(tmp_path / name, [0.1]) for name in ("one", "two"))
+    text = (tmp_path / "two/metrics.json").read_text().replace("/drkd/", "/mar/")
+    (tmp_path / "two/metrics.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"two is a training of mar, and .*one one of drkd: name"):
+        angles.main([one, two])
+
+
 def test_nothing_was_measured(tmp_path):
     with pytest.raises(ConfigError, match=r"metrics.json with measurements of DISTILL.BALANCE"):
         angles.main([str(tmp_path)])

@@ -83,13 +83,13 @@ def test_a_pair_without_the_part_is_refused(keypoints, tmp_path):
         build(distiller_config(keypoint_config(), ["KeypointMimic"], file))
 
 
-def test_a_part_that_taps_what_is_not_there_is_refused(keypoints, monkeypatch):
-    """When the model is built, by name."""
-    monkeypatch.setattr(
-        keypoints.KeypointPart, "taps", lambda *_: ["roi_heads.keypoint_head.joints"]
-    )
+@pytest.mark.parametrize("path", ["roi_heads.keypoint_head.joints", "roi_heads.option", "no.way"])
+def test_a_part_that_taps_what_is_not_there_is_refused(path, keypoints, monkeypatch):
+    """When the model is built, by name; an option that is None is nothing to read from."""
+    monkeypatch.setattr(keypoints.KeypointPart, "taps", lambda *_: [path])
     student = build(keypoint_config())
-    with pytest.raises(ConfigError, match="GeneralizedRCNN, has no 'roi_heads.keypoint_head.join"):
+    student.roi_heads.option = None
+    with pytest.raises(ConfigError, match=f"GeneralizedRCNN, has no '{path}' to read from"):
         Taps(student, describe_detector(student, "student"))
 
 

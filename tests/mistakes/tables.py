@@ -386,7 +386,7 @@ VERBS = {
     "convert weights/list.pth out.pkl": "holds no weights by name, but a list",
     "convert weights/numbers.pth out.pkl": "holds no weights by name",
     "convert weights/other.pth out.pkl": "ResNet",
-    "convert weights/resnet.pth out.pkl": "no torchvision ResNet: .*"
+    "convert weights/resnet.pth out.pkl": "no torchvision ResNet-18: "
     "layer1.0.conv1.weight is .3, 64, 3, 3., not .64, 64, 3, 3.",
     "convert start.pth out.pth": "argument output: 'out.pth' must end in .pkl",
     "convert weights/resnet.pth images/": "argument output: 'images/' must end in .pkl",

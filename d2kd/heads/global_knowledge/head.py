@@ -90,7 +90,7 @@ class GlobalKnowledge(DistillHead):
         self.max_boxes = options.max_boxes
         if self.two_stage and options.boxes == "positives":
             self.max_boxes = min(options.max_boxes, positives)
-        self.responses = CosineResponses()
+        self.responses: CosineResponses | ProjectionResponses = CosineResponses()
         if options.global_.responses == "projection":
             self.responses = ProjectionResponses(options.global_.ridge)
 

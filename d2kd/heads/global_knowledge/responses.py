@@ -37,7 +37,7 @@ class CosineResponses:
         return losses.cosine_global_loss(student, teacher, reliability, valid, present)
 
 
-class ProjectionResponses(CosineResponses):
+class ProjectionResponses:
     """Coefficients of a projection on the prototypes of the own class (the paper's wording).
 
     Args:
