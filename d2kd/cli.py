@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, *arguments = words
     if name not in VERBS:
-        close = close_names(name, VERBS)
+        close = close_names(name, VERBS, 0.7)
         sys.exit(error_line(f"no verb '{name}'{close}; valid: {', '.join(VERBS)}"))
     outer = sys.argv
     sys.argv = [f"d2kd {name}", *arguments]  # for the parsers' "usage: d2kd train ..."
