@@ -6,6 +6,7 @@ user does wrong ends it in one line ``error: ...`` on standard error, here and n
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -87,9 +88,10 @@ def end_in_one_line(run: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(error_line(f"{error.strerror}: {error.filename}"))
+        place = f": {error.filename}" if error.filename else ""
+        sys.exit(error_line(f"{error.strerror}{place}"))
     except ModuleNotFoundError as error:
         if error.name != "detectron2":
             raise

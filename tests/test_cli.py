@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 import runpy
@@ -109,6 +110,16 @@ def ends(error: BaseException | int) -> str | int:
     with pytest.raises(SystemExit) as stop:
         cli.end_in_one_line(verb)
     return stop.value.code
+
+
+def test_a_full_disk_is_one_line():
+    """Also where the error of a write does not know its file; another such error is a defect."""
+    assert (
+        ends(OSError(errno.ENOSPC, "No space left on device")) == "error: No space left on device"
+    )
+    assert ends(OSError(errno.ENOENT, "No such file", "x")) == "error: No such file: x"
+    with pytest.raises(OSError, match="Bad"):
+        cli.end_in_one_line(lambda: os.close(1_000_000))
 
 
 def test_a_mistake_is_one_line():
