@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
 import runpy
 import subprocess
@@ -114,9 +115,8 @@ def ends(error: BaseException | int) -> str | int:
 
 def test_a_full_disk_is_one_line():
     """Also where the error of a write does not know its file; another such error is a defect."""
-    assert (
-        ends(OSError(errno.ENOSPC, "No space left on device")) == "error: No space left on device"
-    )
+    full = "No space left on device"
+    assert ends(OSError(errno.ENOSPC, full)) == f"error: {full}"
     assert ends(OSError(errno.ENOENT, "No such file", "x")) == "error: No such file: x"
     with pytest.raises(OSError, match="Bad"):
         cli.end_in_one_line(lambda: os.close(1_000_000))
