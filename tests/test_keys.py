@@ -82,7 +82,7 @@ def test_whole_numbers_pass_for_numbers():
 
 def test_a_missing_node_is_named():
     """A config without the keys says which function adds them."""
-    with pytest.raises(ConfigError, match="no N.SCALE: call d2kd.add_distillation_config"):
+    with pytest.raises(ConfigError, match="no N.SCALE: leave N to d2kd.add_distillation_config"):
         Outer.read(CfgNode(), "N")
 
 
