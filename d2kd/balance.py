@@ -162,15 +162,7 @@ def gradient_lengths(
         norms = [
             zero if x is None else torch.linalg.vector_norm(x, dtype=torch.float32) for x in found
         ]
-        parts = torch.stack(norms).square().split(sizes)
-        return torch.stack([part.sum() for part in parts])
-
-    def products(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> Tensor:
-        parts = [
-            zero if x is None or y is None else (x.float() * y.float()).sum()
-            for x, y in zip(one, other, strict=True)
-        ]
-        return torch.stack([part.sum() for part in torch.stack(parts).split(sizes)])
+        return _by_place(torch.stack(norms).square(), sizes)
 
     sums = {DETECTOR: gradients(detection)}
     rows = [squares(sums[DETECTOR])]
@@ -183,10 +175,11 @@ def gradient_lengths(
         rows.append(squares(whole))
         sums[name] = whole
     pairs = list(itertools.combinations(sums, 2))
-    rows += [products(sums[a], sums[b]) for a, b in pairs]
+    rows += [_by_place(_products(sums[a], sums[b], zero), sizes) for a, b in pairs]
     table = torch.stack(rows)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(table)
+    table = table.cpu()  # the one wait of a measurement
     found = (table[: len(rows) - len(pairs)].sqrt() / scale).tolist()
     if not all(math.isfinite(value) for row in found for value in row):
         return None
@@ -198,6 +191,20 @@ def gradient_lengths(
     dots = (table[len(found) :].sum(dim=1).double() / scale**2).tolist()
     norms = {name: math.hypot(*lengths) for name, lengths in {DETECTOR: first, **own}.items()}
     return Lengths(tuple(places), first, own, single, _cosines(pairs, dots, norms))
+
+
+def _by_place(values: Tensor, sizes: list[int]) -> Tensor:
+    """Sums of the values at each place."""
+    return torch.stack([part.sum() for part in values.split(sizes)])
+
+
+def _products(one: list[Tensor | None], other: list[Tensor | None], zero: Tensor) -> Tensor:
+    return torch.stack(
+        [
+            zero if x is None or y is None else (x.float() * y.float()).sum()
+            for x, y in zip(one, other, strict=True)
+        ]
+    )
 
 
 def _cosines(
