@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -364,8 +365,10 @@ def _with_parameters_in_graph(
     """``losses``, whose graph reaches each of the parameters, though with no gradient.
 
     DistributedDataParallel waits for every parameter in every step; a head that has nothing to say
-    in a step would make it wait for ever.
+    in a step would make it wait for ever. Without other processes nothing waits.
     """
+    if not dist.is_available() or not dist.is_initialized():
+        return losses
     name, loss = next(iter(losses.items()))
     return {**losses, name: _TouchParameters.apply(loss, *parameters)}
 

@@ -323,11 +323,17 @@ def timed(function: Callable[[], None], device: str) -> float:
 
 
 def interleaved(parts: dict, repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all."""
+    """Seconds of each part, taken in turn, so that a change of the machine's pace hits all; as in
+    ``timeit``, Python's garbage collector rests meanwhile."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(repeats):
-        for name, part in parts.items():
-            seconds[name].append(timed(part, device))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, part in parts.items():
+                seconds[name].append(timed(part, device))
+    finally:
+        gc.enable()
     return seconds
 
 

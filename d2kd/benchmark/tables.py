@@ -111,6 +111,12 @@ def _head_gflops(row: dict) -> str:
     return f"{(flops['full'] - flops['student'] - flops['teacher']) / 1e9:.1f}"
 
 
+def _quartiles(row: dict) -> str:
+    """Between what the middle half of the repetitions' overheads lies."""
+    quartiles = row["overhead_quartiles"]
+    return f"{quartiles[0]:.2f} to {quartiles[-1]:.2f}"
+
+
 def main_table(data: dict) -> str:
     """All methods at the base setting."""
     rows = []
@@ -124,6 +130,7 @@ def main_table(data: dict) -> str:
             "teacher part ms": _milliseconds(seconds["teacher"]),
             "full step ms": _milliseconds(seconds["full"]),
             "overhead": f"{row['overhead']:.2f}",
+            "quartiles": busy and _quartiles(row),
             "limit": limit and f"{limit:.2f}",
             "full / student": f"{seconds['full'] / seconds['student']:.2f}",
             "FLOP ratio": f"{flop_bound(row):.2f}",
@@ -140,7 +147,7 @@ def main_table(data: dict) -> str:
         }
         rows.append(cells)
     # A CPU launches no kernels, and older files know no operators.
-    for name in ("operators added", "kernels added", "GPU busy ms", "waits"):
+    for name in ("quartiles", "operators added", "kernels added", "GPU busy ms", "waits"):
         if all(cells[name] is None for cells in rows):
             for cells in rows:
                 del cells[name]

@@ -72,10 +72,15 @@ def _load_torchscript(path: str, device: str) -> tuple[Run, str | bytes]:
 
     interface = {METADATA: ""}
     try:
+        # No map_location: of a graph for a GPU it would move constants there that belong to
+        # Detectron2's arithmetic of sizes, which is the CPU's.
         with quietly():
-            graph = torch.jit.load(path, map_location=device, _extra_files=interface)
+            graph = torch.jit.load(path, _extra_files=interface)
     except RuntimeError as error:
-        raise ConfigError(f"'{path}' is no TorchScript: {first_line(error)}") from error
+        raise ConfigError(f"'{path}' is no TorchScript for here: {first_line(error)}") from error
+    home = next((p.device.type for p in graph.parameters()), "")
+    if home not in ("", torch.device(device).type):
+        raise ConfigError(f"'{path}' was exported for {home}, not for {device}")
 
     def run(canvas: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import nms
@@ -96,29 +97,27 @@ class TopPredictions:
         """
         found = self._candidates(dense)
         count = found.scores.shape[1]
-        if found.scores.device.type == "cpu":
-            # What is left of the first does not depend on the rest. A suppression takes time with
-            # the square of its boxes there; on a GPU, a second one would take a second wait.
-            first = min(count, 10 * self.per_image)
-            kept = self._suppress(dense, _Candidates(*(x[:, :first] for x in found)), image_sizes)
-            if first == count or all(len(boxes) == self.per_image for boxes in kept):
-                return kept
+        # What is left of the first does not depend on the rest, and a suppression takes time with
+        # the square of its boxes, on a GPU too.
+        first = min(count, 10 * self.per_image)
+        kept = self._suppress(dense, _Candidates(*(x[:, :first] for x in found)), image_sizes)
+        if first == count or all(len(boxes) == self.per_image for boxes in kept):
+            return kept
         return self._suppress(dense, found, image_sizes)
 
     def _candidates(self, dense: DenseView) -> _Candidates:
         """The best (position, class) pairs of each level."""
-        scores, places, areas, starts = [], [], [], []
-        positions = 0
+        scores, places, areas = [], [], []
         for logits in dense.logit_maps.values():
-            area, pairs = logits.shape[2] * logits.shape[3], logits.flatten(1)
+            pairs = logits.flatten(1)
             best, place = pairs.topk(min(self.per_level, pairs.shape[1]), dim=1)
             scores.append(best)
             places.append(place)
-            areas += [area] * best.shape[1]
-            starts += [positions] * best.shape[1]
-            positions += area
+            areas.append(logits.shape[2] * logits.shape[3])
         # Where it lies in its map (A, K, H W), from where it lies in memory.
-        area, start = on_device([areas, starts], scores[0].device)
+        counts = [best.shape[1] for best in scores]
+        levels = np.stack([areas, np.cumsum(areas) - areas]).repeat(counts, axis=1)
+        area, start = on_device(levels, scores[0].device)
         place = torch.cat(places, dim=1)
         channel, position = place // area, place % area + start
         stride, logits = next(iter(dense.logit_maps.items()))

@@ -40,7 +40,7 @@ def test_noting_losses_does_not_wait(no_waits):
 
 def run(folder: Path, *argv: str, launcher: tuple[str, ...] = ()) -> None:
     """train_net.py in a process of its own: a fork cannot use the GPU."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     opts = ["MODEL.DEVICE", "cuda", "DISTILL.TEACHER.CHECK", "False", "DATASETS.TEST", "()"]
     command = [sys.executable, *launcher, str(ROOT / "train_net.py"), *TOY_HEAD]
     command += ["--config-file", CONFIG, *argv, *opts]

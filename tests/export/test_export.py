@@ -105,6 +105,14 @@ def exported(request, tmp_path_factory, digits_root) -> tuple[CfgNode, Export, s
     return cfg, export, str(folder / "export" / FILES[request.param])
 
 
+def test_a_torchscript_runs_where_it_was_made(exported):
+    """Said when it is loaded; its constants stay on the devices that it was traced with."""
+    *_, path = exported
+    if path.endswith(".ts"):
+        with pytest.raises(ConfigError, match="was exported for cpu, not for cuda"):
+            ExportedDetector(path, "cuda")
+
+
 def test_a_file_is_used_as_a_predictor(exported):
     """ExportedDetector gives what DefaultPredictor gives, in the image's own pixels."""
     cfg, export, path = exported
