@@ -54,6 +54,17 @@ def positive(text: str) -> int:
     return natural(text, 1)
 
 
+def positive_number(text: str) -> float:
+    """The type of an option: a number above 0, and finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' must be a positive number")
+    return number
+
+
 def file_to_write(*endings: str) -> Callable[[str], Path]:
     """The type of an option: a file that can be written, with one of these endings if there are
     some. Its folder need not be there."""

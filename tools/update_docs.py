@@ -119,9 +119,9 @@ def copy_results(folder: Path) -> None:
     if outside := re.search(r'"(/[^"]+)"', text):
         sys.exit(f"error: {source} names {outside[1]}, which is not in the clone: train from there")
     write_text(text, target)
-    picture, shown = folder / "detections.jpg", ROOT / f"docs/images/{name}.jpg"
-    if picture.is_file() and shown.is_file():
-        shutil.copyfile(picture, shown)
+    for made, kept in (("detections.jpg", f"{name}.jpg"), ("ap.svg", f"ap_{name}.svg")):
+        if (folder / made).is_file() and (ROOT / "docs/images" / kept).is_file():
+            shutil.copyfile(folder / made, ROOT / "docs/images" / kept)
 
 
 def draw_gains() -> None:

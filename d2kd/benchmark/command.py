@@ -49,7 +49,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..arguments import CommandParser, file_to_write, natural, positive
+from ..arguments import CommandParser, file_to_write, natural, positive, positive_number
 from ..errors import ConfigError
 from ..files import write_atomically, write_json
 from ..meta_arch import Distiller
@@ -288,7 +288,8 @@ def build_parser() -> CommandParser:
     add("--profile", action="store_true", help="phases and operators too, and each term of DRKD")
     add("--traces", type=Path, help="folder for a profiler's trace of each row's full step (GPU)")
     add("--repeats", type=positive, default=9)
-    add("--minutes", type=float, help="start no row after so many; call again for the rest")
+    rest = "start no row after so many; call again for the rest"
+    add("--minutes", type=positive_number, help=rest)
     add("--threads", type=positive, help="CPU threads; default: PyTorch's choice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=WARM_UP)
     add("--json", type=file_to_write(), help="add the rows to this file, a plot to its folder")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ..arguments import CommandParser, folder_to_write, positive
+from ..arguments import CommandParser, folder_to_write, positive, positive_number
 from ..engine.setup import add_import_argument, import_user_module
 from .candidates import BALANCED, Pair, named_heads
 from .choice import Choice, Limits
@@ -34,7 +34,7 @@ def build_parser() -> CommandParser:
     add("--config-file", required=True, help="the student, or a Distiller's config")
     add("--teacher", help="default: DISTILL.TEACHER.CONFIG_FILE of the config")
     add("--teacher-weights", help="default: DISTILL.TEACHER.WEIGHTS")
-    add("--minutes", type=_minutes, default=30.0, help="of wall time, in all")
+    add("--minutes", type=positive_number, default=30.0, help="of wall time, in all")
     add("--heads", nargs="+", help="default: all that the pair can serve; SSIM+DSIG are together")
     weights = f"factors of the config's own weights, or '{BALANCED}' (default: 1 3 {BALANCED})"
     add("--weights", nargs="+", default=["1", "3", BALANCED], help=weights)
@@ -46,16 +46,6 @@ def build_parser() -> CommandParser:
     add("--any-teacher", action="store_true", help="also one that is not ahead of the baseline")
     add_import_argument(parser)
     return parser
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' must be a positive number")
-    return minutes
 
 
 def _several(text: str) -> int:

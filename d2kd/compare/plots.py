@@ -96,7 +96,8 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
-    """Curves of an arm's detection "loss" or "AP", averaged over the seeds.
+    """Curves of each arm, averaged over the seeds: of detection "loss" over iterations, or of "AP"
+    over the time that the training steps took.
 
     Returns:
         Whether there was anything to plot; AP needs periodic evaluation.
@@ -109,11 +110,15 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
             continue
         common = sorted(set.intersection(*map(set, curves)))
         mean = np.mean([[curve[i] for i in common] for curve in curves], axis=0)
+        place = np.array(common, float)
         if name == "loss":
             mean = smooth(mean, max(len(mean) // 20, 1))
-        dashes = "--" if is_control(runs) else "-"
+        else:
+            place = (place + 1) * mean_of(runs, "step_seconds") / 60
+        dashes, marker = "--" if is_control(runs) else "-", "" if name == "loss" else "o"
+        style = {"linestyle": dashes, "marker": marker, "markersize": 4, "linewidth": 1.4}
         # A space, because matplotlib leaves out labels that begin with "_".
-        axis.plot(common, mean, dashes, linewidth=1.4, label=f" {label}")
+        axis.plot(place, mean, label=f" {label}", **style)
     if not axis.lines:
         plt.close(figure)
         return False
@@ -122,9 +127,9 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_ylabel("detection loss, without distillation" if name == "loss" else "box AP")
-    axis.set_xlabel("iteration")
+    axis.set_xlabel("iteration" if name == "loss" else "minutes of training steps")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
     return True
