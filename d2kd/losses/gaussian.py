@@ -15,7 +15,7 @@ from torch import Tensor
 # Side of the tiles of a banded matrix: small enough to skip its zeros, large enough for a fast
 # product of each tile.
 _TILE_CPU = 32
-_TILE_GPU = 128
+_TILE_GPU = 64
 
 
 def gaussian_window(window_size: int, sigma: float) -> Tensor:
