@@ -45,8 +45,9 @@ lint: ready
 	@'$(PYTHON)' -m ruff check --quiet .
 	@'$(PYTHON)' -m mypy --no-error-summary
 
-# pytest's closing line is the last one that this prints.
+# pytest's closing line is the last one that this prints. Tests of a GPU are processes of their own.
 test: lint
+	@[ ! -e /dev/nvidia0 ] || D2KD_TEST_GPU=1 '$(PYTHON)' -m pytest tests/cuda
 	@'$(PYTHON)' -m pytest -n $(JOBS) --dist loadfile
 
 demo: ready

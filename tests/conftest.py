@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 
 import pytest
@@ -16,6 +17,10 @@ from d2kd.data.files import dataset_root
 
 from .detectors import ARCHS, detector_config, write_config
 from .toy_head import ToyMimic  # noqa: F401  (registers)
+
+# Many tests fork, which a process that used CUDA cannot; tests/cuda are a run of their own.
+if os.environ.get("D2KD_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -48,13 +47,14 @@ class Installed:
         venv.create(folder / "env", with_pip=False, symlinks=True)
         self.bin = folder / "env/bin"
         (site,) = (folder / "env/lib").glob("python*/site-packages")
-        # As a path alone: the editable installation of the clone is not followed.
-        (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        # As paths alone: the editable installation of the clone is not followed.
+        outer = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+        (site / "outer.pth").write_text("".join(f"{path}\n" for path in outer))
         self.pip("--python", self.bin / "python", "install", "--no-deps", self.wheel)
 
     def pip(self, *words: str | Path) -> None:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, words)]
-        environment = {**os.environ, "PIP_NO_INDEX": "1"}
+        environment = {**os.environ, "PIP_NO_INDEX": "1", "PYTHONPATH": ""}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
 

@@ -148,7 +148,7 @@ def check_training(cfg: CfgNode, num_gpus: int) -> None:
     check_config(cfg, train=True, resume=True)
     validate_loader_config(cfg, max(num_gpus, 1))
     if not find_checkpoint(cfg.OUTPUT_DIR):
-        cfg.MODEL.DEVICE = "cpu"
+        cfg.MODEL.DEVICE, cfg.DISTILL.TEACHER.PRECISION = "cpu", ""
         model = build_model(cfg)
         AtomicCheckpointer(model).load_weights(cfg.MODEL.WEIGHTS)
 

@@ -60,7 +60,7 @@ def sketch_image(distiller: Distiller, item: dict, heads: Sequence[str]) -> list
     torch.manual_seed(0)
     batch = Batch.from_inputs([item], distiller.device, max_iter=distiller.max_iter)
     with distiller.taps, EventStorage():
-        distiller.student(batch.inputs)
+        distiller.student([item])  # Detectron2 may draw it, which needs boxes on the CPU
     student = distiller.taps.bundle(batch)
     spec, taps = distiller.teacher_spec, distiller.taps
     teacher = distiller.teacher.bundle(batch.inputs, spec, student, taps)

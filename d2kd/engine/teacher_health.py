@@ -135,7 +135,7 @@ def examine(
             for other in found.get_fields().keys() - {"pred_boxes", "scores", "pred_classes"}:
                 found.remove(other)  # masks need no comparison
             evaluator.process(inputs, [{"instances": found}])
-            scores, labels = found.scores.numpy(), found.pred_classes.numpy()
+            scores, labels = found.scores.float().numpy(), found.pred_classes.numpy()
             seen = Boxes.of(found.pred_boxes.tensor.numpy(), labels, scores)
             agreement.add(_annotated(record), seen)
         with _silent():

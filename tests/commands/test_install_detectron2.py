@@ -256,7 +256,8 @@ def run_pip(environment: Environment, *arguments: str) -> str:
     pytest.importorskip("pip", reason="this environment was made without pip")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     command += ["--python", str(environment.python)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    own = {**os.environ, "PYTHONPATH": ""}  # packages there are not the environment's
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -183,11 +183,12 @@ end_in_one_line(main)
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_training_outlives_the_command(tmp_path, cluster, by):
     """Ctrl-C ends what runs on the cluster and what waits for room there; so does any other end."""
+    root = str(Path(__file__).parents[2])
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, cluster, str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])},
     )
     files = [tmp_path / f"{name}.pid" for name in "abc"]
 

@@ -1,11 +1,12 @@
-"""What only a GPU shows; skipped elsewhere. On one: python -m pytest tests/cuda"""
+"""What only a GPU shows; skipped elsewhere. On one: D2KD_TEST_GPU=1 python -m pytest tests/cuda"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+HAS_GPU = torch.cuda.is_available()
+NEEDS_GPU = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU and D2KD_TEST_GPU=1")
 
 # Parts of names of functions that may wait: non-maximum suppression decides how many boxes are
 # left.

@@ -65,7 +65,7 @@ def write_inputs(folder: Path) -> None:
 def train(folder: Path, config_file: Path, *arguments: str) -> None:
     """Run ``train_net.py`` in ``folder`` on the CPU with one thread."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

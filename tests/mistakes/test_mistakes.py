@@ -118,7 +118,7 @@ def test_real_processes(line, ground):
     """The same as processes of their own, as a shell starts them."""
     first, *argv = words(line)
     first = [first] if first == "-m" else [str(ROOT / first)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with unchanged(ground):
         done = subprocess.run(
             [sys.executable, *first, *argv],
@@ -127,4 +127,5 @@ def test_real_processes(line, ground):
             capture_output=True,
             text=True,
         )
+    assert "is not installed" not in done.stderr
     assert_is_one_line(Outcome(done.returncode, done.stdout + done.stderr), "")

@@ -14,9 +14,10 @@ import torch
 
 from d2kd.engine.loss_log import LossLog
 
-from .children import CONFIG, OUTPUT, TOY_HEAD, write_job
+from ..engine.children import CONFIG, OUTPUT, TOY_HEAD, write_job
+from . import NEEDS_GPU
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = NEEDS_GPU
 ROOT = Path(__file__).parents[2]
 
 
