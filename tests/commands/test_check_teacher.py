@@ -194,6 +194,18 @@ def test_the_teacher_itself_is_run(parts, capsys):
     assert any("AP 0.0 is that of a detector that has learnt little" in line for line in lines)
 
 
+def test_scores_in_half_precision(parts, capsys):
+    """As a dense teacher gives in ``DISTILL.TEACHER.PRECISION bf16``."""
+    oracle = Oracle(parts)
+
+    def detect(inputs: list[dict]) -> list[dict]:
+        (output,) = oracle(inputs)
+        output["instances"].scores = output["instances"].scores.bfloat16()
+        return [output]
+
+    assert check(parts, capsys, detect=detect)[2] == "Nothing is wrong that this check can see."
+
+
 def test_what_is_refused(parts, capsys):
     """In one line, and nothing is written."""
     (parts.folder / "file").write_text("")
