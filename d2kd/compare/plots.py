@@ -126,6 +126,8 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
+    else:
+        axis.set(xlim=(0, None), ylim=(0, None))
     axis.set_ylabel("detection loss, without distillation" if name == "loss" else "box AP")
     axis.set_xlabel("iteration" if name == "loss" else "minutes of training steps")
     axis.grid(alpha=0.3, which="both")
