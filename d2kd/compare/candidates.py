@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from ..arguments import positive_number
 from ..config import head_schedule, student_config
 from ..config_files import BASE_KEY, close_to, resolve_config_file
 from ..data.model_classes import trained_classes
@@ -105,12 +107,9 @@ def candidates(cfg: CfgNode, heads: Sequence[str], weights: Sequence[str]) -> di
 
 def _factor(weight: str) -> float:
     try:
-        factor = float(weight)
-    except ValueError:
-        factor = 0.0
-    if not 0 < factor < float("inf"):
-        raise ConfigError(f"--weights: '{weight}' must be a positive number or '{BALANCED}'")
-    return factor
+        return positive_number(weight)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--weights: {error} or '{BALANCED}'") from error
 
 
 # --- the models -----------------------------------------------------------------------------------
