@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..geometry.pooling import PlacedBoxes, PooledBoxes, place_boxes, pool_boxes
 from .inputs import to_device
+from .pyramid import LazyLevels
 from .spec import DetectorSpec
 
 T = TypeVar("T")
@@ -168,10 +169,14 @@ class View:
     def computed(self) -> Iterator[tuple[str | int, ...]]:
         """Paths of the fields that were computed so far, those of views within this one too.
 
-        A path holds names of fields and positions in lists of views; :meth:`at` follows it.
+        A path holds names of fields, positions in lists of views, and strides of levels that are
+        computed one by one; :meth:`at` follows it.
         """
         for name in sorted(self._lazy_names() & self.__dict__.keys()):
             yield (name,)
+            value = self.__dict__[name]
+            if isinstance(value, LazyLevels):
+                yield from ((name, stride) for stride in value.computed())
         for name, value in self._fields.items():
             if isinstance(value, View):
                 yield from ((name, *path) for path in value.computed())

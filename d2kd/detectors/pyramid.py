@@ -31,6 +31,10 @@ class LazyLevels(Mapping[int, Tensor]):
             self._maps[stride] = self._levels[stride]()
         return self._maps[stride]
 
+    def computed(self) -> list[int]:
+        """Strides of the maps that were read so far."""
+        return list(self._maps)
+
     def __iter__(self) -> Iterator[int]:
         return iter(self._levels)
 
