@@ -46,7 +46,8 @@ def final_share(config_file: str, head: str, start: float, opts: Sequence[str]) 
     cfg.DISTILL.HEADS, cfg.DISTILL.BALANCE.ENABLED = [head], True
     cfg.DISTILL[node_name(head)].WEIGHT *= start
     cfg.DISTILL.TEACHER.CHECK, cfg.DATASETS.TEST = False, ()
-    cfg.OUTPUT_DIR = f"output/balance_starts/{Path(config_file).stem}/{head}_{start:g}"
+    folder = f"{Path(config_file).stem}_{cfg.SOLVER.MAX_ITER}"
+    cfg.OUTPUT_DIR = f"output/balance_starts/{folder}/{head}_{start:g}"
     if not (Path(cfg.OUTPUT_DIR) / "student_final.pth").exists():
         train(cfg, resume=True)
     last = shares(Path(cfg.OUTPUT_DIR) / "metrics.json", head)[-LAST:]

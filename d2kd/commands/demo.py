@@ -46,13 +46,17 @@ NEXT = (
 # --- training ----------------------------------------------------------------------------------
 
 
-def demo_suite(data: str, output: Path, opts: dict) -> Suite:
+def demo_suite(data: str, output: Path, opts: dict, seeds: list[int] | None = None) -> Suite:
     """The suite of "digits" or "animals" with overrides of all trainings, whose teacher is trained
-    in ``output`` too."""
+    in ``output`` too.
+
+    Args:
+        seeds: None for the suite's own.
+    """
     folder = output / "teacher"
     opts = {**opts, "DISTILL.TEACHER.WEIGHTS": str(folder / "student_final.pth")}
     path = resolve_config_file(f"suites/demo_{data}.yaml", "d2kd demo")
-    suite = read_suite(Path(path), opts=opts)
+    suite = read_suite(Path(path), seeds, opts)
     teacher = replace(suite.prepared[0], opts={**opts, "OUTPUT_DIR": str(folder)})
     return replace(suite, prepared=(teacher,))
 
@@ -181,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_animals(args.photos)
     opts = dict(zip(args.opts[::2], args.opts[1::2], strict=True))
     threads = max((os.cpu_count() or 2) // 2, 1)
-    comparison = Comparison(demo_suite(data, output, opts), output, jobs=2, threads=threads)
+    suite = demo_suite(data, output, opts, args.seeds)
+    comparison = Comparison(suite, output, jobs=2, threads=threads)
     with stopping_by_sigterm("stopped; the same command goes on, finished trainings are kept"):
         train(comparison, args.seeds)
     lines = read_lines(output / "results.jsonl")

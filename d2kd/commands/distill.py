@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def distill(
         raise ConfigError("d2kd distill starts its own processes: use --num-gpus, not torchrun")
     for name in imports:
         import_user_module(name)
-    plan = Plan(student, teacher, data, heads, out, opts)
+    plan = Plan(student, teacher, data, heads, out, opts, imports)
     plan.set_length(iterations, batch)
     plan.check(num_gpus)
     plan.write()
@@ -164,8 +165,8 @@ class Plan:
         why: why the teacher is trained first; "" where it is not.
     """
 
-    def __init__(self, student, teacher, data, heads, out, opts):
-        self.out = os.path.abspath(out)
+    def __init__(self, student, teacher, data, heads, out, opts, imports):
+        self.out, self.imports = os.path.abspath(out), imports
         self.student_file, self.teacher_file = (
             os.path.join(self.out, f"{name}.yaml") for name in ("student", "teacher")
         )
@@ -282,7 +283,11 @@ class Plan:
 
     def _compare(self) -> str:
         gain = shown(os.path.join(self.out, "gain"))
-        return f"d2kd compare --suite {gain}.yaml --output {gain}"
+        return self._command("compare", "--suite", f"{gain}.yaml", "--output", gain)
+
+    def _command(self, *words: str) -> str:
+        """A command to be copied, which imports what this one did."""
+        return shlex.join(["d2kd", *words, *(f"--import={name}" for name in self.imports)])
 
     def words(self) -> str:
         """What will be done, a line for the data and for each training."""
@@ -321,8 +326,8 @@ class Plan:
         """report.md: AP, per class too, cost, and how to go on."""
         found = {"student": result.results, "teacher": result.teacher_results}
         cost = result.receipt["cost"]
-        again = [f"d2kd train --config-file {shown(path)}" for path in self._files()]
-        again = again if self.trains_teacher else again[-1:]
+        files = [*self._files()] if self.trains_teacher else [self.student_file]
+        again = [self._command("train", "--config-file", shown(path)) for path in files]
         return (
             f"# {self.student.DISTILL.STUDENT_META_ARCH} distilled by "
             f"{', '.join(self.student.DISTILL.HEADS)}\n\n```\n{self.words()}\n```\n\n"
@@ -337,7 +342,7 @@ class Plan:
             "The same trainings again, each into another `OUTPUT_DIR`:\n\n```bash\n"
             + "\n".join(f"{line} OUTPUT_DIR again" for line in again)
             + f"\n```\n\nThe student as a file for deployment, with its latency:\n\n```bash\n"
-            f"d2kd export {shown(result.folder)}\n```\n"
+            f"{self._command('export', shown(result.folder))}\n```\n"
         )
 
 

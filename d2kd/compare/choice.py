@@ -28,9 +28,11 @@ from .processes import lock_file
 from .report import write_report
 from .suite import Arm, Suite, as_list, check_suite, first_difference, settings_of, stretched
 from .tables import (
+    POWER,
     TASKS,
     Table,
     by_arm,
+    counted,
     detectable_gain,
     gain_text,
     half_interval,
@@ -120,7 +122,7 @@ class Choice:
                 "seconds": 0.0,
                 "candidates": list(candidates(pair.cfg(), served, weights)),
                 "refused": refused,
-                "teacher": {t: _ap(m) for t, m in teacher.items() if t in TASKS},
+                "teacher": {t: m["AP"] for t, m in counted(teacher).items() if t in TASKS},
                 "stages": {},
             }
         self.opts = {label: known[label] for label in self.state["candidates"]}
@@ -242,12 +244,11 @@ class Choice:
         if any(comparison.results(*run) is None for run in runs):
             print(f"{name}: {record['iterations']} iterations, {len(runs)} x", flush=True)
         failed = comparison.run()
-        if any(run.startswith(f"{BASELINE} ") for run in failed):
-            raise ConfigError(next(iter(failed.values())))
+        for run, why in failed.items():
+            if run.startswith(f"{BASELINE} "):
+                raise ConfigError(why)
         lines = comparison.lines()
-        for line in lines:
-            metrics = line["results"][limits.task]
-            metrics["AP"] = _ap(metrics)
+        lines = [{**line, "results": counted(line["results"])} for line in lines]
         seconds = self.save()
         if is_new:
             waves = math.ceil(len(runs) / limits.jobs)
@@ -301,24 +302,27 @@ class Choice:
         return float(np.mean([run["results"][self.limits.task]["AP"] for run in runs]))
 
     def judge(self, lines: list[dict], winner: str) -> Verdict:
-        """The verdict of the confirmation: against the baseline with the winner's time, or with
-        less, where that is better."""
+        """The verdict of the confirmation: the winner must be above the baseline with its time, and
+        with less, where that is better."""
         arms, task = by_arm(lines), self.limits.task
         if winner not in arms or CONTROL not in arms:
             return Verdict(False, f"NO GAIN: the confirmation of {winner} failed", winner)
-        gains = paired_gains(arms[winner], arms[CONTROL], task)
-        shorter = paired_gains(arms[winner], arms[BASELINE], task)
-        if len(shorter) and len(gains) and shorter.mean() < gains.mean():
-            gains = shorter
-        if len(gains) > 1 and gains.mean() > half_interval(gains):
+
+        def surely(gains: np.ndarray) -> float:
+            """The lower end of their interval, which a single seed does not have."""
+            return gains.mean() - half_interval(gains) if len(gains) > 1 else -math.inf
+
+        both = [paired_gains(arms[winner], arms[other], task) for other in (CONTROL, BASELINE)]
+        gains = min(both, key=surely)
+        if surely(gains) > 0:
             gain = gain_text(gains).removeprefix("+")
             return Verdict(True, f"{winner} BEATS the baseline by {gain} AP in equal time", winner)
         least = detectable_gain([gains], len(gains))
+        shows = f"{len(gains)} seeds would detect {least:.1f} AP in {100 * POWER:.0f} % of cases"
         return Verdict(
             False,
-            f"NO GAIN: {winner}, the best of {len(self.opts)}, has {gain_text(gains)} "
-            f"AP over the baseline in equal time; {len(gains)} seeds would detect {least:.1f} AP "
-            "in 80 % of cases",
+            f"NO GAIN: {winner}, the best of {len(self.opts)}, has {gain_text(gains)} AP over the "
+            f"baseline in equal time; {shows if len(gains) > 1 else 'one seed shows none'}",
             winner,
         )
 
@@ -362,7 +366,8 @@ class Choice:
                 if label in rung["arms"]:
                     gains = rung["gains"].get(label)
                     cells[place] = f"{np.mean(gains):+.1f}" if gains else "failed"
-            rows.append([label, *cells, f"{self.score(label):+.1f}"])
+            score = self.score(label)
+            rows.append([label, *cells, f"{score:+.1f}" if math.isfinite(score) else "failed"])
         headers = [f"{name}: {rung['iterations']} iterations" for name, rung in rungs.items()]
         return Table(f"The {len(labels)} candidates", ["gain in AP", *headers, "mean"], rows)
 
@@ -370,12 +375,6 @@ class Choice:
         """The rungs that are finished, by name."""
         stages = self.state["stages"].items()
         return {name: s for name, s in stages if name.startswith("rung ") and "gains" in s}
-
-
-def _ap(metrics: dict[str, float | None]) -> float:
-    """AP, which is 0 where nothing was predicted: Detectron2 has no number for that."""
-    ap = metrics.get("AP")
-    return float(ap) if ap is not None and math.isfinite(ap) else 0.0
 
 
 _TOO_EARLY = (

@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         KeyboardInterrupt: says how to go on.
     """
     args = build_parser().parse_command(argv)
+    for name in args.imports:
+        import_user_module(name)
     if args.report_only is not None:
         output = args.report_only.resolve()
         if not read_lines(output / "results.jsonl"):
@@ -87,8 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     output = args.output or Path("output/compare") / (Path(args.suite).stem if args.suite else "")
     output = output.resolve()
-    for name in args.imports:
-        import_user_module(name)
     suite = suite_of(args)
     cluster = RayProcesses(args.ray, args.threads) if args.ray else None
     with stopping_by_sigterm(f"stopped; the same command goes on, finished runs are in {output}"):

@@ -302,11 +302,12 @@ def check_same(folder: Path, settings: dict[str, str], remedy: str) -> None:
 def same_time_iterations(base: dict, other: dict) -> int:
     """How many steps of the run ``base`` take as long as all of the run ``other``.
 
-    Times are the median step's, which a busy machine disturbs least, and what heads did between
+    Times are those of medians, which a busy machine disturbs least, and what heads did between
     steps.
     """
-    seconds = other["iterations"] * other["step_seconds"] + other["hook_seconds"]
-    return max(round(seconds / base["step_seconds"]), 1)
+    # Runs of earlier versions know their median step only.
+    steps = other.get("typical_seconds") or other["iterations"] * other["step_seconds"]
+    return max(round((steps + other["hook_seconds"]) / base["step_seconds"]), 1)
 
 
 def evaluate(arm: Arm, weights: str) -> dict:

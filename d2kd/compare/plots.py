@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..files import write_atomically
-from .tables import by_arm, half_interval, is_control, mean_of, paired_gains, tasks_of
+from .tables import by_arm, controls_of, half_interval, mean_of, paired_gains, tasks_of
 
 TASK_NAMES = {"bbox": "box AP", "segm": "mask AP"}
 CONTROL, METHOD = "#b8bec7", "#3d6fb6"
@@ -45,7 +45,8 @@ def plot_gains(lines: list[dict], path: Path, times: bool = True) -> bool:
         return False
     size = 6.2, (0.42 * len(arms) + 1) * len(found)
     figure, axes = plt.subplots(len(found), figsize=size, squeeze=False, layout="constrained")
-    colours = [CONTROL if is_control(runs) else METHOD for runs in arms.values()]
+    controls = controls_of(lines)
+    colours = [CONTROL if label in controls else METHOD for label in arms]
     labels = list(arms)
     if times:
         alone = mean_of(base, "step_seconds")
@@ -103,6 +104,7 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
         Whether there was anything to plot; AP needs periodic evaluation.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    controls = controls_of(lines)
     for label, runs in by_arm(lines).items():
         metrics = [read_metrics(output / run["folder"] / "metrics.json") for run in runs.values()]
         curves = [m[name] for m in metrics if len(m[name]) > 1]
@@ -115,7 +117,7 @@ def plot_curves(lines: list[dict], output: Path, name: str, path: Path) -> bool:
             mean = smooth(mean, max(len(mean) // 20, 1))
         else:
             place = (place + 1) * mean_of(runs, "step_seconds") / 60
-        dashes, marker = "--" if is_control(runs) else "-", "" if name == "loss" else "o"
+        dashes, marker = "--" if label in controls else "-", "" if name == "loss" else "o"
         style = {"linestyle": dashes, "marker": marker, "markersize": 4, "linewidth": 1.4}
         # A space, because matplotlib leaves out labels that begin with "_".
         axis.plot(place, mean, label=f" {label}", **style)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..engine.output import RECEIPT_FILE
 from ..files import write_json
-from .tables import by_arm, half_interval, is_control, paired_gains, tasks_of
+from .tables import by_arm, controls_of, half_interval, paired_gains, tasks_of
 
 
 def complete_receipts(lines: list[dict], output: Path) -> None:
@@ -21,8 +21,9 @@ def complete_receipts(lines: list[dict], output: Path) -> None:
     """
     arms = by_arm(lines)
     base = lines[0]["baseline"] if lines else ""
+    no_methods = {base, *controls_of(lines)}
     for label, runs in arms.items():
-        if label == base or is_control(runs):
+        if label in no_methods:
             continue
         compared = {
             "suite": lines[0]["suite"],

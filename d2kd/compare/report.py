@@ -14,7 +14,7 @@ from ..files import write_text
 from .pictures import pick_records, save_picture
 from .plots import plot_curves, plot_gains
 from .suite import as_list
-from .tables import by_arm, is_control, notes, prepared, read_lines, tables, write_markdown
+from .tables import by_arm, controls_of, notes, prepared, read_lines, tables, write_markdown
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
@@ -62,8 +62,8 @@ def draw_detections(lines: list[dict], output: Path, path: Path) -> bool:
     Returns:
         Whether the weights of any run are still there.
     """
-    arms = by_arm(lines).items()
-    chosen = {label: next(iter(runs.values())) for label, runs in arms if not is_control(runs)}
+    arms, controls = by_arm(lines).items(), controls_of(lines)
+    chosen = {label: next(iter(runs.values())) for label, runs in arms if label not in controls}
     chosen |= {line["role"]: line for line in prepared(lines) if line["role"] == "teacher"}
     found = {}
     for label, run in chosen.items():

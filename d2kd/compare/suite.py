@@ -280,6 +280,8 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
     kept = set()
     if uses_teacher(cfg):
         kept = {"HEADS", "INHERIT", "TEACHER", "STUDENT_META_ARCH", *head_nodes(cfg)}
+        if cfg.DISTILL.BALANCE.ENABLED:
+            kept.add("BALANCE")
     flat = {
         key: str(value)
         for key, value in flat_values(cfg).items()
@@ -287,6 +289,7 @@ def settings_of(cfg: CfgNode) -> dict[str, str]:
     }
     _set_file(flat, "MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if uses_teacher(cfg):
+        flat["DISTILL.BALANCE.ENABLED"] = str(cfg.DISTILL.BALANCE.ENABLED)
         node = cfg.DISTILL.TEACHER
         _set_file(flat, "DISTILL.TEACHER.WEIGHTS", node.WEIGHTS)
         if is_lazy(node.CONFIG_FILE) or foreign_teacher(node.CONFIG_FILE):

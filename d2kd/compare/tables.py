@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 from tabulate import tabulate
 
 from ..engine.summary import METRICS
@@ -16,6 +17,7 @@ from ..files import null_to_nan, parse_json, shown, write_text
 TASKS = {"bbox": "Boxes", "segm": "Masks"}
 LINE_KEYS = ("suite", "baseline", "role", "arm", "config", "opts", "results")
 RUN_KEYS = ("seed", "times", "same_time_as", "threads", "folder", "iterations", "step_seconds")
+OVERALL = ("AP", "AP50", "AP75")  # of objects of all sizes
 ALPHA, POWER = 0.05, 0.8  # chance of a false gain in a whole table; of finding a true one
 
 
@@ -32,8 +34,20 @@ def read_lines(path: Path) -> list[dict]:
         line = parse_json(row, place, LINE_KEYS)
         if line["role"] == "student":
             parse_json(row, place, RUN_KEYS)
-        lines.append({**line, "results": null_to_nan(line["results"])})
+        lines.append({**line, "results": counted(line["results"])})
     return lines
+
+
+def counted(results: dict[str, dict]) -> dict[str, dict]:
+    """Results of a detector, 0 for the AP of one that found nothing: Detectron2 has no number for
+    that, and a seed that collapsed must not drop out of a mean."""
+    return {
+        task: {
+            name: 0.0 if name in OVERALL and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        for task, metrics in null_to_nan(results).items()
+    }
 
 
 def by_arm(lines: list[dict]) -> dict[str, dict[int, dict]]:
@@ -50,10 +64,18 @@ def prepared(lines: list[dict]) -> list[dict]:
     return [line for line in lines if line["role"] != "student"]
 
 
-def is_control(runs: dict[int, dict]) -> bool:
-    """Whether an arm's runs are of another length, which controls what longer training gains."""
-    run = next(iter(runs.values()))
-    return run["times"] != 1 or bool(run["same_time_as"])
+def controls_of(lines: list[dict]) -> dict[str, dict]:
+    """The arms that train the baseline for another time, which tells what time alone gains; of each
+    its first line. A method that trains for longer is a method."""
+    first = {label: next(iter(runs.values())) for label, runs in by_arm(lines).items()}
+    base = first.pop(lines[0]["baseline"], None) if lines else None
+    return {
+        label: run
+        for label, run in first.items()
+        if run["same_time_as"]
+        or run["times"] != 1
+        and (base is None or all(run[key] == base[key] for key in ("config", "opts")))
+    }
 
 
 def tasks_of(lines: list[dict]) -> list[str]:
@@ -131,8 +153,13 @@ def detectable_gain(gains: list[np.ndarray], count: int) -> float:
     if not freedom or count < 2:
         return float("nan")
     spread = np.sqrt(sum(values.var(ddof=1) * (len(values) - 1) for values in several) / freedom)
-    needed = stats.t.ppf([1 - ALPHA / len(several) / 2, POWER], count - 1).sum()
-    return float(needed * spread / np.sqrt(count))
+    least = stats.t.ppf(1 - ALPHA / len(several) / 2, count - 1)  # t of a gain that is shown
+
+    def missing(shift: float) -> float:
+        """What the power of the test lacks where t is shifted by a true gain."""
+        return POWER - float(stats.nct.sf(least, count - 1, shift))
+
+    return float(optimize.brentq(missing, 0, 4 * least + 10) * spread / np.sqrt(count))
 
 
 def mean_of(runs: dict[int, dict], key: str) -> float:
@@ -200,9 +227,9 @@ def ap_table(lines: list[dict], task: str) -> Table:
 def gain_table(lines: list[dict], task: str) -> Table | None:
     """What each method gains over the control of equal time, else over the baseline, with Holm's
     correction for the number of methods; None where no method has two seeds."""
-    arms, baseline = by_arm(lines), lines[0]["baseline"]
-    methods = [name for name, runs in arms.items() if name != baseline and not is_control(runs)]
-    references = {label: reference_of(label, arms, baseline) for label in methods}
+    arms, baseline, controls = by_arm(lines), lines[0]["baseline"], controls_of(lines)
+    methods = [name for name in arms if name != baseline and name not in controls]
+    references = {label: reference_of(label, controls, baseline) for label in methods}
     gains = [paired_gains(arms[name], arms.get(references[name], {}), task) for name in methods]
     if not any(len(values) > 1 for values in gains):
         return None
@@ -217,16 +244,19 @@ def gain_table(lines: list[dict], task: str) -> Table | None:
     return Table(f"{TASKS[task]}: gains, tested", headers, rows)
 
 
-def reference_of(label: str, arms: dict[str, dict[int, dict]], baseline: str) -> str:
+def reference_of(label: str, controls: dict[str, dict], baseline: str) -> str:
     """The arm that tells what a method's time is worth without it: the baseline for the method's
-    own time, for another method's, or for more iterations; the baseline where there is none."""
-    first = {name: next(iter(runs.values())) for name, runs in arms.items()}
-    controls = [name for name, run in first.items() if run["same_time_as"] or run["times"] > 1]
+    own time, for another method's, or for more iterations; the baseline where there is none.
+
+    Args:
+        controls: see :func:`controls_of`.
+    """
+    longer = [name for name, run in controls.items() if run["same_time_as"] or run["times"] > 1]
 
     def rank(name: str) -> tuple[bool, bool]:
-        return first[name]["same_time_as"] != label, not first[name]["same_time_as"]
+        return controls[name]["same_time_as"] != label, not controls[name]["same_time_as"]
 
-    return min(controls, key=rank, default=baseline)
+    return min(longer, key=rank, default=baseline)
 
 
 def cost_table(lines: list[dict]) -> Table:

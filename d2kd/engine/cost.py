@@ -12,6 +12,7 @@ from torch import nn
 from ..meta_arch import moments_of
 
 MIB = 2**20
+STRETCH = 20  # steps: many for a median, few for a training
 
 
 class TrainingCost:
@@ -44,6 +45,8 @@ class TrainingCost:
 
         Returns:
             ``iterations``; ``step_seconds``, the median step (None if there was none);
+            ``typical_seconds`` of all steps, by the median of each short stretch: heads may rest
+            for a part of a training;
             ``hook_seconds``, what heads did between steps, such as making prototypes;
             ``train_seconds``, all of it, without evaluations; ``peak_memory_mib`` and
             ``memory_of``, what it is the peak of; ``student_parameters`` and
@@ -54,6 +57,7 @@ class TrainingCost:
         return {
             "iterations": len(self.steps),
             "step_seconds": statistics.median(self.steps) if self.steps else None,
+            "typical_seconds": typical_seconds(self.steps),
             "hook_seconds": self.hook_seconds,
             "train_seconds": sum(self.steps) + self.hook_seconds,
             "peak_memory_mib": round(self.peak_mib, 1),
@@ -61,6 +65,12 @@ class TrainingCost:
             "student_parameters": sum(p.numel() for p in moments.student.parameters()),
             "distillation_parameters": sum(p.numel() for p in moments.trained_beside),
         }
+
+
+def typical_seconds(steps: list[float]) -> float:
+    """Time of all steps, without the few that a busy machine made slow."""
+    stretches = [steps[i : i + STRETCH] for i in range(0, len(steps), STRETCH)]
+    return sum(len(stretch) * statistics.median(stretch) for stretch in stretches)
 
 
 def peak_memory(device: torch.device) -> float:

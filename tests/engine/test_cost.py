@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from d2kd.engine.cost import TrainingCost
+from d2kd.engine.cost import STRETCH, TrainingCost, typical_seconds
 
 from ..detectors import detector_config, distiller_config
 
@@ -27,6 +27,14 @@ def test_a_resumed_run_counts_all_its_pieces():
     assert found["iterations"] == 3 and found["peak_memory_mib"] == 1e6
     assert found["step_seconds"] == pytest.approx(0.3)
     assert found["train_seconds"] == pytest.approx(2.9)
+
+
+def test_typical_seconds():
+    """Slow moments do not count; a head that rests for most of a training does."""
+    slow = [0.2] * STRETCH
+    slow[3] = 9.0
+    assert typical_seconds([0.4] * STRETCH + 3 * slow) == pytest.approx(STRETCH * (0.4 + 3 * 0.2))
+    assert typical_seconds([]) == 0
 
 
 def test_parameters(teacher_files):
