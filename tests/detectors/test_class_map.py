@@ -165,6 +165,12 @@ def test_a_teacher_of_other_classes_teaches(arch, tmp_path):
     terms = {name: loss for name, loss in losses.items() if "_kd_" in name}
     assert all(torch.isfinite(loss) for loss in terms.values())
     assert all(terms[f"loss_kd_{name}"] > 0 for name in ("logits_cls", "dsig_class"))
+    if arch == "retinanet":
+        bias = distiller.student.head.cls_score.bias
+        for name in ("logits_cls", "dsig_class", "global_knowledge_soft"):
+            (gradient,) = torch.autograd.grad(terms[f"loss_kd_{name}"], bias, retain_graph=True)
+            nut, bolt, ring = gradient.view(-1, len(CLASSES)).abs().amax(0)
+            assert bolt == 0 < min(nut, ring), name
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in distiller.student.backbone.parameters())
 
