@@ -64,10 +64,9 @@ class ClassMap:
         if sigmoid:
             return torch.cat([self.fill(theirs[:, :-1], mine[:, :-1]), theirs[:, -1:]], dim=1)
         others = [k for k in range(self.width + 1) if k not in self.numbers]  # and background
+        compared = [*self.shared, len(self.numbers)]
         background = _mass(theirs, others)
-        shift = _mass(mine, [*self.shared, len(self.numbers)]) - theirs.logsumexp(
-            dim=1, keepdim=True
-        )
+        shift = _mass(mine, compared) - theirs.logsumexp(dim=1, keepdim=True)
         classes = self.fill(theirs[:, :-1] + shift, mine[:, :-1])
         return torch.cat([classes, background + shift], dim=1)
 
@@ -156,14 +155,16 @@ def _check_partners(
     for number in set(numbers) - {UNKNOWN}:
         owners = [own for own, found in enumerate(numbers) if found == number]
         if len(owners) > 1:
-            given, *both = (
-                repr(i if isinstance(classes, int) else classes[i])
-                for classes, i in ((teacher, number), *((student, own) for own in owners))
-            )
+            mine = " and ".join(_call(student, own) for own in owners)
             raise ConfigError(
-                f"{KEY}: the teacher's class {given} is paired with {' and '.join(both)} of the "
+                f"{KEY}: the teacher's class {_call(teacher, number)} is paired with {mine} of the "
                 'student, but can teach one of them: pair all but one with ""'
             )
+
+
+def _call(classes: Sequence[str] | int, number: int) -> str:
+    """A class in a message."""
+    return repr(number if isinstance(classes, int) else classes[number])
 
 
 def _number(given: Any, known: dict[str, int], count: int, role: str) -> int:

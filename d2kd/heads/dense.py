@@ -71,7 +71,8 @@ def is_constant(student: DetectorSpec, teacher: DetectorSpec) -> bool:
 
 def say_constant(term: str) -> None:
     """Log that ``term`` is absent for :func:`is_constant`."""
-    logger.info("%s is off: a softmax over one class is constant. The head Logits has none", term)
+    words = "%s is off: a softmax over one class is constant. The head Logits compares its sigmoid"
+    logger.info(words, term)
 
 
 @dataclass(frozen=True)
