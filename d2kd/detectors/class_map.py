@@ -36,6 +36,11 @@ class ClassMap:
     numbers: tuple[int, ...]
     width: int
 
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Numbers of the student's classes that the teacher knows."""
+        return tuple(i for i, number in enumerate(self.numbers) if number != UNKNOWN)
+
     def fill(self, theirs: Tensor, mine: Tensor, dim: int = 1) -> Tensor:
         """(..., K_t, ...) of the teacher and (..., K_s, ...) of the student along ``dim`` -> the
         teacher's, in the student's classes, with the student's own of those it does not know."""
@@ -59,31 +64,30 @@ class ClassMap:
         if sigmoid:
             return torch.cat([self.fill(theirs[:, :-1], mine[:, :-1]), theirs[:, -1:]], dim=1)
         others = [k for k in range(self.width + 1) if k not in self.numbers]  # and background
-        shared = [i for i, k in enumerate(self.numbers) if k != UNKNOWN]
+        compared = [*self.shared, len(self.numbers)]
         background = _mass(theirs, others)
-        shift = _mass(mine, [*shared, len(self.numbers)]) - theirs.logsumexp(dim=1, keepdim=True)
+        shift = _mass(mine, compared) - theirs.logsumexp(dim=1, keepdim=True)
         classes = self.fill(theirs[:, :-1] + shift, mine[:, :-1])
         return torch.cat([classes, background + shift], dim=1)
 
     def roi_deltas(
         self, theirs: Tensor, mine: Tensor, weights: Sequence[float], own: Sequence[float]
     ) -> Tensor:
-        """(R, 4 K_t) and (R, 4 K_s or 4) -> (R, 4 K_s) of the teacher, in the student's units.
+        """(R, 4 K_t or 4) and (R, 4 K_s or 4) -> (R, 4 K_s) of the teacher, in the student's units.
 
         Args:
             weights, own: what the student's, and the teacher's, deltas are multiplied by.
         """
         factors = on_device([new / old for new, old in zip(weights, own, strict=True)], mine.device)
         theirs, mine = theirs.unflatten(1, (-1, 4)) * factors, mine.unflatten(1, (-1, 4))
-        is_agnostic = theirs.shape[1] != self.width
-        return (theirs if is_agnostic else self.fill(theirs, mine)).flatten(1)
+        return self.fill(theirs.expand(-1, self.width, -1), mine).flatten(1)
 
     def masks(self, theirs: Tensor, mine: Tensor) -> Tensor:
-        """(F, K_t, M', M') and (F, K_s or 1, M, M) -> (F, K_s, M, M) of the teacher."""
+        """(F, K_t or 1, M', M') and (F, K_s or 1, M, M) -> (F, K_s, M, M) of the teacher."""
         if theirs.shape[-2:] != mine.shape[-2:]:
             size = mine.shape[-2], mine.shape[-1]
             theirs = F.interpolate(theirs, size, mode="bilinear", align_corners=False)
-        return self.fill(theirs, mine)
+        return self.fill(theirs.expand(-1, self.width, -1, -1), mine)
 
 
 def _mass(logits: Tensor, columns: list[int]) -> Tensor:
@@ -107,7 +111,7 @@ def match_classes(
         no name.
 
     Raises:
-        ConfigError: a pair names a class that is not there.
+        ConfigError: a pair names a class that is not there, or a class has two partners.
     """
     if student is None or teacher is None:
         if pairs:
@@ -119,11 +123,19 @@ def match_classes(
     numbers = [UNKNOWN] * count
     for name in mine.keys() & theirs.keys():
         numbers[mine[name]] = theirs[name]
+    paired: dict[int, Any] = {}
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ConfigError(f"{KEY}: {pair!r} is not a pair [student's class, teacher's class]")
         own = _number(pair[0], mine, count, "student")
+        if own in paired:
+            raise ConfigError(
+                f"{KEY}: the student's class {pair[0]!r} is paired with {paired[own]!r} and "
+                f"{pair[1]!r}, but one class can teach it: keep one of these pairs"
+            )
+        paired[own] = pair[1]
         numbers[own] = UNKNOWN if pair[1] == "" else _number(pair[1], theirs, width, "teacher")
+    _check_partners(numbers, student, teacher)
     if set(numbers) == {UNKNOWN} or (numbers == list(range(count)) and count == width):
         return None
     return ClassMap(tuple(numbers), width)
@@ -134,6 +146,25 @@ def _numbers(classes: Sequence[str] | int) -> dict[str, int]:
     if isinstance(classes, int):
         return {}
     return {name: i for i, name in enumerate(classes) if list(classes).count(name) == 1}
+
+
+def _check_partners(
+    numbers: list[int], student: Sequence[str] | int, teacher: Sequence[str] | int
+) -> None:
+    """Refuse a teacher's class that is two of the student's: its probability would count twice."""
+    for number in set(numbers) - {UNKNOWN}:
+        owners = [own for own, found in enumerate(numbers) if found == number]
+        if len(owners) > 1:
+            mine = " and ".join(_call(student, own) for own in owners)
+            raise ConfigError(
+                f"{KEY}: the teacher's class {_call(teacher, number)} is paired with {mine} of the "
+                'student, but can teach one of them: pair all but one with ""'
+            )
+
+
+def _call(classes: Sequence[str] | int, number: int) -> str:
+    """A class in a message."""
+    return repr(number if isinstance(classes, int) else classes[number])
 
 
 def _number(given: Any, known: dict[str, int], count: int, role: str) -> int:

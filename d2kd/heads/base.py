@@ -95,16 +95,17 @@ class DistillHead(nn.Module, ABC):
         Raises:
             ConfigError: no term is left.
         """
-        weights: dict[str, float] = {
-            term: operator.attrgetter(path)(options)
-            for term, path in cls.term_options.items()
-            if term not in absent
+        wanted: dict[str, float] = {
+            term: operator.attrgetter(path)(options) for term, path in cls.term_options.items()
         }
+        weights = {term: weight for term, weight in wanted.items() if term not in absent}
         if not any(weights.values()):
             keys = ", ".join(dict.fromkeys(_key_path(cls.term_options[term]) for term in weights))
+            missing = ", ".join(f"'{term}'" for term in wanted if wanted[term])
             raise ConfigError(
                 f"DISTILL.{node_name(cls.__name__)}: nothing to distil, as {keys} "
                 + ("are all 0" if len(weights) > 1 else "is 0")
+                + f"; this pair has no term {missing}" * bool(missing)
             )
         return {term: weight for term, weight in weights.items() if weight}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,10 @@ import torch
 from torch import Tensor
 
 from ..detectors.bundle import DenseView
+from ..detectors.spec import DetectorSpec
+from ..numerics import on_device
+
+logger = logging.getLogger(__name__)
 
 
 def join_levels(maps: Mapping[int, Tensor], strides: Sequence[int], width: int) -> Tensor:
@@ -39,6 +44,35 @@ def at_anchors(joined: Tensor, anchors: Tensor) -> Tensor:
     steps = torch.arange(0, width * num_locations, num_locations, device=anchors.device)
     places = first[..., None] + steps
     return joined.flatten(1).gather(1, places.flatten(1)).view_as(places)
+
+
+def softmax_classes(student: DetectorSpec, teacher: DetectorSpec) -> tuple[int, ...]:
+    """The student's classes that a softmax over one-stage logits compares: those that both know.
+
+    There the student's own logit of another class would not cancel, as it does in a sigmoid.
+    """
+    if teacher.class_map is not None:
+        return teacher.class_map.shared
+    return tuple(range(student.num_classes or 0))
+
+
+def pick_classes(logits: Sequence[Tensor], classes: Sequence[int], dim: int) -> list[Tensor]:
+    """The logits of these classes, K being dimension ``dim``."""
+    if len(classes) == logits[0].shape[dim]:
+        return list(logits)
+    index = on_device(classes, logits[0].device)
+    return [x.index_select(dim, index) for x in logits]
+
+
+def is_constant(student: DetectorSpec, teacher: DetectorSpec) -> bool:
+    """Whether such a softmax has one class only: it is 1, whatever the detectors predict."""
+    return not student.two_stage and len(softmax_classes(student, teacher)) == 1
+
+
+def say_constant(term: str) -> None:
+    """Log that ``term`` is absent for :func:`is_constant`."""
+    words = "%s is off: a softmax over one class is constant. The head Logits compares its sigmoid"
+    logger.info(words, term)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..numerics import Ragged
 from ..registry import DISTILL_HEAD_REGISTRY
 from .adapters import build_adapters, build_roi_adapter, pair_levels
 from .base import DistillHead, Terms
-from .dense import DensePair
+from .dense import DensePair, is_constant, pick_classes, say_constant, softmax_classes
 from .dsig_nodes import Graph, TopPredictions
 from .needs import Need
 from .sketch import Sketch
@@ -152,9 +152,12 @@ class DSIG(DistillHead):
         pair = student_spec, teacher_spec
         common = pair_levels(*pair)
         self.options = options
-        self.weights = self._weights(options, student_spec)
+        self.weights = self._weights(options, *pair)
+        if options.class_weight and is_constant(*pair):
+            say_constant("DSIG's term 'class'")
         self.two_stage = student_spec.two_stage
         self.num_classes = student_spec.num_classes or 0
+        self.softmax_classes = softmax_classes(*pair)
         self.node_adapter: nn.Module = nn.Identity()
         if self._any(("foreground", "background", "mask_node")):
             self.node_adapter = build_roi_adapter(*pair, common[0])
@@ -168,9 +171,13 @@ class DSIG(DistillHead):
         )
 
     @classmethod
-    def _weights(cls, options: DSIGOptions, student: DetectorSpec) -> dict[str, float]:
+    def _weights(
+        cls, options: DSIGOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> dict[str, float]:
         """Weight of each term that is switched on and that a student of this kind has."""
         absent = set() if student.two_stage else {"background"}  # all predictions are foreground
+        if is_constant(student, teacher):
+            absent.add("class")
         if not options.mask_nodes:
             absent.add("mask_node")
         return cls.term_weights(options, absent)
@@ -180,7 +187,7 @@ class DSIG(DistillHead):
         cls, options: DSIGOptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> Sequence[Need]:
         _check_options(options, student)
-        weights = cls._weights(options, student)
+        weights = cls._weights(options, student, teacher)
         # Nodes come from the pooled RoIs, or each detector pools them from its own pyramid.
         nodes = "roi.features" if _are_pooled(student, teacher) else "pyramid"
         needs = [Need("", student=("roi",) if student.two_stage else ())]
@@ -296,8 +303,9 @@ class DSIG(DistillHead):
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
         terms = {}
         if "class" in self.weights:
+            logits = pick_classes(pair.logits, self.softmax_classes, 2)
             terms["class"] = losses.class_logit_loss(
-                *pair.logits, pair.valid, temperature=self.options.class_temperature, dim=2
+                *logits, pair.valid, temperature=self.options.class_temperature, dim=2
             )
         if "box" in self.weights:
             units = pair.student.delta_weights, pair.teacher.delta_weights

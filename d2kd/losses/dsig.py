@@ -170,6 +170,7 @@ class _CosineGraph(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision  # autocast may be on where backward() is called
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """With the symmetric S = G + G^T, without diagonal: dX = (N S N - diag(n)) X, where n_p =
         sum_q S_pq E_pq / |x_p|^2 is what the length of x_p takes away."""

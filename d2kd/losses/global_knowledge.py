@@ -137,6 +137,7 @@ class _MaskedErrors(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision  # autocast may be on where backward() is called
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         masks, *gaps = ctx.saved_tensors
         counts = [x.numel() // x.shape[1] for x in gaps]

@@ -50,6 +50,7 @@ class _MinMaxRescale(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision  # autocast may be on where backward() is called
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         low, scale, *maps = ctx.saved_tensors
         rows = [len(x) for x in maps]

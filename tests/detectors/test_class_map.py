@@ -50,23 +50,31 @@ def test_matching(student, teacher, pairs, expected):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "pair", "message"),
+    ("student", "teacher", "pairs", "message"),
     [
         (
             MINE,
             THEIRS,
-            ["car", "sky"],
+            [["car", "sky"]],
             "the student has no class 'car'; its classes are cat, van, dog",
         ),
-        (MINE, THEIRS, ["van", 4], "the teacher has no class 4; .*; numbers go from 0 to 3"),
-        (MINE, 4, ["van", "sky"], "no class 'sky'.*no known names"),
-        (MINE, THEIRS, "van", "'van' is not a pair"),
-        (MINE, None, ["van", "sky"], "the teacher predicts no classes"),
+        (MINE, THEIRS, [["van", 4]], "the teacher has no class 4; .*; numbers go from 0 to 3"),
+        (MINE, 4, [["van", "sky"]], "no class 'sky'.*no known names"),
+        (MINE, THEIRS, ["van"], "'van' is not a pair"),
+        (MINE, None, [["van", "sky"]], "the teacher predicts no classes"),
+        (
+            MINE,
+            THEIRS,
+            [["van", "sky"], [1, "tree"]],
+            "class 1 is paired with 'sky' and 'tree', .*",
+        ),
+        (MINE, THEIRS, [["van", "cat"]], "class 'cat' is paired with 'cat' and 'van' .* with \"\""),
+        (3, 4, [[0, 3], [2, 3]], "class 3 is paired with 0 and 2 of the student"),
     ],
 )
-def test_wrong_pairs(student, teacher, pair, message):
+def test_wrong_pairs(student, teacher, pairs, message):
     with pytest.raises(ConfigError, match=f"^DISTILL.TEACHER.CLASS_MAP: .*{message}"):
-        match_classes(student, teacher, [pair])
+        match_classes(student, teacher, pairs)
 
 
 def logits(*shape: int, seed: int = 0) -> Tensor:
@@ -99,27 +107,28 @@ def test_a_sigmoid_of_an_unknown_class_has_no_loss():
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("agnostic_teacher", [False, True])
 @pytest.mark.parametrize("agnostic_student", [False, True])
-def test_boxes_and_masks_of_shared_labels(agnostic_student):
+def test_boxes_and_masks_of_shared_labels(agnostic_student, agnostic_teacher):
     """RoIs of the label "van" have no loss and no gradient; those of the others have the teacher's
     of their class, in other units and sizes too."""
     labels = torch.tensor([0, 1, 2, 3])
-    width = 1 if agnostic_student else 3
-    mine, theirs = logits(4, 4 * width).requires_grad_(), logits(4, 16, seed=1)
+    width, other = (1 if agnostic_student else 3), (1 if agnostic_teacher else 4)
+    mine, theirs = logits(4, 4 * width).requires_grad_(), logits(4, 4 * other, seed=1)
     own, weights = (10.0, 10.0, 5.0, 5.0), (30.0, 30.0, 15.0, 15.0)
     filled = SHARED.roi_deltas(theirs, mine, weights, own)
     loss = roi_box_loss(mine, filled, labels, 3, weights, weights)
     loss.backward()
     rows = mine.detach().view(4, width, 4)
     gaps = [
-        (rows[roi, 0 if agnostic_student else label] - 3 * theirs[roi].view(4, 4)[number]).abs()
+        (rows[roi, label % width] - 3 * theirs[roi].view(other, 4)[number % other]).abs()
         for roi, label, number in ((0, 0, 2), (2, 2, 0))
     ]
     assert loss.item() == pytest.approx((sum(gaps).sum() / 4).item(), rel=1e-5)
     assert not mine.grad[1].any() and mine.grad[0].any()
 
-    masks, other = logits(3, width, 4, 4).requires_grad_(), logits(3, 4, 2, 2, seed=1)
-    loss = mask_loss(masks, SHARED.masks(other, masks), labels[:3])
+    masks, theirs = logits(3, width, 4, 4).requires_grad_(), logits(3, other, 2, 2, seed=1)
+    loss = mask_loss(masks, SHARED.masks(theirs, masks), labels[:3])
     loss.backward()
     assert masks.grad[1].abs().max() < 1e-7 < masks.grad[0].abs().max()
     assert math.isfinite(loss.item())
@@ -156,6 +165,12 @@ def test_a_teacher_of_other_classes_teaches(arch, tmp_path):
     terms = {name: loss for name, loss in losses.items() if "_kd_" in name}
     assert all(torch.isfinite(loss) for loss in terms.values())
     assert all(terms[f"loss_kd_{name}"] > 0 for name in ("logits_cls", "dsig_class"))
+    if arch == "retinanet":
+        bias = distiller.student.head.cls_score.bias
+        for name in ("logits_cls", "dsig_class", "global_knowledge_soft"):
+            (gradient,) = torch.autograd.grad(terms[f"loss_kd_{name}"], bias, retain_graph=True)
+            nut, bolt, ring = gradient.view(-1, len(CLASSES)).abs().amax(0)
+            assert bolt == 0 < min(nut, ring), name
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in distiller.student.backbone.parameters())
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from d2kd.detectors.bundle import DenseView
+from d2kd.detectors.class_map import ClassMap
 from d2kd.detectors.dense import flatten_maps
-from d2kd.heads.dense import DensePair, at_anchors, join_levels
+from d2kd.detectors.spec import DetectorSpec
+from d2kd.heads.dense import DensePair, at_anchors, is_constant, join_levels
 
 K, A = 3, 2
 SIZES = {8: (2, 3), 16: (1, 2), 32: (1, 1)}
@@ -50,3 +54,12 @@ def test_labels_lie_as_predictions_do():
     assert [x.shape for x in (*pair.logits, *pair.deltas)] == [(2, A, K, 3)] * 2 + [
         (2, A, 4, 3)
     ] * 2
+
+
+def test_a_softmax_over_one_class_is_constant():
+    """Of a one-stage student with one class, or with one that the teacher knows."""
+    fields = frozenset({"dense.logits"})
+    one, three = (DetectorSpec("student", "FCOS", {}, fields, num_classes=n) for n in (1, 3))
+    shared = [replace(three, class_map=ClassMap(n, 4)) for n in ((-1, 2, -1), (-1, 2, 0))]
+    assert [is_constant(three, teacher) for teacher in (three, *shared)] == [False, True, False]
+    assert is_constant(one, one) and not is_constant(replace(one, num_stages=1), one)

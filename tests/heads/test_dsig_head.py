@@ -361,6 +361,20 @@ def test_dense_boxes_of_other_classes(teacher_files):
     assert "box" in kd_terms(run_step(model, make_batch()))
 
 
+def test_one_class(teacher_files, caplog):
+    """A softmax over one sigmoid is constant: a dense student has no class term, and says so."""
+    caplog.set_level("INFO", "d2kd")
+    teacher = teacher_files("retinanet", num_classes=1)
+    model = make_distiller(teacher, "retinanet", num_classes=1)
+    assert "DSIG's term 'class' is off" in caplog.text
+    batch = make_batch(num_classes=1)
+    assert kd_terms(run_step(model, batch)).keys() == DENSE_TERMS - {"class"}
+    keys = "FOREGROUND_WEIGHT", "BACKGROUND_WEIGHT", "EDGE_WEIGHT", "BOX_WEIGHT", "PYRAMID_WEIGHT"
+    opts = tuple(x for key in keys for x in (key, 0.0))
+    with pytest.raises(ConfigError, match="are all 0; this pair has no term 'class'$"):
+        make_distiller(teacher, "retinanet", opts, num_classes=1)
+
+
 def test_mask_terms(teacher_files):
     """Mask R-CNN: mask logits and mask nodes reach the mask branch, also without foreground."""
     model = make_distiller(teacher_files("mask"), "mask", ("MASK_WEIGHT", 1.0, "MASK_NODES", True))

@@ -279,6 +279,18 @@ def test_terms_can_be_switched_off(tmp_path):
     assert "roi.logits" not in head.reads
 
 
+def test_one_class_and_one_local_loss(tmp_path, caplog):
+    """A softmax over one sigmoid is constant: no soft labels. No local loss of weight 0."""
+    student = detector_config("retinanet", num_classes=1)
+    teacher = write_config(student, tmp_path / "teacher.yaml")
+    opts = (f"{NODE}.LOCAL.FOREGROUND_WEIGHT", 0.0)
+    caplog.set_level("INFO", "d2kd")
+    model = build(distiller_config(student, ["GlobalKnowledge"], teacher, opts))
+    assert "GlobalKnowledge's term 'soft' is off" in caplog.text
+    terms = terms_of(run_step(model, make_batch(num_classes=1)))
+    assert set(terms) == {"global", "background"}
+
+
 def test_local_distillation_needs_no_prototypes(tmp_path):
     """Without global loss and reliability there is neither bank nor refresh."""
     opts = (f"{NODE}.GLOBAL.WEIGHT", 0.0, f"{NODE}.RELIABILITY", False)
@@ -414,6 +426,12 @@ def test_prototypes_from_a_file(tmp_path):
     random_prototypes((8, 16)).save(path)
     with pytest.raises(ConfigError, match="prototypes of strides"):
         build(head_config(tmp_path, "faster", *opts))
+    write_dataset(tmp_path, "gk_toy", images=0)
+    prototypes = random_prototypes((4, 8, 16, 32, 64))
+    prototypes.meta["classes"] = ["a", "c", "b"]
+    prototypes.save(path)
+    with pytest.raises(ConfigError, match="FILE: its class 1 is 'c', the student's is 'b'"):
+        build(head_config(tmp_path, "faster", *opts, "DATASETS.TRAIN", ("gk_toy",)))
     (tmp_path / "prototypes.pth").write_text("something else")
     with pytest.raises(ConfigError, match="is no file of prototypes"):
         build(head_config(tmp_path, "faster", *opts))

@@ -22,7 +22,14 @@ from ...prototypes.store import PrototypeBank, Prototypes
 from ...registry import DISTILL_HEAD_REGISTRY
 from ..adapters import build_adapters, pair_levels
 from ..base import DistillHead, Terms
-from ..dense import at_anchors, join_levels
+from ..dense import (
+    at_anchors,
+    is_constant,
+    join_levels,
+    pick_classes,
+    say_constant,
+    softmax_classes,
+)
 from ..needs import Need
 from ..sketch import Sketch
 from .boxes import (
@@ -72,9 +79,12 @@ class GlobalKnowledge(DistillHead):
         super().__init__()
         pair = student_spec, teacher_spec
         self.options = options
-        self.weights = self.term_weights(options)
+        self.weights = self._weights(options, *pair)
+        if options.soft_labels.weight and is_constant(*pair):
+            say_constant("GlobalKnowledge's term 'soft'")
         self.strides = pair_levels(*pair, options.strides)
         self.num_classes = student_spec.num_classes or 0
+        self.softmax_classes = softmax_classes(*pair)
         self.two_stage = student_spec.two_stage
         # Detectron2 represents the positions of anchor-free detectors by one square each.
         self.anchor_free = student_spec.anchors_per_location == 1
@@ -102,10 +112,17 @@ class GlobalKnowledge(DistillHead):
         return {**arguments, "positives": most_positives(cfg)}
 
     @classmethod
+    def _weights(
+        cls, options: GlobalKnowledgeOptions, student: DetectorSpec, teacher: DetectorSpec
+    ) -> dict[str, float]:
+        """Weight of each term that is switched on and that this pair has."""
+        return cls.term_weights(options, ("soft",) if is_constant(student, teacher) else ())
+
+    @classmethod
     def needs(
         cls, options: GlobalKnowledgeOptions, student: DetectorSpec, teacher: DetectorSpec
     ) -> list[Need]:
-        weights = cls.term_weights(options)
+        weights = cls._weights(options, student, teacher)
         if student.num_classes is None:
             raise ConfigError(f"{PATH}: the student, a {student.meta_arch}, predicts no classes")
         positives = {"roi"} if student.two_stage else {"dense.labels", "dense.anchors"}
@@ -134,7 +151,8 @@ class GlobalKnowledge(DistillHead):
         if self.weights.keys() & {"foreground", "background"}:
             local = self._local_losses(student, teacher, placed, reliability)
             for term, loss in zip(("foreground", "background"), local, strict=True):
-                terms[term] = decay * self.weights.get(term, 0.0) * loss
+                if term in self.weights:
+                    terms[term] = decay * self.weights[term] * loss
         if "soft" in self.weights:
             soft_labels = self._roi_soft_labels if self.two_stage else self._dense_soft_labels
             loss = soft_labels(student, teacher, placed, reliability)
@@ -289,9 +307,10 @@ class GlobalKnowledge(DistillHead):
         weights = reliability.gather(0, placed.level[None]).flatten()
         maps = (bundle.dense.logit_maps for bundle in (student, teacher))
         joined = (join_levels(m, list(m), self.num_classes) for m in maps)
-        mine, theirs = (at_anchors(x, picked.index).flatten(0, 1) for x in joined)
+        logits = [at_anchors(x, picked.index).flatten(0, 1) for x in joined]
+        logits = pick_classes(logits, self.softmax_classes, 1)
         temperature = self.options.soft_labels.temperature
-        return losses.soft_label_loss(mine, theirs, weights, picked.valid.flatten(), temperature)
+        return losses.soft_label_loss(*logits, weights, picked.valid.flatten(), temperature)
 
 
 def _soft_label_need(
@@ -336,7 +355,17 @@ def _build_bank(
         if not os.path.isfile(path):
             raise ConfigError(f"{PATH}.PROTOTYPES.FILE: no file '{path}'")
         try:
-            bank.fill(Prototypes.load(path), options.schedule.start_iter)
+            prototypes = Prototypes.load(path)
+            _check_names(prototypes, student.class_names or ())
+            bank.fill(prototypes, options.schedule.start_iter)
         except ValueError as error:
             raise ConfigError(f"{PATH}.PROTOTYPES.FILE: {error}") from error
     return bank
+
+
+def _check_names(prototypes: Prototypes, names: Sequence[str]) -> None:
+    """Refuse prototypes of other classes, or in another order, where both names are known."""
+    pairs = zip(prototypes.meta.get("classes") or (), names, strict=False)
+    for number, (found, own) in enumerate(pairs):
+        if found != own:
+            raise ValueError(f"its class {number} is '{found}', the student's is '{own}'")
