@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .check_boxes import boxes_without_area
-from .coco import Table, hashable, marked, number_or_nan, repeated, types_of
+from .coco import ID_LIMIT, Table, hashable, marked, number_or_nan, repeated, types_of
 from .report import Finding, findings, shown
 
 
@@ -188,8 +188,8 @@ def check_repairs(table: Table, use: Use) -> Iterator[Finding]:
     text = "annotations have no 'area'"
     remedy = "computed from the mask, or from the box where there is none"
     yield from table.findings(~known_area(table), text, remedy, fatal=False)
-    text = "annotation ids are not positive whole numbers"
-    remedy = "numbered from 1 for evaluation: pycocotools takes id 0 for 'not found'"
+    text = "annotation ids are not whole numbers between 0 and 2^53"
+    remedy = "numbered from 1 for evaluation, which takes id 0 for 'not found'"
     yield from table.findings(~usable_ids(table), text, remedy, fatal=False)
 
 
@@ -201,6 +201,6 @@ def known_area(table: Table) -> np.ndarray:
 
 
 def usable_ids(table: Table) -> np.ndarray:
-    """(M,) bool, annotation ids that pycocotools reads correctly: positive whole numbers."""
+    """(M,) bool, annotation ids that evaluation reads correctly: from 1 to below 2^53."""
     ids = table.column(table.annotations, "id")
-    return marked(ids, lambda value: type(value) is int and value > 0)
+    return marked(ids, lambda value: type(value) is int and 0 < value < ID_LIMIT)

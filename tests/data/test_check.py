@@ -559,7 +559,7 @@ SAID = {
     "id 0 in val": (
         one("annotations", split="val", id=0),
         {},
-        "1 of 12 annotation ids are not positive whole numbers; numbered from 1",
+        "1 of 12 annotation ids are not whole numbers between 0 and 2.53; numbered from 1",
     ),
     "text ids in val": (one("annotations", split="val", id="x"), {}, "1 of 12 annotation ids are"),
     "an image without objects": (

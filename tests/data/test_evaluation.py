@@ -60,6 +60,19 @@ def text_image_ids(parts: Parts) -> None:
         entry["image_id"] = f"image {entry['image_id']}"
 
 
+def huge_ids(entries: str, key: str):
+    """Ids of ``entries``, which annotations name as ``key``, too large for a double."""
+
+    def change(parts: Parts) -> None:
+        for content in (parts.train, parts.val):
+            for entry in content[entries]:
+                entry["id"] += 2**60
+            for entry in content["annotations"]:
+                entry[key] += 2**60
+
+    return change
+
+
 def sparse_categories(parts: Parts) -> None:
     for content in (parts.train, parts.val):
         for category in content["categories"]:
@@ -125,6 +138,9 @@ VARIANTS = {
     "same names, other ids": same_names_other_ids,
     "ids of categories with gaps": sparse_categories,
     "root": add_root,
+    "ids from 2^63": annotations(id=lambda a: a["id"] + 2**63),
+    "huge ids of images": huge_ids("images", "image_id"),
+    "huge ids of categories": huge_ids("categories", "category_id"),
     "root of a class's name": lambda parts: add_root(parts, "bolt"),
     "numbers as names": number_names,
     "text as image ids": text_image_ids,
