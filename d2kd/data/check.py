@@ -164,9 +164,11 @@ def _check_trained_images(table: Table, use: Use) -> Iterator[Finding]:
         return
     usable = (table.image_of >= 0) & ~table.crowd
     with_objects = np.bincount(table.image_of[usable], minlength=count) > 0
-    if not with_objects.any():
+    if boxes_without_area(table)[usable].all():
         crowds = int(table.crowd.sum())
         why = f"all {crowds:,} annotations have 'iscrowd' 1" if crowds else "there are none"
+        if usable.any():
+            why = "no box has an area inside its image"
         yield Finding(f"no image has an object to train on: {why}", fatal=True)
     elif not use.keep_empty:
         yield from findings(

@@ -175,6 +175,7 @@ REFUSED = {
     "id is a list": (one("annotations", id=[1]), {}, "1 of 18 annotations have no usable 'id'"),
     "one image_id is a list": (one("annotations", image_id=[1]), {}, "no usable 'image_id'"),
     "ignore": (one("annotations", ignore=1), {}, "annotations have 'ignore' set"),
+    "no area": (each("annotations", bbox=[5, 5, 0, 0]), {}, "no box has an area inside its image"),
     "iscrowd 2": (one("annotations", iscrowd=2), {}, "'iscrowd' that is not 0 or 1"),
     "iscrowd text": (one("annotations", iscrowd="0"), {}, "'iscrowd' that is not 0 or 1"),
     "iscrowd list": (one("annotations", iscrowd=[0]), {}, "'iscrowd' that is not 0 or 1"),
