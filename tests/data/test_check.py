@@ -838,6 +838,11 @@ def test_classes_of_a_config(parts):
     assert trained_classes(cfg) == CLASSES
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     assert trained_classes(cfg) is None
+    cfg.MODEL.META_ARCHITECTURE = "Unknown"
+    for category in parts.train["categories"][1:]:
+        category["supercategory"] = CLASSES[0]  # a root, but for its objects
+    parts.write()
+    assert trained_classes(cfg) == CLASSES
     cfg = parts.config()
     os.remove(parts.folder / "train.json")
     assert trained_classes(cfg) is None
