@@ -71,8 +71,8 @@ def set_absolute_paths(cfg: CfgNode, folders: Sequence[str | os.PathLike[str]] =
         if isinstance(node.get(last), str):
             node[last] = absolute_path(node[last], folders)
     cfg.DATASETS.COCO_FORMAT = [
-        [entry[0], *(absolute_path(path, folders, os.path.exists) for path in entry[1:])]
-        if isinstance(entry, list | tuple) and all(isinstance(item, str) for item in entry)
+        [entry[0], *(absolute_path(p, folders, os.path.exists) for p in entry[1:3]), *entry[3:]]
+        if isinstance(entry, list | tuple) and all(isinstance(item, str) for item in entry[:3])
         else entry
         for entry in cfg.DATASETS.COCO_FORMAT
     ]

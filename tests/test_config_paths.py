@@ -122,6 +122,10 @@ def test_absolute_path(here, tmp_path):
     assert absolute_path("../here", [], os.path.exists) == str(here)
 
 
+DATA = "data/train.json", "images"
+EARS = {"keypoint_names": ["tip", "base"]}
+
+
 @pytest.fixture
 def project(here, tmp_path) -> Path:
     """A folder elsewhere: student, teacher, weights and data beside each other."""
@@ -135,7 +139,7 @@ def project(here, tmp_path) -> Path:
         folder / "student.yaml",
         MODEL={"META_ARCHITECTURE": "Distiller", "WEIGHTS": "weights/start.pth"},
         DISTILL={"HEADS": ["SSIM"], "TEACHER": teacher},
-        DATASETS={"COCO_FORMAT": [["mine", "data/train.json", "images"]], "TRAIN": ["mine"]},
+        DATASETS={"COCO_FORMAT": [["mine", *DATA], ["ears", *DATA, EARS]], "TRAIN": ["mine"]},
     )
     return folder
 
@@ -147,8 +151,8 @@ def test_paths_start_beside_the_config_too(project, here):
     assert again["MODEL"]["WEIGHTS"] == str(project / "weights/start.pth")
     assert again["DISTILL"]["TEACHER"]["WEIGHTS"] == str(project / "weights/teacher.pth")
     assert again["DISTILL"]["TEACHER"]["CONFIG_FILE"] == str(project / "teacher.yaml")
-    data = [str(project / "data/train.json"), str(project / "images")]
-    assert again["DATASETS"]["COCO_FORMAT"] == [["mine", *data]]
+    data = [str(project / path) for path in DATA]
+    assert again["DATASETS"]["COCO_FORMAT"] == [["mine", *data], ["ears", *data, EARS]]
     assert again["OUTPUT_DIR"] == str(here / "output/student")
     # The teacher's own weights lie beside the teacher's file.
     cfg.DISTILL.TEACHER.WEIGHTS = ""

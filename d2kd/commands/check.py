@@ -60,10 +60,12 @@ def check_config(
         A report for each dataset, and what can be drawn of those that are not refused.
 
     Raises:
-        ConfigError: a dataset is not known, or its files are not there.
+        ConfigError: a dataset is not known, or its files are not there; there is none.
     """
     register_coco_format_datasets(cfg)
-    check_detectron2_keys(cfg, train=True)
+    if not (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
+        raise ConfigError("DATASETS.TRAIN and DATASETS.TEST are empty: name a dataset to check")
+    check_detectron2_keys(cfg, train=bool(cfg.DATASETS.TRAIN))
     uses = dataset_uses(cfg, train=True)
     for name in uses:
         check_present(name)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torchvision.ops import box_convert, box_iou, roi_align
 
 from ..arguments import CommandParser, natural, positive
 from ..data.custom import check_datasets
+from ..data.image_files import load_image
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..files import check_folder, write_tensors
@@ -36,7 +36,7 @@ def read_dataset(name: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """All images (n, 3, H, W) uint8 BGR, and per image boxes (k, 4) and labels (k,)."""
     images, boxes, labels = [], [], []
     for record in DatasetCatalog.get(name):
-        images.append(torch.from_numpy(read_image(record["file_name"], "BGR").copy()))
+        images.append(torch.from_numpy(load_image(record["file_name"], "BGR").copy()))
         xywh = torch.tensor([a["bbox"] for a in record["annotations"]]).float().reshape(-1, 4)
         boxes.append(box_convert(xywh, "xywh", "xyxy"))
         labels.append(torch.tensor([a["category_id"] for a in record["annotations"]]).long())

@@ -23,13 +23,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..arguments import CommandParser, file_to_write, folder_to_write, positive
 from ..benchmark import selection
+from ..data.image_files import load_image
 from ..detectors.building import building
 from ..engine import setup
 from ..engine.checkpoint import AtomicCheckpointer
@@ -67,7 +67,7 @@ def make(args: argparse.Namespace) -> None:
 
 def crop(instance: Instance) -> np.ndarray:
     """The object with a little of what is around it, RGB."""
-    image = read_image(instance.file_name, "RGB")
+    image = load_image(instance.file_name, "RGB")
     x1, y1, x2, y2 = instance.box
     margin_x, margin_y = _CONTEXT * (x2 - x1), _CONTEXT * (y2 - y1)
     rows = slice(max(int(y1 - margin_y), 0), int(y2 + margin_y) + 1)

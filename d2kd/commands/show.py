@@ -32,6 +32,7 @@ from detectron2.utils.events import EventStorage
 from ..arguments import CommandParser, file_to_write, natural, positive
 from ..config import student_config
 from ..data.custom import check_datasets
+from ..data.loader import NamingMapper
 from ..detectors.building import building
 from ..detectors.bundle import Batch
 from ..detectors.spec import describe_detector
@@ -49,13 +50,15 @@ def read_images(cfg: CfgNode, indices: Sequence[int]) -> list[dict]:
     """Images of ``DATASETS.TRAIN`` as the student gets them."""
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a dataset to show images of")
+    cfg.defrost()  # RLE masks set INPUT.MASK_FORMAT
     check_datasets(cfg)
+    cfg.freeze()
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
     if max(indices) >= len(records):
         raise ConfigError(
             f"--images {max(indices)}: DATASETS.TRAIN has images 0 to {len(records) - 1}"
         )
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = NamingMapper(DatasetMapper(cfg, is_train=True))
     return [mapper(records[index]) for index in indices]
 
 

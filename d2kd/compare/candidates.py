@@ -92,9 +92,10 @@ def candidates(cfg: CfgNode, heads: Sequence[str], weights: Sequence[str]) -> di
     for name in heads:
         parts = name.split("+")
         for weight in weights:
-            # Said of each: the student's own config may balance.
+            opts: dict[str, Any] = {"DISTILL.HEADS": parts}
             is_balanced = weight == BALANCED
-            opts: dict[str, Any] = {"DISTILL.HEADS": parts, "DISTILL.BALANCE.ENABLED": is_balanced}
+            if is_balanced != cfg.DISTILL.BALANCE.ENABLED:
+                opts["DISTILL.BALANCE.ENABLED"] = is_balanced
             if is_balanced:
                 label = f"{name} {BALANCED}"
             else:

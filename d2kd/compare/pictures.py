@@ -9,11 +9,12 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances, pairwise_iou
 
 from ..config import student_config
+from ..data.image_files import load_image
 from ..files import write_atomically
 
 FONT, TEXT = cv2.FONT_HERSHEY_SIMPLEX, 0.55
@@ -144,7 +145,7 @@ def save_picture(
     """
     metadata = MetadataCatalog.get(next(iter(runs.values()))[0].DATASETS.TEST[0])
     names = list(metadata.thing_classes)
-    images = [read_image(record["file_name"], format="BGR") for record in records]
+    images = [load_image(record["file_name"], "BGR") for record in records]
     masks = any(cfg.MODEL.MASK_ON for cfg, _ in runs.values())
     truths = [ground_truth(record, masks) for record in records]
     zoom = width / max(image.shape[1] for image in images)

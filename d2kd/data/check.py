@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .check_boxes import boxes_without_area
-from .coco import Table, hashable, marked, number_or_nan, repeated, types_of
+from .coco import ID_LIMIT, Table, hashable, marked, number_or_nan, repeated, types_of
 from .report import Finding, findings, shown
 
 
@@ -164,9 +164,11 @@ def _check_trained_images(table: Table, use: Use) -> Iterator[Finding]:
         return
     usable = (table.image_of >= 0) & ~table.crowd
     with_objects = np.bincount(table.image_of[usable], minlength=count) > 0
-    if not with_objects.any():
+    if boxes_without_area(table)[usable].all():
         crowds = int(table.crowd.sum())
         why = f"all {crowds:,} annotations have 'iscrowd' 1" if crowds else "there are none"
+        if usable.any():
+            why = "no box has an area inside its image"
         yield Finding(f"no image has an object to train on: {why}", fatal=True)
     elif not use.keep_empty:
         yield from findings(
@@ -188,8 +190,8 @@ def check_repairs(table: Table, use: Use) -> Iterator[Finding]:
     text = "annotations have no 'area'"
     remedy = "computed from the mask, or from the box where there is none"
     yield from table.findings(~known_area(table), text, remedy, fatal=False)
-    text = "annotation ids are not positive whole numbers"
-    remedy = "numbered from 1 for evaluation: pycocotools takes id 0 for 'not found'"
+    text = "annotation ids are not whole numbers between 0 and 2^53"
+    remedy = "numbered from 1 for evaluation, which takes id 0 for 'not found'"
     yield from table.findings(~usable_ids(table), text, remedy, fatal=False)
 
 
@@ -201,6 +203,6 @@ def known_area(table: Table) -> np.ndarray:
 
 
 def usable_ids(table: Table) -> np.ndarray:
-    """(M,) bool, annotation ids that pycocotools reads correctly: positive whole numbers."""
+    """(M,) bool, annotation ids that evaluation reads correctly: from 1 to below 2^53."""
     ids = table.column(table.annotations, "id")
-    return marked(ids, lambda value: type(value) is int and value > 0)
+    return marked(ids, lambda value: type(value) is int and 0 < value < ID_LIMIT)

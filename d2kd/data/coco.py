@@ -16,6 +16,8 @@ from detectron2.utils.file_io import PathManager
 from ..errors import ConfigError, first_line
 from .report import Finding, findings, shown
 
+# Ids below it are exact as doubles, which faster-coco-eval makes of them.
+ID_LIMIT = 2**53
 # Types that the ids of images may have; one of them in one file.
 _IMAGE_ID_TYPES = (int, str)
 

@@ -16,6 +16,8 @@ import numpy as np
 from detectron2.evaluation import coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
+from .coco import ID_LIMIT
+
 try:
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 except ImportError:
@@ -24,8 +26,9 @@ except ImportError:
 
 def fast_evaluation(truth: Any, detections: Any, kind: str) -> Any:
     """What evaluates ``detections`` against ``truth``, used as pycocotools' ``COCOeval``, which it
-    is for keypoints, and for images whose ids are text."""
-    if kind == "keypoints" or not all(isinstance(image_id, int) for image_id in truth.imgs):
+    is for keypoints, and for ids of images or classes that are text or too large for a double."""
+    ids = [*truth.imgs, *truth.cats]
+    if kind == "keypoints" or not all(isinstance(i, int) and abs(i) < ID_LIMIT for i in ids):
         return COCOeval(truth, detections, kind)
     return _exact_evaluation()(truth, detections, kind, print_function=print)
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from ..errors import first_line
+from ..errors import ConfigError, first_line
 from .check import Use
 from .coco import Table, marked, repeated
 from .report import Finding, findings, shown, some
@@ -21,7 +22,10 @@ from .report import Finding, findings, shown, some
 # which clips at 255: nearly all of a 16-bit picture becomes white.
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow raises for files that are no image, or a broken one.
-UNREADABLE = (OSError, SyntaxError, ValueError, ArithmeticError, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, ArithmeticError, Image.DecompressionBombError),
+    RuntimeError,  # of a broken AVIF
+)
 _ORIENTATION = 274  # EXIF tag
 
 
@@ -193,6 +197,19 @@ def judge_headers(table: Table, headers: Mapping[int, Header | str]) -> Iterator
             yield Finding(head, remedy, some(bad), fatal=True)
 
 
+def load_image(path: str, channels: str) -> np.ndarray:
+    """(H, W, 3) uint8, Detectron2's ``read_image`` in the order "RGB" or "BGR"; a ConfigError that
+    names the file where it cannot be read."""
+    try:
+        return read_image(path, channels)
+    except UNREADABLE as error:
+        raise ConfigError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: str, error: BaseException) -> str:
+    return f"image {path} cannot be read ({first_line(error)})"
+
+
 def explain_unreadable(record: dict, deep_only: bool = False) -> str:
     """Why the image of a record cannot be used, in words; "" if it can.
 
@@ -207,7 +224,7 @@ def explain_unreadable(record: dict, deep_only: bool = False) -> str:
             if not deep_only:
                 image.load()
     except UNREADABLE as error:
-        return "" if deep_only else f"image {path} cannot be read ({first_line(error)})"
+        return "" if deep_only else _unreadable(path, error)
     if header.deep:
         return (
             f"image {path} has more than 8 bits per channel (mode {header.mode}), which "

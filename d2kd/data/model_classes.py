@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import ConfigError
 from .catalog import is_from_config, is_readable
 from .classes import classes_of, list_of, read_categories
+from .coco import Table, hashable, read_json
 from .report import Finding, plural
 
 
@@ -39,13 +40,20 @@ def _names_of(name: str, cfg: CfgNode, expected: int | None) -> tuple[str, ...] 
     path = os.path.expanduser(files.get(name, ""))
     if os.path.isfile(path):
         try:
-            classes, _ = classes_of(read_categories(path), (), None, expected=expected)
+            used = set() if expected else _used_categories(path)
+            classes, _ = classes_of(read_categories(path), used, None, expected=expected)
         except ConfigError:
             return None
         return classes.names if classes else None
     stated = known and not is_from_config(name)  # else by an earlier config, of another file
     names = MetadataCatalog.get(name).get("thing_classes") if stated else None
     return tuple(names) if names else None
+
+
+def _used_categories(path: str) -> set[object]:
+    """Ids of the categories of a file's objects, which tell a root from a class where no number of
+    classes does."""
+    return set(hashable(Table.column(read_json(path).get("annotations", []), "category_id")))
 
 
 def number_of_classes(cfg: CfgNode) -> int | None:

@@ -82,9 +82,16 @@ def _mask(segmentation: list | dict) -> list | dict:
     """A mask as Detectron2's mapper takes it; [] for polygons of which none is usable."""
     if isinstance(segmentation, list):
         return usable_polygons(segmentation)
-    if isinstance(segmentation["counts"], list):
-        return mask_util.frPyObjects(segmentation, *segmentation["size"])
-    return segmentation
+    rle = _of_whole_numbers(segmentation)
+    if isinstance(rle["counts"], list):
+        return mask_util.frPyObjects(rle, *rle["size"])
+    return rle
+
+
+def _of_whole_numbers(rle: dict) -> dict:
+    """An RLE without floats, such as 96.0, which pycocotools does not take."""
+    lists = [key for key in ("size", "counts") if isinstance(rle[key], list)]
+    return {**rle, **{key: [int(value) for value in rle[key]] for key in lists}}
 
 
 def _keypoints(values: list | None, count: int) -> list:
@@ -97,11 +104,15 @@ def _keypoints(values: list | None, count: int) -> list:
 def repair_for_evaluation(content: dict, reading: Reading) -> None:
     """Change the content of an annotation file, in place, to what pycocotools reads correctly.
 
-    Ids are positive, ``area``, ``iscrowd`` and ``num_keypoints`` are there, boxes without area in
-    their image and categories that are no class are not. A file that is right stays as it is.
+    Ids are positive, sizes are no floats, ``area``, ``iscrowd`` and ``num_keypoints`` are there,
+    boxes without area in their image and categories that are no class are not. A file that is right
+    means the same after it.
     """
     table = Table(content)
     content["categories"] = [c for c in table.categories if c["id"] in reading.classes.ids]
+    for image, size in zip(table.images, table.sizes, strict=True):
+        if not np.isnan(size).any():
+            image["width"], image["height"] = map(int, size)
     if not table.has_annotations:
         return
     for entry in table.annotations:
@@ -111,10 +122,10 @@ def repair_for_evaluation(content: dict, reading: Reading) -> None:
         width, height = table.sizes[table.image_of[place]]
         table.annotations[place]["area"] = _area(table.annotations[place], width, height)
     if reading.masks:
-        for entry in table.annotations:
-            mask = entry.get("segmentation")
-            if isinstance(mask, list) and len(usable := usable_polygons(mask)) < len(mask):
-                entry["segmentation"] = usable
+        for place in np.flatnonzero(table.image_of >= 0):  # masks of the rest are not checked
+            entry = table.annotations[place]
+            if entry.get("segmentation"):
+                entry["segmentation"] = _mask(entry["segmentation"])
     if reading.keypoints:
         _complete_keypoints(table, reading.keypoints)
     content["annotations"] = list(compress(table.annotations, ~boxes_without_area(table)))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data.detection_utils import read_image
 from PIL import Image, ImageDraw
 
+from .image_files import load_image
 from .records import box_of
 
 _COLOURS = ("yellow", "cyan", "magenta", "lime", "orange", "deepskyblue", "red", "white")
@@ -40,7 +40,7 @@ def choose(records: list[dict], count: int) -> list[dict]:
 
 def draw_record(record: dict, classes: Sequence[str], tile: int) -> Image.Image:
     """One image with its annotations, to fit into ``tile`` by ``tile`` pixels."""
-    image = Image.fromarray(np.ascontiguousarray(read_image(record["file_name"], "RGB")))
+    image = Image.fromarray(np.ascontiguousarray(load_image(record["file_name"], "RGB")))
     scale = tile / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     image = image.resize(size)

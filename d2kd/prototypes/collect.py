@@ -20,6 +20,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 
+from ..data.loader import NamingMapper
 from ..detectors.spec import feature_strides
 from ..detectors.teacher import Teacher
 from ..geometry.boxes import BoxCells, crop_means
@@ -133,7 +134,7 @@ def build_candidate_loader(cfg: CfgNode, candidates: Candidates, batch_size: int
     """This process's share of the candidates' images with Detectron2's test-time input."""
     return build_detection_test_loader(
         candidates.images,
-        mapper=DatasetMapper(cfg, is_train=False),
+        mapper=NamingMapper(DatasetMapper(cfg, is_train=False)),
         batch_size=batch_size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )

@@ -89,6 +89,10 @@ def test_the_command_finds_images_that_were_trained_on(parts, capsys):
         (["--import", "no.py"], "--import: no file 'no.py'"),
         (["DATASETS.TRIAN", "('t',)"], "no config key 'DATASETS.TRIAN'"),
         (["DATASETS.TRAIN", "('tt',)"], "there is no dataset 'tt'"),
+        (
+            ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"],
+            "TEST are empty: name a dataset to check",
+        ),
         (["INPUT.FORMAT", "L"], "INPUT.FORMAT is 'L'"),
     ],
 )
@@ -102,6 +106,16 @@ def test_mistakes_of_the_command_are_one_line(parts, capsys, options, message):
         "train.json",
         "val.json",
     }
+
+
+def test_a_test_set_alone_is_checked(parts, capsys):
+    """Without DATASETS.TRAIN. A broken image that is drawn, though not looked for, is named."""
+    options = ["--no-images", "--sheet", str(parts.folder / "s.png"), "DATASETS.TRAIN", "()"]
+    out, error = run_check(parts, capsys, *options)
+    assert error == "" and "dataset 'v'" in out and "dataset 't'" not in out
+    truncate(parts.folder / "images/val_2.png")
+    out, error = run_check(parts, capsys, *options)
+    assert "val_2.png cannot be read" in error and "\n" not in error and "dataset 'v'" in out
 
 
 def test_a_check_from_python(parts):

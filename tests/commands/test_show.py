@@ -13,6 +13,9 @@ from d2kd.errors import ConfigError
 from d2kd.losses.dsig import cosine_graph
 from d2kd.meta_arch import Distiller
 
+from ..data.parts import Parts
+from ..data.test_evaluation import as_rle
+from ..data.test_loader import forgetting, truncate
 from ..detectors import DENSE_HEADS, detector_config, distiller_config, make_batch, write_config
 
 HEADS = [name for name, head in DISTILL_HEAD_REGISTRY if head.__module__.startswith("d2kd.")]
@@ -43,6 +46,25 @@ def test_all_heads_are_drawn(arch, digits_root, tmp_path, capsys):
     assert "image 0: MAR: mask (" in text and "image 0: DSIG: graph: edges, teacher (" in text
     assert "image 0: DRKD: graph: relations, teacher (" in text
     assert "image 0: GlobalKnowledge: no prototypes yet" in text
+
+
+@pytest.fixture
+def parts(tmp_path):
+    yield from forgetting(Parts(tmp_path))
+
+
+def test_masks_are_taken_and_a_broken_image_is_named(parts, tmp_path):
+    """RLE masks set INPUT.MASK_FORMAT, as in training."""
+    for entry in parts.train["annotations"]:
+        entry["segmentation"] = as_rle(entry, packed=True)
+    parts.write()
+    file = write_config(parts.config("mask"), tmp_path / "c.yaml")
+    words = ["show", "--config-file", file, "--output", str(tmp_path / "p.png")]
+    main(words)
+    assert (tmp_path / "p.png").is_file()
+    truncate(tmp_path / "images/train_1.png")
+    with pytest.raises(SystemExit, match="^error: image .*train_1.png cannot be read"):
+        main(words)
 
 
 def distiller_of(arch, heads, tmp_path) -> Distiller:

@@ -175,6 +175,7 @@ REFUSED = {
     "id is a list": (one("annotations", id=[1]), {}, "1 of 18 annotations have no usable 'id'"),
     "one image_id is a list": (one("annotations", image_id=[1]), {}, "no usable 'image_id'"),
     "ignore": (one("annotations", ignore=1), {}, "annotations have 'ignore' set"),
+    "no area": (each("annotations", bbox=[5, 5, 0, 0]), {}, "no box has an area inside its image"),
     "iscrowd 2": (one("annotations", iscrowd=2), {}, "'iscrowd' that is not 0 or 1"),
     "iscrowd text": (one("annotations", iscrowd="0"), {}, "'iscrowd' that is not 0 or 1"),
     "iscrowd list": (one("annotations", iscrowd=[0]), {}, "'iscrowd' that is not 0 or 1"),
@@ -559,7 +560,7 @@ SAID = {
     "id 0 in val": (
         one("annotations", split="val", id=0),
         {},
-        "1 of 12 annotation ids are not positive whole numbers; numbered from 1",
+        "1 of 12 annotation ids are not whole numbers between 0 and 2.53; numbered from 1",
     ),
     "text ids in val": (one("annotations", split="val", id="x"), {}, "1 of 12 annotation ids are"),
     "an image without objects": (
@@ -837,6 +838,11 @@ def test_classes_of_a_config(parts):
     assert trained_classes(cfg) == CLASSES
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     assert trained_classes(cfg) is None
+    cfg.MODEL.META_ARCHITECTURE = "Unknown"
+    for category in parts.train["categories"][1:]:
+        category["supercategory"] = CLASSES[0]  # a root, but for its objects
+    parts.write()
+    assert trained_classes(cfg) == CLASSES
     cfg = parts.config()
     os.remove(parts.folder / "train.json")
     assert trained_classes(cfg) is None

@@ -60,6 +60,19 @@ def text_image_ids(parts: Parts) -> None:
         entry["image_id"] = f"image {entry['image_id']}"
 
 
+def huge_ids(entries: str, key: str):
+    """Ids of ``entries``, which annotations name as ``key``, too large for a double."""
+
+    def change(parts: Parts) -> None:
+        for content in (parts.train, parts.val):
+            for entry in content[entries]:
+                entry["id"] += 2**60
+            for entry in content["annotations"]:
+                entry[key] += 2**60
+
+    return change
+
+
 def sparse_categories(parts: Parts) -> None:
     for content in (parts.train, parts.val):
         for category in content["categories"]:
@@ -102,6 +115,15 @@ def as_rle(entry: dict, packed: bool) -> dict:
     return {"size": [96, 128], "counts": counts}
 
 
+def as_floats(entry: dict, packed: bool) -> dict:
+    return json.loads(json.dumps(as_rle(entry, packed)), parse_int=float)
+
+
+def float_sizes(parts: Parts) -> None:
+    for image in [*parts.train["images"], *parts.val["images"]]:
+        image.update(width=128.0, height=96.0)
+
+
 def box_beyond(parts: Parts) -> None:
     """A box that ends 40 pixels beyond its image; found so, it counts as found."""
     for content in (parts.val, parts.truth):
@@ -116,6 +138,9 @@ VARIANTS = {
     "negative ids": annotations(id=lambda a: -a["id"]),
     "text ids": annotations(id=lambda a: f"a{a['id']}"),
     "odd ids": joined_ids,
+    "ids from 2^63": annotations(id=lambda a: a["id"] + 2**63),
+    "huge ids of images": huge_ids("images", "image_id"),
+    "huge ids of categories": huge_ids("categories", "category_id"),
     "no area": annotations(area=None),
     "area is text": annotations(area="12"),
     "area NaN": annotations(area=math.nan),
@@ -173,6 +198,10 @@ MASK_VARIANTS = {
     "RLE": annotations(segmentation=lambda a: as_rle(a, packed=False)),
     "packed RLE": annotations(segmentation=lambda a: as_rle(a, packed=True)),
     "no area": annotations(area=None),
+    "floats as sizes": float_sizes,
+    "RLE of floats": annotations(segmentation=lambda a: as_floats(a, packed=False)),
+    "packed RLE of floats": annotations(segmentation=lambda a: as_floats(a, packed=True)),
+    "a broken mask of no image": add_to_val(image_id=77, segmentation=[3]),
     "no area of RLE": annotations(segmentation=lambda a: as_rle(a, packed=False), area=None),
     "no area of packed RLE": annotations(segmentation=lambda a: as_rle(a, True), area=None),
     "a short polygon first": annotations(

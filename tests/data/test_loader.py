@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from detectron2.structures import BitMasks
 from PIL import Image
 
 from d2kd import ConfigError
+from d2kd.commands.pretrain import read_dataset
+from d2kd.commands.prototypes import crop
+from d2kd.compare.pictures import save_picture
 from d2kd.data.custom import check_datasets
 from d2kd.data.loader import (
     BatchSampler,
@@ -21,8 +25,11 @@ from d2kd.data.loader import (
     NamingMapper,
     build_train_loader,
 )
+from d2kd.data.sheet import draw_record
 from d2kd.engine import train as train_net
 from d2kd.engine.trainer import DistillTrainer
+from d2kd.prototypes.collect import build_candidate_loader, find_candidates
+from d2kd.prototypes.store import Instance
 
 from ..detectors import detector_config, write_config
 from .parts import Parts, forget_datasets
@@ -176,6 +183,33 @@ def test_a_broken_image_is_named_in_evaluation(parts):
     loader = DistillTrainer.build_test_loader(cfg, "v")
     with pytest.raises(ConfigError, match="val_2.png cannot be read"):
         list(loader)
+
+
+READERS = {
+    "sheet": lambda record, cfg: draw_record(record, (), 32),
+    "prototypes": lambda record, cfg: crop(Instance(1, record["file_name"], (0, 0, 9, 9), 0)),
+    "candidates": lambda record, cfg: list(
+        build_candidate_loader(cfg, find_candidates([record], 3, 1.0), 1)
+    ),
+    "pretrain": lambda record, cfg: read_dataset("t"),
+    "pictures": lambda record, cfg: save_picture({"a": (cfg, Path())}, Path(), records=[record]),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_broken_image_is_named_elsewhere(name, parts):
+    """Where images are drawn or cut, and where candidates for prototypes are read; also an AVIF,
+    for which Pillow has an error of its own."""
+    parts.write()
+    cfg = parts.config()
+    check_datasets(cfg)
+    record = DatasetCatalog.get("t")[0]
+    Image.init()
+    kind = "AVIF" if "AVIF" in Image.SAVE else "PNG"  # older versions lack it
+    Image.open(record["file_name"]).save(record["file_name"], kind)
+    truncate(Path(record["file_name"]))
+    with pytest.raises(ConfigError, match="train_1.png cannot be read"):
+        READERS[name](record, cfg)
 
 
 def test_training_ends_in_that_line(parts):
