@@ -153,6 +153,10 @@ class DistillTrainer(DefaultTrainer):
         resumes, needed = bool(path), self._checkpoint_bytes()
         self.run.claim(moments.teacher, self.start_iter, resumes, needed)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.tell_rates(self.scheduler)
+
     def _checkpoint_bytes(self) -> int:
         """About the size of a checkpoint: the model, and moments and average of what is trained."""
         moments = 1 if self.cfg.SOLVER.OPTIMIZER == "SGD" else 2

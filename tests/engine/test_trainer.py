@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
+import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.utils import comm
 
+from d2kd.engine import deliverable
 from d2kd.engine.deliverable import STUDENT_CONFIG
+from d2kd.engine.faults import TrainingError
 from d2kd.engine.train import evaluate, train
 from d2kd.engine.trainer import DistillTrainer
 
@@ -94,6 +101,79 @@ def test_the_seed_decides(cfg):
     name = "roi_heads.box_predictor.cls_score.weight"
     assert torch.equal(states[0][name], states[1][name])
     assert not torch.equal(states[0][name], states[2][name])
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_resuming_with_another_learning_rate(optimizer, cfg):
+    """What of the optimiser's settings was changed holds from the first step on; momenta stay."""
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS, cfg.SOLVER.OPTIMIZER = 0, (3,), optimizer
+    DistillTrainer(cfg).train()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY = 4, 0.5, 0.05
+    cfg.SOLVER.BASE_LR /= 2
+    trainer = DistillTrainer(cfg, resume=True)
+    trainer.resume_or_load()
+    group = trainer.optimizer.param_groups[0]
+    assert group["lr"] == pytest.approx(cfg.SOLVER.BASE_LR) and group["weight_decay"] == 0.05
+    assert group.get("momentum") == (0.5 if optimizer == "SGD" else None)
+    assert trainer.scheduler.base_lrs == [cfg.SOLVER.BASE_LR] * len(trainer.scheduler.base_lrs)
+    state = trainer.optimizer.state[group["params"][0]]
+    assert state["momentum_buffer" if optimizer == "SGD" else "exp_avg"].any()
+    trainer.train()
+    last = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()[-1]
+    assert json.loads(last)["lr"] == pytest.approx(cfg.SOLVER.BASE_LR / 10)
+
+
+class Cycle(DistillTrainer):
+    """Its scheduler changes the momentum too, and keeps in each group what it is made with."""
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.SOLVER.BASE_LR, total_steps=9)
+
+
+def test_resuming_with_a_scheduler_of_the_users(cfg):
+    """What it changed on the way is kept, but where the config changed."""
+    Cycle(cfg).train()
+    cfg.SOLVER.MAX_ITER, groups = 4, {}
+    for factor in (1, 2):
+        cfg.SOLVER.BASE_LR *= factor
+        trainer = Cycle(cfg, resume=True)
+        trainer.resume_or_load()
+        groups[factor] = trainer.optimizer.param_groups[0]
+        trainer.run.release()
+    saved = torch.load(Path(cfg.OUTPUT_DIR) / "model_final.pth")["trainer"]["_trainer"]["optimizer"]
+    kept = {key: value for key, value in groups[1].items() if key != "params"}
+    assert kept.items() <= saved["param_groups"][0].items()
+    assert groups[2]["lr"] == pytest.approx(2 * kept["lr"])
+    assert groups[2]["momentum"] == kept["momentum"] != cfg.SOLVER.MOMENTUM
+
+
+def test_each_process_changes_images_in_its_own_way(cfg, monkeypatch):
+    """With a loader of the user's, which draws from the program's random numbers: no two processes
+    draw the same, and one that goes on draws other numbers than at the start."""
+
+    class Drawing(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [np.random.rand(), torch.rand(()).item()]
+
+    trainer, drawn = Drawing(cfg), []
+    for rank, start in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        drawn.append(trainer._make_loader(cfg.SEED, start))
+    assert drawn[0] == drawn[3] and len(set(sum(drawn, []))) == 6
+
+
+def test_the_students_file_cannot_be_written(cfg, monkeypatch):
+    """The training says that it goes on from its last checkpoint, and not that the file is kept."""
+
+    def full(model, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    cfg.SOLVER.MAX_ITER = 1
+    monkeypatch.setattr(deliverable, "save_student", full)
+    with pytest.raises(TrainingError, match="MiB free; --resume goes on from model_final.pth$"):
+        train(cfg)
 
 
 def test_one_call_from_python(cfg):
