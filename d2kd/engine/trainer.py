@@ -32,7 +32,7 @@ from torch import nn
 
 from ..config import validate_solver
 from ..data.evaluation import CocoEvaluator
-from ..data.loader import build_test_loader, build_train_loader, validate_loader_config
+from ..data.loader import build_test_loader, build_train_loader, seed_of, validate_loader_config
 from ..detectors.building import building
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
@@ -123,6 +123,8 @@ class DistillTrainer(DefaultTrainer):
             return self.build_train_loader(self.cfg, seed, start)
         if start:
             logger.warning("build_train_loader(cfg) has no 'start': the image order will differ")
+        # Detectron2's loaders take theirs from here: each process changes images in its own way.
+        seed_all_rng(seed_of(seed, start, comm.get_rank()) % 2**31)
         return self.build_train_loader(self.cfg)
 
     @property
