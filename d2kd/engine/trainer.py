@@ -256,7 +256,7 @@ class DistillTrainer(DefaultTrainer):
     def _way_on(self) -> str:
         """How a training that ends now can go on, in words."""
         folder = self.cfg.OUTPUT_DIR
-        if self.iter >= self.max_iter:
+        if any(isinstance(hook, StudentHook) and hook.is_done for hook in self._hooks):
             kept = shown(os.path.join(folder, STUDENT_FILE))
             return f"'{kept}' is kept; --resume evaluates it again"
         with contextlib.suppress(ConfigError, OSError):
