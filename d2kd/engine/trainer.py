@@ -30,7 +30,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
-from ..config import validate_solver
+from ..config import stretched, validate_solver
 from ..data.evaluation import CocoEvaluator
 from ..data.loader import build_test_loader, build_train_loader, seed_of, validate_loader_config
 from ..detectors.building import building
@@ -87,7 +87,7 @@ class DistillTrainer(DefaultTrainer):
         logs.follow_program()
         validate_solver(cfg)
         # First of all, because the heads' schedules end with SOLVER.MAX_ITER.
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         validate_loader_config(cfg, comm.get_world_size())
         self.cfg, self._resume = cfg, resume
         seed = seed_for(cfg)
@@ -116,6 +116,23 @@ class DistillTrainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.run = Run(cfg)
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's scaling by ``SOLVER.REFERENCE_WORLD_SIZE``, of heads' schedules too."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg:
+            return cfg
+        own = stretched(cfg, scaled.SOLVER.MAX_ITER)
+        own = {key: value for key, value in own.items() if key.startswith("DISTILL.")}
+        if own:
+            scaled.defrost()
+            scaled.merge_from_list([word for pair in own.items() for word in pair])
+            if cfg.is_frozen():
+                scaled.freeze()
+            words = ", ".join(f"{key} to {value}" for key, value in own.items())
+            logger.info("Scaled by SOLVER.REFERENCE_WORLD_SIZE, as MAX_ITER is: %s", words)
+        return scaled
 
     def _make_loader(self, seed: int, start: int) -> Iterable:
         """The loader of training; of a subclass that overrides it as Detectron2's, without seed."""

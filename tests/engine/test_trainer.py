@@ -15,13 +15,14 @@ from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 
+from d2kd.config import head_schedule
 from d2kd.engine import deliverable
 from d2kd.engine.deliverable import STUDENT_CONFIG
 from d2kd.engine.faults import TrainingError
 from d2kd.engine.train import evaluate, train
 from d2kd.engine.trainer import DistillTrainer
 
-from ..detectors import detector_config
+from ..detectors import detector_config, distiller_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +163,19 @@ def test_each_process_changes_images_in_its_own_way(cfg, monkeypatch):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
         drawn.append(trainer._make_loader(cfg.SEED, start))
     assert drawn[0] == drawn[3] and len(set(sum(drawn, []))) == 6
+
+
+def test_schedules_are_scaled_with_the_training(cfg):
+    """By SOLVER.REFERENCE_WORLD_SIZE, as MAX_ITER is; what is no iteration stays."""
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH = 900, 8, 8
+    cfg = distiller_config(cfg, ["SSIM", "PKD"], "teacher.yaml")
+    cfg.DISTILL.SSIM.SCHEDULE.STOP_ITER, cfg.DISTILL.SSIM.SCHEDULE.STEPS = 800, [600, 700]
+    scaled = DistillTrainer.auto_scale_workers(cfg, 1)
+    assert scaled.SOLVER.MAX_ITER == 7200 and head_schedule(scaled, "PKD").stop == 7200
+    found = head_schedule(scaled, "SSIM")
+    assert (found.start, found.stop, found.steps) == (0, 6400, (4800, 5600))
+    assert scaled.DISTILL.BALANCE.FREEZE_ITER == -1
+    assert DistillTrainer.auto_scale_workers(cfg, 8) is cfg
 
 
 def test_the_students_file_cannot_be_written(cfg, monkeypatch):
