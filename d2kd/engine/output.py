@@ -98,12 +98,16 @@ def check_space(path: str, needed: int) -> None:
         )
 
 
-def lock(path: str) -> None:
+def lock(path: str) -> bool:
     """Make the folder and take its lock, until :func:`unlock` or the end of the process; a
-    ConfigError if another process has it."""
+    ConfigError if another process has it.
+
+    Returns:
+        Whether this process did not have it already.
+    """
     folder = os.path.realpath(path)
     if (folder, os.getpid()) in _held:
-        return
+        return False
     os.makedirs(folder, exist_ok=True)
     file = os.open(os.path.join(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -114,6 +118,7 @@ def lock(path: str) -> None:
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[folder, os.getpid()] = file
+    return True
 
 
 def unlock(path: str) -> None:

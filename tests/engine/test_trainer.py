@@ -16,7 +16,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 
 from d2kd.config import head_schedule
-from d2kd.engine import deliverable
+from d2kd.engine import deliverable, logs, output
 from d2kd.engine.deliverable import STUDENT_CONFIG
 from d2kd.engine.faults import TrainingError
 from d2kd.engine.train import evaluate, train
@@ -204,6 +204,44 @@ def test_one_call_from_python(cfg):
     again = evaluate(cfg)
     assert before == {p.name: p.stat().st_mtime_ns for p in out.iterdir() if p.name in before}
     assert again["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
+
+
+def test_an_evaluation_on_the_way(cfg):
+    """It leaves the folder's lock and the log to the training that it is called from."""
+
+    class Evaluating(HookBase):
+        def after_step(self):
+            own = self.trainer.cfg.clone()
+            own.defrost()
+            own.DATASETS.TEST, own.MODEL.WEIGHTS = ("digits_tiny_val",), weights
+            evaluate(own)
+            assert not output.lock(own.OUTPUT_DIR)
+
+    weights, cfg.SOLVER.MAX_ITER = f"{cfg.OUTPUT_DIR}.pth", 1
+    logs.start()
+    trainer = DistillTrainer(cfg)
+    torch.save({"model": trainer.model.state_dict()}, weights)
+    trainer.register_hooks([Evaluating()])
+    trainer.train()
+    out = Path(cfg.OUTPUT_DIR)
+    assert "distilled: nothing" in (out / "log.txt").read_text()
+    assert not (out / "inference" / "log.txt").exists()
+
+
+def test_an_evaluation_is_held_to_what_is_expected(cfg, monkeypatch):
+    """TEST.EXPECTED_RESULTS, as in Detectron2's train_net.py."""
+    cfg.TEST.EXPECTED_RESULTS, cfg.MODEL.WEIGHTS = (
+        [["bbox", "AP", 30.0, 1.0]],
+        f"{cfg.OUTPUT_DIR}.pth",
+    )
+    torch.save({"model": DistillTrainer.build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    for found in (30.5, 32.0):
+        monkeypatch.setattr(DistillTrainer, "test", lambda *_, ap=found: {"bbox": {"AP": ap}})
+        if found == 30.5:
+            evaluate(cfg)
+        else:
+            with pytest.raises(SystemExit):
+                evaluate(cfg)
 
 
 def test_train_net_is_short_and_does_what_the_command_does():
