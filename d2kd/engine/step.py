@@ -140,9 +140,7 @@ class StepTrainer(TrainerBase):
         self.moments.load_state_dict_of_training(state_dict.get("model", {}))
         if "loss_normalizer" in state_dict:
             self.moments.student.loss_normalizer = state_dict["loss_normalizer"]
-        scaler = state_dict.get(
-            "scaler", state_dict.get("grad_scaler")
-        )  # the latter is Detectron2's
+        scaler = state_dict.get("scaler", state_dict.get("grad_scaler"))  # or Detectron2's
         if self.scaler is not None and scaler:
             self.scaler.load_state_dict(scaler)
 
