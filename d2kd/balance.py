@@ -271,6 +271,7 @@ class Balance:
     ):
         self.options, self.shares, self.weights = options, shares, weights
         self._means: dict[str, _Mean] = {}
+        self._frozen: dict[str, float] = {}
         self._scale = _HALF_SCALE
         self._outweighed = Outweighed()
         self._printed: dict[str, float] = {}
@@ -279,11 +280,12 @@ class Balance:
     def state_dict(self) -> dict[str, Any]:
         """What a training that goes on needs to choose the same weights."""
         means = {name: [mean.log_ratio, mean.count] for name, mean in self._means.items()}
-        return {"means": means, "scale": self._scale}
+        return {"means": means, "scale": self._scale, "frozen": dict(self._frozen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._means = {name: _Mean(*mean) for name, mean in state["means"].items()}
         self._scale = state["scale"]
+        self._frozen = dict(state.get("frozen", {}))
 
     def is_due(self, iteration: int, heads: Iterable[str]) -> bool:
         """Whether to measure in this iteration, in which ``heads`` run: each ``PERIOD``, often in
@@ -292,14 +294,17 @@ class Balance:
         is_regular = iteration % self.options.period == 0
         return is_early or is_regular or not self._means.keys() >= set(heads)
 
-    def factors(self, scheduled: Mapping[str, float]) -> dict[str, float]:
+    def factors(self, iteration: int, scheduled: Mapping[str, float]) -> dict[str, float]:
         """Factor of each head's terms; ``scheduled`` is its ``WEIGHT`` times its schedule, 0 for a
         head at rest."""
         total = sum(self.shares[name] for name, factor in scheduled.items() if factor)
-        return {
-            name: factor * self._multiplier(name, total) if factor else factor
-            for name, factor in scheduled.items()
-        }
+        chosen = {name: self._multiplier(name, total) for name, own in scheduled.items() if own}
+        if 0 < self.options.freeze_iter <= iteration:
+            # Another head that stops, or begins, changes them no more.
+            known = {name: x for name, x in chosen.items() if self._means.get(name, _Mean()).count}
+            self._frozen = known | self._frozen
+            chosen |= self._frozen
+        return {name: own * chosen[name] if own else own for name, own in scheduled.items()}
 
     def _multiplier(self, name: str, total: float) -> float:
         """The chosen weight over ``WEIGHT``."""
@@ -350,7 +355,7 @@ class Balance:
                 self._take(name, iteration, math.hypot(*found.detection), math.hypot(*own))
             heads = {name: heads[name] for name, own in found.heads.items() if not any(own)}
             measured.append(found)
-        self._log(iteration, measured, self.factors(scheduled))
+        self._log(iteration, measured, self.factors(iteration, scheduled))
 
     def _lengths(
         self, detection: Tensor, heads: Mapping[str, Terms], places: Places

@@ -319,3 +319,31 @@ def student_config(cfg: CfgNode) -> CfgNode:
         student.MODEL.META_ARCHITECTURE = student.DISTILL.STUDENT_META_ARCH
     student.freeze()
     return student
+
+
+def head_nodes(cfg: CfgNode) -> dict[str, CfgNode]:
+    """Nodes of the heads that ``cfg`` trains with, by name."""
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        return {}
+    return {node_name(head): cfg.DISTILL[node_name(head)] for head in cfg.DISTILL.HEADS}
+
+
+def stretched(cfg: CfgNode, max_iter: int) -> dict[str, Any]:
+    """Overrides for a training of ``max_iter`` iterations: schedules keep their proportions."""
+    values = {f"SOLVER.{end}": cfg.SOLVER[end] for end in ("STEPS", "WARMUP_ITERS")}
+    freeze = "DISTILL.BALANCE.FREEZE_ITER"
+    for name, node in head_nodes(cfg).items():
+        values[freeze] = cfg.DISTILL.BALANCE.FREEZE_ITER
+        for end in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
+            values[f"DISTILL.{name}.SCHEDULE.{end}"] = node.SCHEDULE[end]
+    factor = max_iter / cfg.SOLVER.MAX_ITER
+    opts: dict[str, Any] = {"SOLVER.MAX_ITER": max_iter}
+    for path, value in values.items():
+        if isinstance(value, int) and value > 0:
+            opts[path] = max(round(factor * value), int(path == freeze))  # 0 would never balance
+        elif isinstance(value, (tuple, list)) and value:
+            opts[path] = type(value)(dict.fromkeys(round(factor * step) for step in value))
+    if "SOLVER.STEPS" in opts:  # Detectron2 refuses those at the end, as short trainings may have
+        steps = opts["SOLVER.STEPS"]
+        opts["SOLVER.STEPS"] = type(steps)(step for step in steps if step < max_iter)
+    return opts

@@ -296,7 +296,7 @@ class Distiller(nn.Module, TrainingMoments):
                 if self.balance.is_due(iteration, found):
                     pyramid, trunk = student.pyramid, self.student.backbone
                     self.balance.measure(iteration, factors, losses, found, pyramid, trunk)
-                factors = self.balance.factors(factors)
+                factors = self.balance.factors(iteration, factors)
             for name, own in found.items():
                 factor = factors[name]
                 for term, loss in own.items():

@@ -133,7 +133,7 @@ def test_a_head_below_the_pyramid_is_measured_at_the_trunk():
     factors = {"A": 1.0, "B": 1.0}
     with EventStorage(0) as storage:
         balance.measure(0, factors, {"loss": pyramid.sum()}, heads, {4: pyramid}, trunk)
-    factors = balance.factors(factors)
+    factors = balance.factors(0, factors)
     assert factors["A"] * 2 == pytest.approx(0.2 / 0.6)
     assert factors["B"] * 7 == pytest.approx(0.2 / 0.6 * 5)
     assert storage.histories()["balance/b/share"].latest() == pytest.approx(0.25)  # of itself and 1
@@ -148,9 +148,9 @@ def test_nothing_to_measure():
     for bad in (loss * 1, loss * math.nan):
         with EventStorage(0):
             balance.measure(0, {"A": 1.0}, {"loss": loss * 1}, {"A": {"": bad}}, {}, frozen)
-        assert balance.factors({"A": 3.0}) == {"A": 3.0}
+        assert balance.factors(0, {"A": 3.0}) == {"A": 3.0}
     measured(balance, 1, {"A": math.nan})
-    assert balance.factors({"A": 3.0}) == {"A": 3.0}
+    assert balance.factors(0, {"A": 3.0}) == {"A": 3.0}
 
 
 def test_float16_is_scaled():
@@ -165,7 +165,7 @@ def test_float16_is_scaled():
             heads = {"A": {"": low.float()[1] * norm}}
             balance.measure(0, {"A": 1.0}, losses, heads, {8: low}, nn.Linear(1, 1))
         assert balance.state_dict()["scale"] == scale
-        assert balance.factors({"A": 1.0})["A"] == pytest.approx(0.2 / 0.8 / 2, rel=1e-2)
+        assert balance.factors(0, {"A": 1.0})["A"] == pytest.approx(0.2 / 0.8 / 2, rel=1e-2)
 
 
 # --- what is chosen -----------------------------------------------------------------------------
@@ -180,13 +180,13 @@ def test_weights_make_the_shares_at_once():
         assert found["balance/a/share"] == pytest.approx(0.3)
         assert found["balance/b/share"] == pytest.approx(0.1)
         assert found["balance/share"] == pytest.approx(0.4)
-        factors = balance.factors({**scheduled, "C": 0.0})
+        factors = balance.factors(0, {**scheduled, "C": 0.0})
         assert factors == {
             "A": pytest.approx(0.3 / 0.6 / 20),
             "B": pytest.approx(0.1 / 0.6 / 0.05),
             "C": 0.0,
         }
-        half = balance.factors({"A": weight / 2, "B": weight})  # in its warm-up
+        half = balance.factors(0, {"A": weight / 2, "B": weight})  # in its warm-up
         assert half["A"] == pytest.approx(factors["A"] / 2) and half["B"] == factors["B"]
 
 
@@ -196,7 +196,7 @@ def test_measurements_are_averaged():
     expected = []
     for i, norm in enumerate((1.0, 4.0, 2.0, 2.0, 32.0, 1e6, 0.0)):
         measured(balance, i, {"A": norm})
-        expected.append(1 / balance.factors({"A": 1.0})["A"])
+        expected.append(1 / balance.factors(0, {"A": 1.0})["A"])
     logs = [math.log2(value) for value in expected]
     assert logs[:5] == pytest.approx([0, 1, 1, 1, 1 + 0.25 * math.log2(10)])
     assert logs[5:] == pytest.approx([1 + 0.5 * math.log2(10)] * 2)
@@ -206,13 +206,16 @@ def test_bound_and_freezing(caplog):
     """The weight stays near WEIGHT, which is said; from FREEZE_ITER on it stays as it is."""
     balance = make({"A": 0.5}, 2.0, bound=10.0)
     measured(balance, 0, {"A": 1e-3}, A=2.0)
-    assert balance.factors({"A": 2.0})["A"] == pytest.approx(20)
-    balance.factors({"A": 2.0})
+    assert balance.factors(0, {"A": 2.0})["A"] == pytest.approx(20)
+    balance.factors(0, {"A": 2.0})
     assert caplog.text.count("DISTILL.A: a WEIGHT of 1e+03 would make the head's share") == 1
     balance = make({"A": 0.5, "B": 0.1}, freeze_iter=2)
     measured(balance, 0, {"A": 4.0})
     found = measured(balance, 2, {"A": 1.0, "B": 2.0})
-    assert balance.factors({"A": 1.0})["A"] == pytest.approx(0.25)
+    again = make({"A": 0.5, "B": 0.1}, freeze_iter=2)
+    again.load_state_dict(balance.state_dict())
+    for one in (balance, again):  # where B stops, too
+        assert one.factors(3, {"A": 1.0, "B": 0.0})["A"] == found["balance/a/weight"]
     assert found["balance/a/weight"] == pytest.approx(0.5 / 0.4 / 4)
     assert found["balance/b/share"] == pytest.approx(0.25 / (1 + 0.5 / 0.4 / 4 + 0.25))
 

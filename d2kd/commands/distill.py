@@ -30,8 +30,8 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..arguments import CommandParser, folder_to_write, positive
-from ..compare.suite import as_list, stretched
-from ..config import student_config
+from ..compare.suite import as_list
+from ..config import stretched, student_config
 from ..config_files import foreign_teacher, merge_overrides
 from ..config_paths import absolute_path
 from ..data.classes import list_of

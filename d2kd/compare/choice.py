@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import stretched
 from ..engine.setup import merged_config
 from ..errors import ConfigError
 from ..files import read_json, write_json, write_text
@@ -26,7 +27,7 @@ from .comparison import Comparison
 from .halving import Pace, fitting_iterations, kept_of, seconds_of, stages
 from .processes import lock_file
 from .report import write_report
-from .suite import Arm, Suite, as_list, check_suite, first_difference, settings_of, stretched
+from .suite import Arm, Suite, as_list, check_suite, first_difference, settings_of
 from .tables import (
     POWER,
     TASKS,

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from ..config import student_config
+from ..config import stretched, student_config
 from ..data.loading import release
 from ..detectors.weights import RANDOM_WEIGHTS, load_teacher_weights
 from ..engine.setup import build_parser, merged_config, read_config
@@ -29,7 +29,6 @@ from .suite import (
     fingerprint,
     first_difference,
     settings_of,
-    stretched,
     uses_teacher,
     weights_of,
 )

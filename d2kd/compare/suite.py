@@ -32,6 +32,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ..config import head_nodes
 from ..config_files import foreign_teacher, read_yaml, resolve_config_file
 from ..config_paths import PATH_KEYS, absolute_path, find_file
 from ..engine.checkpoint import STUDENT_FILE
@@ -41,7 +42,6 @@ from ..errors import ConfigError
 from ..files import shown
 from ..keys import flat_values
 from ..lazy_config import is_lazy
-from ..registry import node_name
 
 PREPARED = ("teacher", "start")  # detectors that are trained once, before the arms
 SUITE_KEYS = ("title", *PREPARED, "baseline", "seeds", "opts", "arms")
@@ -239,31 +239,6 @@ def _seeds(where: str, seeds) -> tuple[int, ...]:
 def as_list(opts: dict) -> list[str]:
     """Overrides as a command line has them."""
     return [str(part) for pair in opts.items() for part in pair]
-
-
-def stretched(cfg: CfgNode, max_iter: int) -> dict:
-    """Overrides for a training of ``max_iter`` iterations: schedules keep their proportions."""
-    values = {f"SOLVER.{key}": cfg.SOLVER[key] for key in ("STEPS", "WARMUP_ITERS")}
-    for name, node in head_nodes(cfg).items():
-        for key in ("START_ITER", "STOP_ITER", "WARMUP_ITERS", "STEPS"):
-            values[f"DISTILL.{name}.SCHEDULE.{key}"] = node.SCHEDULE[key]
-    factor, opts = max_iter / cfg.SOLVER.MAX_ITER, {"SOLVER.MAX_ITER": max_iter}
-    for key, value in values.items():
-        if isinstance(value, int) and value > 0:
-            opts[key] = round(factor * value)
-        elif isinstance(value, (tuple, list)) and value:
-            opts[key] = type(value)(dict.fromkeys(round(factor * step) for step in value))
-    if "SOLVER.STEPS" in opts:  # Detectron2 refuses those at the end, as short trainings may have
-        steps = opts["SOLVER.STEPS"]
-        opts["SOLVER.STEPS"] = type(steps)(step for step in steps if step < max_iter)
-    return opts
-
-
-def head_nodes(cfg: CfgNode) -> dict[str, CfgNode]:
-    """Nodes of the heads that ``cfg`` trains with, by name."""
-    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
-        return {}
-    return {node_name(head): cfg.DISTILL[node_name(head)] for head in cfg.DISTILL.HEADS}
 
 
 def uses_teacher(cfg: CfgNode) -> bool:

@@ -96,12 +96,20 @@ class KeepHook(HookBase):
 
 
 class StudentHook(HookBase):
-    """Writes the student's files when the last step is done, before anything else can fail."""
+    """Writes the student's files when the last step is done, before anything else can fail.
+
+    Attributes:
+        is_done: they are written, by the main process, of this very training.
+    """
+
+    is_done = False
 
     def after_train(self) -> None:
         trainer = self.trainer
-        if trainer.iter >= trainer.max_iter and comm.is_main_process():
-            self.save()
+        if trainer.iter >= trainer.max_iter:
+            if comm.is_main_process():
+                self.save()
+            self.is_done = True
 
     def save(self) -> None:
         save_deliverable(self.trainer.cfg, self.trainer.model)

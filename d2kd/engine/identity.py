@@ -46,6 +46,7 @@ _NO_MATTER = (
     "TEST.",
     "VIS_PERIOD",
 )
+_LAZY_CHECK = (("model", "teacher"), ("dataloader", "test"))
 _CHUNK = 2**22
 
 
@@ -92,6 +93,19 @@ def describe_teacher(cfg: CfgNode, teacher: Teacher) -> dict[str, str]:
         "config_file": cfg.DISTILL.TEACHER.CONFIG_FILE,
         "weights": cfg.DISTILL.TEACHER.WEIGHTS,
         "sha256": fingerprint(teacher.model),
+    }
+
+
+def describe_check(cfg: CfgNode) -> dict[str, Any]:
+    """What the evaluation of a teacher depends on besides its weights, as JSON gives it back."""
+    node = cfg.DISTILL.TEACHER
+    lazy = cfg.get("LAZY", {})  # a LazyConfig says it there
+    return {
+        "opts": [str(part) for part in node.OPTS],
+        "lazy": [str(lazy[a].get(b)) for a, b in _LAZY_CHECK if a in lazy],
+        "precision": node.PRECISION,
+        "input": [cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],
+        "data": {name: describe_dataset(name)["sha256"] for name in cfg.DATASETS.TEST},
     }
 
 

@@ -48,14 +48,17 @@ def follow_program() -> None:
             own.addHandler(handler)
 
 
-def open_file(folder: str) -> None:
+def open_file(folder: str) -> bool:
     """Write the log to ``folder``/log.txt, what was kept since :func:`start` first.
 
     Other processes than the main one write log.txt.rank1, ... Without :func:`start`, the program
-    has set up logging its own way, and nothing is done.
+    has set up logging its own way, and nothing is done; nor where a log is being written.
+
+    Returns:
+        Whether a file was opened, which :func:`close` ends.
     """
-    if not _handlers:
-        return
+    if not _handlers or isinstance(_handlers[0], _LogFile):
+        return False
     (kept,) = _handlers
     rank = comm.get_rank()
     os.makedirs(folder, exist_ok=True)
@@ -66,6 +69,7 @@ def open_file(folder: str) -> None:
     kept.flush()
     close()
     _attach(file)
+    return True
 
 
 def is_written_by_program(path: str) -> bool:

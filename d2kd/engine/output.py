@@ -98,12 +98,16 @@ def check_space(path: str, needed: int) -> None:
         )
 
 
-def lock(path: str) -> None:
+def lock(path: str) -> bool:
     """Make the folder and take its lock, until :func:`unlock` or the end of the process; a
-    ConfigError if another process has it."""
+    ConfigError if another process has it.
+
+    Returns:
+        Whether this process did not have it already.
+    """
     folder = os.path.realpath(path)
     if (folder, os.getpid()) in _held:
-        return
+        return False
     os.makedirs(folder, exist_ok=True)
     file = os.open(os.path.join(folder, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -114,6 +118,7 @@ def lock(path: str) -> None:
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[folder, os.getpid()] = file
+    return True
 
 
 def unlock(path: str) -> None:
@@ -236,14 +241,14 @@ class Run:
         changed = differences(before, identity) if before else []
         if changed:
             record["changes"] = [*record["changes"], {"iteration": start, "changed": changed}]
-        checked_teacher = folder, identity["teacher"], self.cfg.DATASETS.TEST
-        checked = read_teacher_results(*checked_teacher)
+        teacher = folder, self.cfg, identity["teacher"]
+        checked = read_teacher_results(*teacher)
         moved = "" if resumes else set_aside(folder)
         if moved:
             where = shown(folder), shown(moved)
             logger.warning("'%s' held files of another run: they are in '%s' now", *where)
         if checked is not None:
-            write_teacher_results(*checked_teacher, checked)
+            write_teacher_results(*teacher, checked)
         write_json(record, os.path.join(folder, RUN_FILE))
         write_text(self.cfg.dump(), os.path.join(folder, CONFIG_FILE))
         return record
@@ -254,11 +259,11 @@ class Run:
         write_json(self.record, os.path.join(self.folder, RUN_FILE))
 
     def check_teacher(self, teacher: Teacher | None, evaluate: Callable[[Teacher], dict]) -> None:
-        """Evaluate the teacher, if the config asks for it and this very teacher was not yet;
-        ``evaluate`` gives the results on the main process."""
+        """Evaluate the teacher, if the config asks for it and this very teacher was not yet on
+        these images; ``evaluate`` gives the results on the main process."""
         if teacher is None:
             return
-        checked = self.folder, self.record["teacher"], self.cfg.DATASETS.TEST
+        checked = self.folder, self.cfg, self.record["teacher"]
         known = on_main_process(lambda: read_teacher_results(*checked))
         if known is None and self.cfg.DISTILL.TEACHER.CHECK:
             known = evaluate(teacher)

@@ -84,6 +84,8 @@ class _StartHook(HookBase):
         trainer, moments = self.trainer, moments_of(self.trainer.model)
         if trainer.start_iter == 0:
             moments.start_from_weights()
+        elif isinstance(trainer._trainer, StepTrainer):
+            trainer._trainer.tell_rates(trainer.scheduler)
         teacher = moments.teacher
         if teacher is not None:
             run = Run(trainer.cfg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -47,6 +48,8 @@ class StepTrainer(TrainerBase):
         self.model = model.train()
         self.moments = moments_of(model)
         self.optimizer = optimizer
+        self._settings = settings_of(optimizer.param_groups)
+        self._has_new_rates = False
         self.make_loader = make_loader
         self.data_loader = None
         self.precision = precision
@@ -99,6 +102,7 @@ class StepTrainer(TrainerBase):
             **super().state_dict(),
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
+            "settings": self._settings,
             "parameters": self._parameters(),
             "cost": self.cost.state_dict(),
             "model": self.moments.state_dict_of_training(),
@@ -123,18 +127,33 @@ class StepTrainer(TrainerBase):
         check_optimizer(state_dict["optimizer"]["param_groups"], own)
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a state of this class, or of Detectron2's trainers; of the settings of the
+        optimiser, those that the config changed since are the config's."""
         self.check_state(state_dict)
         super().load_state_dict(state_dict)
-        self.seed = state_dict["seed"]
+        self.seed = state_dict.get("seed", self.seed)
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        use_fused_update(self.optimizer)
+        before = state_dict.get("settings") or settings_of(state_dict["optimizer"]["param_groups"])
+        self._has_new_rates = change_settings(self.optimizer, before, self._settings)
         if "cost" in state_dict:
             self.cost.load_state_dict(state_dict["cost"])
         self.moments.load_state_dict_of_training(state_dict.get("model", {}))
         if "loss_normalizer" in state_dict:
             self.moments.student.loss_normalizer = state_dict["loss_normalizer"]
-        if self.scaler is not None and "scaler" in state_dict:
-            self.scaler.load_state_dict(state_dict["scaler"])
+        scaler = state_dict.get("scaler", state_dict.get("grad_scaler"))  # or Detectron2's
+        if self.scaler is not None and scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def tell_rates(self, scheduler: Any) -> None:
+        """Let a scheduler whose state is loaded go on from the learning rates of the config, where
+        those are new."""
+        if not self._has_new_rates:
+            return
+        if hasattr(scheduler, "base_lrs"):
+            groups = scheduler.optimizer.param_groups
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for part in getattr(scheduler, "_schedulers", ()):  # PyTorch's SequentialLR has some
+            self.tell_rates(part)
 
 
 def check_parameters(saved: list | None, own: list) -> None:
@@ -165,6 +184,29 @@ def check_optimizer(saved: list[dict], own: list[dict]) -> None:
 def _optimizer_name(groups: list[dict]) -> str:
     keys = set().union(*groups)
     return "AdamW" if "betas" in keys else "SGD" if "momentum" in keys else "another optimiser"
+
+
+def settings_of(groups: list[dict]) -> list[dict]:
+    """What is set for each group of an optimiser's parameters; "lr" is that before any schedule."""
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
+        | {"lr": group.get("initial_lr", group["lr"])}
+        for group in groups
+    ]
+
+
+def change_settings(optimizer: torch.optim.Optimizer, before: list[dict], now: list[dict]) -> bool:
+    """Change what differs between two :func:`settings_of`, and leave what schedules changed.
+
+    Returns:
+        Whether learning rates did.
+    """
+    for group, was, own in zip(optimizer.param_groups, before, now, strict=True):
+        group |= {k: v for k, v in own.items() if k != "lr" and v != was.get(k)}
+        if own["lr"] != was["lr"]:
+            group["lr"] = group["lr"] * own["lr"] / was["lr"] if was["lr"] else own["lr"]
+            group["initial_lr"] = own["lr"]
+    return any(own["lr"] != was["lr"] for was, own in zip(before, now, strict=True))
 
 
 def use_fused_update(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

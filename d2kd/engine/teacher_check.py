@@ -16,7 +16,7 @@ from ..detectors.foreign import MapsDetector
 from ..detectors.spec import describe_detector
 from ..detectors.teacher import Teacher
 from ..files import null_to_nan, write_json
-from .identity import same_teacher
+from .identity import describe_check, same_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -68,20 +68,25 @@ def check_teacher(cfg: CfgNode, teacher: Teacher, trainer_class: type[DefaultTra
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def write_teacher_results(folder: str, teacher: dict, datasets: list[str], results: dict) -> None:
-    """Keep what :func:`check_teacher` found, with whose it is and on which datasets."""
-    content = {"teacher": teacher, "datasets": list(datasets), "results": results}
+def write_teacher_results(folder: str, cfg: CfgNode, teacher: dict, results: dict) -> None:
+    """Keep what :func:`check_teacher` found, with whose it is and how it was evaluated."""
+    content = {
+        "teacher": teacher,
+        "datasets": list(cfg.DATASETS.TEST),
+        "evaluation": describe_check(cfg),
+        "results": results,
+    }
     write_json(content, os.path.join(folder, TEACHER_RESULTS))
 
 
-def read_teacher_results(
-    folder: str, teacher: dict | None, datasets: list[str]
-) -> dict[str, Any] | None:
-    """What :func:`write_teacher_results` kept of this teacher on these datasets; else None."""
+def read_teacher_results(folder: str, cfg: CfgNode, teacher: dict | None) -> dict[str, Any] | None:
+    """What :func:`write_teacher_results` kept of this teacher, evaluated as ``cfg`` says; else
+    None, as of a version that did not keep how."""
     try:
         with open(os.path.join(folder, TEACHER_RESULTS)) as file:
             found = json.load(file)
-        is_same = same_teacher(found["teacher"], teacher) and found["datasets"] == list(datasets)
-        return null_to_nan(found["results"]) if is_same else None
+        is_same = same_teacher(found["teacher"], teacher)
+        is_known = is_same and found["evaluation"] == describe_check(cfg)
+        return null_to_nan(found["results"]) if is_known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

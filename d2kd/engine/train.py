@@ -6,6 +6,8 @@ import argparse
 import os
 
 from detectron2.config import CfgNode
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
 
 from ..config import student_config
 from ..detectors.building import building
@@ -72,7 +74,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict:
 def evaluate(
     cfg: CfgNode, *, resume: bool = False, trainer_class: type[DistillTrainer] = DistillTrainer
 ) -> dict:
-    """Evaluate the plain student of ``cfg`` on ``DATASETS.TEST``; no teacher is built.
+    """Evaluate the plain student of ``cfg`` on ``DATASETS.TEST``; no teacher is built. Where the
+    results are not ``TEST.EXPECTED_RESULTS``, the program ends, as in Detectron2.
 
     What it writes is in ``OUTPUT_DIR``/inference; the files of a training in the folder stay.
 
@@ -96,19 +99,24 @@ def evaluate(
     AtomicCheckpointer(model).load_weights(weights, complete=True)
     own = os.path.join(folder, output.EVALUATION_FOLDER)
 
-    def claim() -> None:
+    def claim() -> bool:
         output.check_output_dir(folder)
-        output.lock(folder)
+        is_new = output.lock(folder)
         os.makedirs(own, exist_ok=True)
         write_text(cfg.dump(), os.path.join(own, output.CONFIG_FILE))
+        return is_new
 
-    on_main_process(claim)
-    logs.open_file(own)
+    # A training of this process that evaluates on its way keeps its lock and its log.
+    is_new, has_log = on_main_process(claim), logs.open_file(own)
     try:
         results = trainer_class.test(cfg, model)
         content = {"weights": weights, "results": results}
         on_main_process(lambda: write_json(content, os.path.join(own, output.RESULTS_FILE)))
+        if comm.is_main_process():
+            verify_results(cfg, results)
     finally:
-        output.unlock(folder)
-        logs.close()
+        if is_new:
+            output.unlock(folder)
+        if has_log:
+            logs.close()
     return results

@@ -30,9 +30,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 
-from ..config import validate_solver
+from ..config import stretched, validate_solver
 from ..data.evaluation import CocoEvaluator
-from ..data.loader import build_test_loader, build_train_loader, validate_loader_config
+from ..data.loader import build_test_loader, build_train_loader, seed_of, validate_loader_config
 from ..detectors.building import building
 from ..detectors.teacher import Teacher
 from ..errors import ConfigError, first_line
@@ -87,7 +87,7 @@ class DistillTrainer(DefaultTrainer):
         logs.follow_program()
         validate_solver(cfg)
         # First of all, because the heads' schedules end with SOLVER.MAX_ITER.
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         validate_loader_config(cfg, comm.get_world_size())
         self.cfg, self._resume = cfg, resume
         seed = seed_for(cfg)
@@ -117,12 +117,31 @@ class DistillTrainer(DefaultTrainer):
         self.run = Run(cfg)
         self.register_hooks(self.build_hooks())
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's scaling by ``SOLVER.REFERENCE_WORLD_SIZE``, of heads' schedules too."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg:
+            return cfg
+        own = stretched(cfg, scaled.SOLVER.MAX_ITER)
+        own = {key: value for key, value in own.items() if key.startswith("DISTILL.")}
+        if own:
+            scaled.defrost()
+            scaled.merge_from_list([word for pair in own.items() for word in pair])
+            if cfg.is_frozen():
+                scaled.freeze()
+            words = ", ".join(f"{key} to {value}" for key, value in own.items())
+            logger.info("Scaled by SOLVER.REFERENCE_WORLD_SIZE, as MAX_ITER is: %s", words)
+        return scaled
+
     def _make_loader(self, seed: int, start: int) -> Iterable:
         """The loader of training; of a subclass that overrides it as Detectron2's, without seed."""
         if "seed" in inspect.signature(self.build_train_loader).parameters:
             return self.build_train_loader(self.cfg, seed, start)
         if start:
             logger.warning("build_train_loader(cfg) has no 'start': the image order will differ")
+        # Detectron2's loaders take theirs from here: each process changes images in its own way.
+        seed_all_rng(seed_of(seed, start, comm.get_rank()) % 2**31)
         return self.build_train_loader(self.cfg)
 
     @property
@@ -152,6 +171,10 @@ class DistillTrainer(DefaultTrainer):
             moments.start_from_weights()
         resumes, needed = bool(path), self._checkpoint_bytes()
         self.run.claim(moments.teacher, self.start_iter, resumes, needed)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._trainer.tell_rates(self.scheduler)
 
     def _checkpoint_bytes(self) -> int:
         """About the size of a checkpoint: the model, and moments and average of what is trained."""
@@ -250,7 +273,7 @@ class DistillTrainer(DefaultTrainer):
     def _way_on(self) -> str:
         """How a training that ends now can go on, in words."""
         folder = self.cfg.OUTPUT_DIR
-        if self.iter >= self.max_iter:
+        if any(isinstance(hook, StudentHook) and hook.is_done for hook in self._hooks):
             kept = shown(os.path.join(folder, STUDENT_FILE))
             return f"'{kept}' is kept; --resume evaluates it again"
         with contextlib.suppress(ConfigError, OSError):

@@ -21,6 +21,7 @@ from d2kd.compare import command, plots, processes, receipts, tables
 from d2kd.compare import comparison as comparisons
 from d2kd.compare import report as reports
 from d2kd.compare import suite as suites
+from d2kd.config import stretched
 from d2kd.config_paths import SHIPPED
 from d2kd.engine.setup import merged_config
 
@@ -255,17 +256,19 @@ start: {{config: {STUDENT}, opts: {{MODEL.WEIGHTS: "", OUTPUT_DIR: {made}/start}
 def test_stretched_schedules():
     """Steps and schedules of heads keep their share of the training; "to the end" stays that."""
     opts = ["SOLVER.STEPS", "(600, 900)", "SOLVER.MAX_ITER", "1000", "SOLVER.WARMUP_ITERS", "10"]
-    opts += ["DISTILL.MAR.SCHEDULE.WARMUP_ITERS", "200"]
+    opts += ["DISTILL.MAR.SCHEDULE.WARMUP_ITERS", "200", "DISTILL.BALANCE.FREEZE_ITER", "50"]
     cfg = merged_config("digits/retinanet_R18_mar.yaml", opts)
-    assert suites.stretched(cfg, 1500) == {
+    assert stretched(cfg, 1500) == {
         "SOLVER.MAX_ITER": 1500,
         "SOLVER.STEPS": (900, 1350),
         "SOLVER.WARMUP_ITERS": 15,
+        "DISTILL.BALANCE.FREEZE_ITER": 75,
         "DISTILL.MAR.SCHEDULE.WARMUP_ITERS": 300,
     }
+    assert stretched(cfg, 3)["DISTILL.BALANCE.FREEZE_ITER"] == 1  # 0 says something else
     # Steps that coincide are one, and one at the end is none.
     cfg = merged_config("digits/retinanet_R18.yaml", opts[:4])
-    assert [suites.stretched(cfg, n)["SOLVER.STEPS"] for n in (3, 2, 1)] == [(2,), (1,), ()]
+    assert [stretched(cfg, n)["SOLVER.STEPS"] for n in (3, 2, 1)] == [(2,), (1,), ()]
 
 
 def test_settings():

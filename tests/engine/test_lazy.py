@@ -85,6 +85,8 @@ def test_it_goes_on(job):
     assert "DISTILL.SSIM.WEIGHT is 2.0 (was its default)" in changed
     checkpoint = torch.load(out / "model_final.pth", weights_only=False)
     assert checkpoint["trainer"]["iteration"] == 2
+    groups = checkpoint["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.002}
     weights = f"train.init_checkpoint={out / 'student_final.pth'}"
     results = train_net.main(["--config-file", str(file), "--eval-only", *opts, weights])
     assert "AP" in results["bbox"]

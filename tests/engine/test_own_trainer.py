@@ -204,6 +204,23 @@ def test_the_step_is_detectron2s(teacher_files, digits_root, tmp_path):
         assert torch.equal(value, ours[name]), name
 
 
+def test_going_on_from_a_checkpoint_of_detectron2(teacher_files, digits_root, tmp_path):
+    """With its momenta, and with the learning rate of the config where that is another."""
+    cfg = distilled(tmp_path, teacher_files, [], "SOLVER.MAX_ITER", 1, "SOLVER.WARMUP_ITERS", 0)
+    train_plainly(cfg, add_hooks=False)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR = 2, cfg.SOLVER.BASE_LR / 2
+    for base in (Plain, PlainDistill):
+        trainer = base(cfg)
+        add_distillation_hooks(trainer)
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == 1 and len(trainer.optimizer.state)
+        (tmp_path / "out" / "model_final.pth").rename(tmp_path / "final.pth")
+        trainer.train()
+        (tmp_path / "final.pth").rename(tmp_path / "out" / "model_final.pth")
+        rate = trainer.storage.history("lr").latest()
+        assert rate == trainer.scheduler.base_lrs[0] == cfg.SOLVER.BASE_LR
+
+
 def test_prototypes_are_made(teacher_files, digits_root, tmp_path):
     """Global Knowledge's global term is 0 without the call, and the first step says so."""
     heads, loss = ["GlobalKnowledge"], "loss_kd_global_knowledge_global"

@@ -8,17 +8,20 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 
-from d2kd.engine import output
+from d2kd.engine import identity, output
 from d2kd.engine.identity import changed_settings, differences, fingerprint
 from d2kd.engine.teacher_check import read_teacher_results, write_teacher_results
 from d2kd.errors import ConfigError
 from d2kd.files import write_json
 
 from ..detectors import build, detector_config
+from ..golden.training import training_config
 from .children import OUTPUT, content, train, unchanged, write_job
 
 LONGER = ("SOLVER.MAX_ITER", "8")
@@ -341,11 +344,54 @@ def test_fingerprint():
     assert fingerprint(model) != first
 
 
-def test_results_belong_to_a_teacher_and_its_data(tmp_path):
-    """Other weights or other datasets: none. NaN comes back as it was."""
-    results = {"bbox": {"AP": 3.5, "APl": float("nan")}}
-    write_teacher_results(str(tmp_path), {"sha256": "a"}, ["v"], results)
-    found = read_teacher_results(str(tmp_path), {"sha256": "a"}, ("v",))
+RESULTS = {"bbox": {"AP": 3.5, "APl": float("nan")}}
+
+
+def test_results_belong_to_a_teacher(tmp_path):
+    """Of another one, or of a version that did not keep how it was evaluated: none. NaN comes back
+    as it was."""
+    folder, cfg = str(tmp_path), training_config()
+    write_teacher_results(folder, cfg, {"sha256": "a"}, RESULTS)
+    found = read_teacher_results(folder, cfg, {"sha256": "a"})
     assert found["bbox"]["AP"] == 3.5 and found["bbox"]["APl"] != found["bbox"]["APl"]
-    for teacher, datasets in (({"sha256": "b"}, ["v"]), ({"sha256": "a"}, ["w"]), (None, ["v"])):
-        assert read_teacher_results(str(tmp_path), teacher, datasets) is None
+    for teacher in ({"sha256": "b"}, None):
+        assert read_teacher_results(folder, cfg, teacher) is None
+    path = tmp_path / "teacher_results.json"
+    content = json.loads(path.read_text())
+    del content["evaluation"]
+    path.write_text(json.dumps(content))
+    assert read_teacher_results(folder, cfg, {"sha256": "a"}) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("DATASETS.TEST", ("other",)),
+        ("DISTILL.TEACHER.OPTS", ["INPUT.FORMAT", "RGB"]),
+        ("DISTILL.TEACHER.PRECISION", "bf16"),
+        ("INPUT.FORMAT", "RGB"),
+        ("INPUT.MIN_SIZE_TEST", 32),
+        ("INPUT.MAX_SIZE_TEST", 99),
+        "annotations",
+        "LazyConfig",
+    ],
+    ids=lambda change: change[0] if isinstance(change, tuple) else change,
+)
+def test_results_belong_to_an_evaluation(change, tmp_path, monkeypatch):
+    """The same weights read in another way, or on other images, have no results yet."""
+    folder, cfg = str(tmp_path), training_config()
+    cfg.DATASETS.TEST = ("golden",)
+    annotations = tmp_path / "annotations.json"
+    annotations.write_text("{}")
+    metadata = SimpleNamespace(get={"json_file": str(annotations)}.get)
+    monkeypatch.setattr(identity.MetadataCatalog, "get", lambda name: metadata)
+    cfg.LAZY = CfgNode({"model": {"teacher": {"opts": [1]}}, "dataloader": {}})
+    write_teacher_results(folder, cfg, {"sha256": "a"}, RESULTS)
+    assert read_teacher_results(folder, cfg.clone(), {"sha256": "a"})
+    if change == "annotations":
+        annotations.write_text("[]")
+    elif change == "LazyConfig":
+        cfg.LAZY.model.teacher.opts = [2]
+    else:
+        cfg.merge_from_list(change)
+    assert read_teacher_results(folder, cfg, {"sha256": "a"}) is None
