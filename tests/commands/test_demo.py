@@ -91,9 +91,9 @@ def test_what_it_trains_and_says(stages, capsys, tmp_path):
 
 
 def test_several_seeds(stages, capsys):
-    """With several seeds the range of the gains and of the baseline is told."""
-    demo.main(["--output", "out", "--seeds", "1", "3", *DATA])
-    text = "(2 seeds: +12.5 to +12.5; without it 17.0 to 19.0 AP, with it 29.5 to 31.5)"
+    """With several seeds, any ones, the range of the gains and of the baseline is told."""
+    demo.main(["--output", "out", "--seeds", "1", "7", *DATA])
+    text = "(2 seeds: +12.5 to +12.5; without it 17.0 to 23.0 AP, with it 29.5 to 35.5)"
     assert text in capsys.readouterr().out.splitlines()[-3]
 
 

@@ -715,7 +715,9 @@ def test_report(tmp_path, digits_root):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = tmp_path / "alone_0" / "student_final.pth"
     torch.save({"model": build_model(config).state_dict()}, weights)
-    command.main(["--report-only", str(tmp_path)])
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
+    command.main(["--report-only", str(tmp_path), "--import", str(tmp_path / "own.py")])
+    assert (tmp_path / "imported").exists()
     page = (tmp_path / "report.html").read_text()
     assert "+2.3 ± 2.6" in page and page.count("data:image/svg+xml") == 3
     assert page.count("data:image/jpeg") == 1 and "http" not in re.sub(r"base64,[^']*", "", page)
