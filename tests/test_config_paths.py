@@ -157,6 +157,8 @@ def test_paths_start_beside_the_config_too(project, here):
     # The teacher's own weights lie beside the teacher's file.
     cfg.DISTILL.TEACHER.WEIGHTS = ""
     assert teacher_config(cfg).MODEL.WEIGHTS == str(project / "weights/start.pth")
+    cfg.DISTILL.TEACHER.WEIGHTS = f"{project}/weights/teacher.pth?matching_heuristics=True"
+    assert teacher_config(cfg).MODEL.WEIGHTS == cfg.DISTILL.TEACHER.WEIGHTS
 
 
 def test_the_working_directory_comes_first(project, here):

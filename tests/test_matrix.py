@@ -197,6 +197,24 @@ def test_models_without_a_backbone_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("arch", "missing"),
+    [
+        ("retinanet", "anchor_generator"),
+        ("retinanet", "box2box_transform"),
+        ("retinanet", "num_classes"),
+        ("faster", "roi_heads.box_predictor.cls_score"),
+    ],
+)
+def test_what_only_resembles_a_detector_has_a_pyramid(arch, missing):
+    """A user's detector that lacks what d2kd reads of Detectron2's."""
+    model = build(detector_config(arch))
+    holder, _, name = missing.rpartition(".")
+    delattr(model.get_submodule(holder), name)
+    parts = {field.split(".")[0] for field in describe_detector(model, "student").fields}
+    assert parts <= {"pyramid", "rpn"}
+
+
+@pytest.mark.parametrize(
     ("methods", "arch"),
     [(methods_for(arch)[start::3], arch) for arch in ARCHS for start in range(3)],
     ids=str,

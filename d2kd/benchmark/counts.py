@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Operators that start no kernel.
 VIEWS = {
@@ -36,9 +37,12 @@ WAITING = {
     *("_local_scalar_dense", "_unique2", "equal", "masked_select", "nonzero"),
     *("repeat_interleave", "unique_consecutive", "unique_dim"),
 }
+# Operators whose second argument is indices; masks among them must become numbers.
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # Methods of tensors that are no operators on a CPU, and wait on a GPU.
 READING = ("tolist", "numpy", "cpu")
 
+_BACKWARD = "_engine_run_backward"  # PyTorch's function that calls the C++ engine
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -49,7 +53,7 @@ class Counts:
     Attributes:
         operators: that would launch a kernel.
         waits: places of d2kd's own at which the host waits, or would.
-        student_waits: number of those in the student's own forward pass.
+        student_waits: number of those in the student's own forward and backward pass.
     """
 
     operators: int = 0
@@ -67,7 +71,7 @@ class _Count(TorchDispatchMode):
     ) -> Any:
         name = function.overloadpacket.__name__
         self.counts.operators += name not in VIEWS
-        if name in WAITING or (name in ("index", "index_put_") and _by_mask(args[1])):
+        if name in WAITING or (name in INDEXING and _by_mask(args[1])):
             self.wait(name)
         return function(*args, **(kwargs or {}))
 
@@ -82,8 +86,8 @@ def count_operators(
     """Operators of a call of ``step``, its backward pass too, and those that would wait.
 
     Args:
-        student: whose forward pass within ``step`` waits on its own account.
-        may_wait: parts of names of functions whose waits are not counted.
+        student: whose passes within ``step`` wait on their own account.
+        may_wait: words of names of functions, e.g. "nms", whose waits are not counted.
     """
     counts = Counts()
     with contextlib.ExitStack() as stack:
@@ -104,7 +108,8 @@ def count_waits(
     with _waits(counts, student, may_wait) as wait, warnings.catch_warnings():
 
         def take_down(message: Any, *_: Any, **__: Any) -> None:
-            if "synchron" in str(message):
+            # Not the one that says, once, that this mode is a prototype.
+            if "called a synchronizing" in str(message):
                 wait("wait")
 
         warnings.simplefilter("always")
@@ -121,26 +126,45 @@ def count_waits(
 def _waits(
     counts: Counts, student: nn.Module, may_wait: tuple[str, ...]
 ) -> Iterator[Callable[[str], None]]:
-    """A function that takes down a wait by its name, unless a function that may is under way."""
-    depth = 0
+    """A function that takes down a wait by its name, unless a function that may is under way.
+
+    After each forward pass of the student, its own backward pass is made once more than the step
+    needs: a GPU reports the waits of a backward pass without their places, so those of the student
+    can only be taken off by their number.
+    """
+    depth = own_backward = 0
 
     def enter(*_: Any) -> None:
         nonlocal depth
         depth += 1
 
-    def leave(*_: Any) -> None:
-        nonlocal depth
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal depth, own_backward
+        operators, waits = counts.operators, counts.student_waits
+        _backward(student, output)
+        counts.operators = operators
+        own_backward += counts.student_waits - waits
         depth -= 1
 
     def wait(name: str) -> None:
+        nonlocal own_backward
         if depth:
             counts.student_waits += 1
             return
-        stack = traceback.extract_stack()
-        if not any(words in frame.name for frame in stack for words in may_wait):
-            own = [f for f in stack if f.filename.startswith(_PACKAGE) and f.filename != __file__]
-            place = own[-1].filename.removeprefix(_PACKAGE) if own else ""
-            counts.waits.append(f"{name} at {place}:{own[-1].lineno}" if own else name)
+        stack = [f for f in traceback.extract_stack() if f.filename != __file__]
+        names = [frame.name for frame in stack]
+        if any(f"_{words}_" in f"_{called}_" for called in names for words in may_wait):
+            return
+        # A place in a backward pass is a function that the engine calls, not what calls the engine.
+        engine = len(names) - names[::-1].index(_BACKWARD) if _BACKWARD in names else 0
+        own = [frame for frame in stack[engine:] if frame.filename.startswith(_PACKAGE)]
+        if own:
+            place = own[-1].filename.removeprefix(_PACKAGE)
+            counts.waits.append(f"{name} at {place}:{own[-1].lineno}")
+        elif engine and own_backward:
+            own_backward -= 1
+        else:
+            counts.waits.append(f"{name} in the backward pass" if engine else name)
 
     hooks = [student.register_forward_pre_hook(enter), student.register_forward_hook(leave)]
     try:
@@ -148,6 +172,15 @@ def _waits(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _backward(model: nn.Module, losses: Any) -> None:
+    """The backward pass of what ``model`` returned; graph and gradients stay as they are."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = (leaf for leaf in tree_leaves(losses) if isinstance(leaf, Tensor))
+    terms = [loss.sum() for loss in found if loss.requires_grad]
+    if parameters and terms:
+        torch.autograd.grad(sum(terms), parameters, retain_graph=True, allow_unused=True)
 
 
 def _waiting(name: str, wait: Callable[[str], None]) -> Callable[..., Any]:

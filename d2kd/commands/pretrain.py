@@ -79,8 +79,10 @@ def pretrain(cfg: CfgNode, steps: int, batch: int, crop: int, seed: int) -> dict
     classifier.to(cfg.MODEL.DEVICE)
     parameters = [*backbone.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    # A fifth of the steps, but not none: the schedule divides by how many they are.
+    rise = min(max(0.2, 2 / steps), 0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=steps, pct_start=0.2
+        optimizer, 2e-3, total_steps=steps, pct_start=rise
     )
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(cfg.MODEL.PIXEL_STD).view(1, 3, 1, 1)
@@ -153,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output or cfg.MODEL.WEIGHTS
     if not output.endswith(".pth"):
         raise ConfigError(f"--output: a .pth file, not '{output}'")
+    if args.batch < 2:
+        raise ConfigError("--batch: at least 2 crops per step, a digit and a background")
     for path in (output, *(args.grow or ())[1:]):
         check_folder(os.path.dirname(path) or ".")
     if not cfg.DATASETS.TRAIN:

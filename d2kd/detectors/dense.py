@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from ..registry import DETECTOR_PART_REGISTRY
 from .bundle import DenseView, lazy
 from .part import DetectorPart, StudentStep, TeacherStep, by_stride
-from .spec import DetectorSpec, Facts, strides_of
+from .spec import DetectorSpec, Facts, has_all, strides_of
 
 # Branch of a dense head -> names of its tower of convolutions and of the one that predicts.
 _BRANCHES = {"cls": ("cls_subnet", "cls_score"), "box": ("bbox_subnet", "bbox_pred")}
+
+# Of a RetinaNet or FCOS, beyond the head.
+_ATTRIBUTES = ("head_in_features", "num_classes", "anchor_generator", "box2box_transform")
 
 
 @DETECTOR_PART_REGISTRY.register()
@@ -29,7 +32,7 @@ class DensePart(DetectorPart):
     )
 
     def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
-        if not (hasattr(model, "head") and hasattr(model, "head_in_features")):
+        if not has_all(model, "head", *_ATTRIBUTES):
             return Facts()
         dense: Any = model
         fields = {"dense.logits", "dense.deltas", "dense.anchors"}

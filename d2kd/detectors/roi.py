@@ -12,7 +12,7 @@ from ..numerics import image_index
 from ..registry import DETECTOR_PART_REGISTRY
 from .bundle import RoIView, lazy
 from .part import DetectorPart, StudentStep, TeacherStep
-from .spec import DetectorSpec, Facts, fields_on_student_boxes, strides_of
+from .spec import DetectorSpec, Facts, fields_on_student_boxes, has_all, strides_of
 from .student_boxes import pool_for_own_head, pool_like_student, pooled_boxes, pooling_taps
 
 
@@ -34,8 +34,7 @@ class RoIPart(DetectorPart):
     optional = ("features", "hidden", "logits", "deltas")
 
     def describe(self, model: nn.Module, student: DetectorSpec | None) -> Facts:
-        has_boxes = hasattr(getattr(model, "roi_heads", None), "box_pooler")
-        own = _describe_roi_heads(model) if has_boxes else Facts()
+        own = _describe_roi_heads(model) if hasattr(model, "roi_heads") else Facts()
         if student is None:
             return own
         fields = fields_on_student_boxes(self.name, own.fields, model, student.roi_strides)
@@ -57,10 +56,15 @@ class RoIPart(DetectorPart):
 
 def _describe_roi_heads(model: Any) -> Facts:
     roi_heads = model.roi_heads
+    classes = {"num_classes": getattr(roi_heads, "num_classes", None)}
+    if not has_all(roi_heads, "box_pooler", "box_in_features", "box_head", "box_predictor"):
+        return Facts((), classes)  # a C4 detector, whose RoIs go through a stage of its backbone
     stages = box_stages(roi_heads)
     predictor = stages[0][2]
+    if not has_all(predictor, "cls_score.in_features", "box2box_transform.weights"):
+        return Facts((), classes)
     sizes = {
-        "num_classes": roi_heads.num_classes,
+        **classes,
         "roi_strides": strides_of(model, roi_heads.box_in_features),
         "roi_resolution": roi_heads.box_pooler.output_size[0],
         "num_stages": len(stages),

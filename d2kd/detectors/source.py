@@ -126,7 +126,7 @@ def find_teacher_weights(node: CfgNode, own: str) -> str:
             f"'{node.CONFIG_FILE}' (or to '{RANDOM_WEIGHTS}' for a test without any)"
         )
     is_local = "://" not in weights and weights != RANDOM_WEIGHTS
-    if is_local and not PathManager.isfile(weights):
+    if is_local and not PathManager.isfile(weights.partition("?")[0]):
         near = similar_files(weights)
         raise ConfigError(
             f"DISTILL.TEACHER.WEIGHTS: no file '{weights}'" + (f"; there is {near}" if near else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -140,6 +141,15 @@ def describe_detector(
 
 
 # --- reading a detector's build -----------------------------------------------------------------
+
+
+def has_all(module: object, *paths: str) -> bool:
+    """Whether there is something at each dotted path of attributes."""
+    try:
+        operator.attrgetter(*paths)(module)
+    except AttributeError:
+        return False
+    return True
 
 
 def _output_shape(model: nn.Module) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from torch import nn
 from ..arguments import CommandParser, positive
 from ..compare.pictures import pick_records
 from ..config import student_config
+from ..config_files import read_yaml
 from ..data.custom import check_datasets
 from ..data.model_classes import trained_classes
 from ..detectors.foreign import MapsDetector
@@ -132,8 +133,13 @@ class Export:
                     call = functools.partial(detect, model.to(device), [{"image": canvas}])
                     models[name] = call, megabytes(model)
             for name, (path, home) in self.files.items():
-                if device == home or (name == "student.onnx" and onnx_has_cuda()):
+                if device != home and not (name == "student.onnx" and onnx_has_cuda()):
+                    continue
+                try:
                     run = functools.partial(ExportedDetector(path, device).run, canvas)
+                except ConfigError as error:
+                    print(f"{name} is not timed on {device}: {error}")
+                else:
                     models[name] = run, os.path.getsize(path) / 1e6
             rows += measure(models, device, repeats)
         return rows
@@ -173,7 +179,8 @@ def megabytes(model: nn.Module) -> float:
 def load_student(cfg: CfgNode) -> nn.Module:
     """The student of ``cfg`` with its weights, on the CPU, in evaluation."""
     weights = cfg.MODEL.WEIGHTS
-    if "://" not in weights and not os.path.isfile(weights):
+    # What follows a "?" is Detectron2's.
+    if "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
         raise ConfigError(f"no file '{weights}': name the student's weights as MODEL.WEIGHTS")
     model = build_model(without_start(student_config(cfg))).eval()
     AtomicCheckpointer(model).load_weights(weights, complete=True)
@@ -250,6 +257,9 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     path = os.path.join(args.folder, CONFIG_FILE)
     if not os.path.isfile(path):
         raise ConfigError(f"'{args.folder}' is no output folder of a training: no {CONFIG_FILE}")
+    _, lines = read_yaml(path)
+    if "LAZY" in lines:
+        raise ConfigError(f"'{args.folder}' is of a LazyConfig; students of YAML can be exported")
     weights = os.path.join(args.folder, STUDENT_FILE)
     own = ["OUTPUT_DIR", args.folder, "MODEL.WEIGHTS", weights]
     return merged_config(path, [*own, *args.opts])

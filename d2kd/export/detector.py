@@ -96,13 +96,16 @@ def _load_onnx(path: str, device: str) -> tuple[Run, str]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    on_gpu = torch.device(device).type == "cuda"
+    provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
         raise ConfigError(f"this onnxruntime has no {provider}; onnxruntime-gpu has")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
     except Exception as error:
         raise ConfigError(f"'{path}' is no ONNX graph: {first_line(error)}") from error
+    if provider not in session.get_providers():  # without CUDA's libraries it takes the CPU
+        raise ConfigError(f"onnxruntime cannot use the GPU here: its {provider} does not start")
 
     def run(canvas: Tensor) -> tuple[Tensor, ...]:
         found = session.run(None, {"image": canvas.cpu().numpy()})

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.export import TracingAdapter
+from detectron2.structures import Instances
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ from ..errors import ConfigError
 from ..files import write_atomically
 
 METADATA = "d2kd.json"  # the name of the interface in a file
+# Predictions of a detector that a file holds.
+KEPT = {"pred_boxes", "pred_classes", "pred_masks"}
 # The first opset whose RoIAlign has Detectron2's alignment.
 OPSET = 16
 
@@ -92,10 +95,7 @@ class Interface:
 
 def detect(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
     """The outputs of the graph, by eager ``model``, for the one image of ``inputs``."""
-    if hasattr(model, "roi_heads"):
-        found = model.inference(inputs, do_postprocess=False)[0]
-    else:
-        found = model(inputs)[0]["instances"]
+    found = _instances(model, inputs)
     outputs = {"classes": found.pred_classes, "scores": found.scores}
     outputs["boxes"] = found.pred_boxes.tensor
     if found.has("pred_masks"):
@@ -103,21 +103,34 @@ def detect(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
     return outputs
 
 
+def _instances(model: nn.Module, inputs: list[dict]) -> Instances:
+    """What ``model`` finds in the image of ``inputs``, in pixels of the canvas."""
+    if hasattr(model, "roi_heads"):
+        return model.inference(inputs, do_postprocess=False)[0]
+    return model(inputs)[0]["instances"]
+
+
 def traceable(model: nn.Module, canvas: Tensor) -> TracingAdapter:
     """``model`` as a module from a tensor to a tuple of tensors, in the order of their names.
 
     Raises:
-        ConfigError: the model cannot be given a single image, or finds something else than boxes.
+        ConfigError: the model cannot be given a single image, or finds what a file cannot hold.
     """
     # Its own mode counts, too: torch.onnx.export sets all modules to it afterwards.
     adapter = TracingAdapter(model, [{"image": canvas}], detect).eval()
+    name = type(model).__name__
     try:
         adapter(canvas)
+        fields = _instances(model, [{"image": canvas}]).get_fields()
     except Exception as error:
-        name = type(model).__name__
         raise ConfigError(
             f"a {name} cannot be exported: {type(error).__name__}: {error}"
         ) from error
+    if lost := ", ".join(sorted(f for f in fields if f.startswith("pred_") and f not in KEPT)):
+        raise ConfigError(
+            f"a {name} cannot be exported: {lost} would be lost; a file holds boxes, classes, "
+            "scores and masks"
+        )
     return adapter
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from d2kd import DISTILL_HEAD_REGISTRY, ConfigError, cli
 from d2kd.benchmark import command as benchmark
 from d2kd.benchmark import selection, steps
 from d2kd.benchmark import tables as report
-from d2kd.benchmark.counts import count_operators
+from d2kd.benchmark.counts import count_operators, count_waits
 from d2kd.commands import prototypes
 from d2kd.detectors.bundle import FeatureBundle
 from d2kd.detectors.roi import box_stages
@@ -327,6 +329,58 @@ def test_waits_have_a_place():
     assert count_operators(lambda: student(torch.ones(1, 2)), student).student_waits == 1
     handle.remove()
     assert torch.ones(1).tolist() == [1.0]
+
+
+class Masked(torch.nn.Linear):
+    """A student whose backward pass waits: it indexes by a mask, as RetinaNet does."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": super().forward(x)[x > 0].sum()}
+
+
+def test_waits_of_a_backward_pass():
+    """The student's own are not d2kd's, those that a head adds are; gradients stay."""
+    student, x = Masked(2, 2), torch.ones(1, 2)
+    torch.nn.init.ones_(student.weight)
+
+    def step(extra: bool) -> None:
+        loss = student(x)["loss"]
+        (loss + student.weight[:, x[0] > 0].sum() if extra else loss).backward()
+
+    alone, full = (count_operators(functools.partial(step, extra), student) for extra in (0, 1))
+    assert alone.waits == [] and alone.student_waits == full.student_waits == 2
+    assert full.waits == ["index", "index_put in the backward pass"]
+    assert alone.operators < full.operators and (student.bias.grad == 2).all()  # of two steps
+
+
+def test_waits_that_cuda_reports(monkeypatch):
+    """As warnings: each counts but the student's and those that may be; not what is said of the
+    mode itself."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: report(mode))
+    student, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+
+    def report(message: object = None) -> None:
+        mode = "Synchronization debug mode is a prototype feature"
+        warnings.warn(mode if message else "called a synchronizing CUDA operation", stacklevel=1)
+
+    def nms() -> None:
+        report()
+
+    def tap(*found: torch.Tensor) -> None:
+        report()
+        found[-1].register_hook(lambda _: report())
+
+    def step() -> None:
+        loss, head = student(x).sum(), student.weight.sum()
+        head.register_hook(lambda _: report())
+        report()
+        nms()
+        (loss + head).backward()
+
+    student.register_forward_hook(tap)
+    counts = count_waits(step, student, may_wait=("nms",))
+    assert counts.waits == ["wait", "wait in the backward pass"] and counts.student_waits == 2
 
 
 @pytest.mark.parametrize(

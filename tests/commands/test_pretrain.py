@@ -38,7 +38,7 @@ def test_growing_keeps_the_function():
 
 
 def test_pretraining_writes_both_files(tmp_path, digits_root, monkeypatch):
-    """One step on digits_tiny writes weights by the detector's names, for both depths."""
+    """Five steps on digits_tiny write weights by the detector's names, for both depths."""
     configs = {}
     for depth in (18, 34):
         cfg = detector_config(depth=depth, num_classes=10)
@@ -46,9 +46,11 @@ def test_pretraining_writes_both_files(tmp_path, digits_root, monkeypatch):
         configs[depth] = tmp_path / f"R{depth}.yaml"
         configs[depth].write_text(cfg.dump())
     files = [tmp_path / "small.pth", tmp_path / "large.pth"]
-    arguments = ["--config-file", str(configs[18]), "--output", str(files[0]), "--steps", "2"]
-    arguments += ["--batch", "8", "--crop", "16", "--grow", str(configs[34]), str(files[1])]
-    pretrain.main(arguments)
+    arguments = ["--config-file", str(configs[18]), "--output", str(files[0]), "--steps", "5"]
+    arguments += ["--batch", "2", "--crop", "16", "--grow", str(configs[34]), str(files[1])]
+    pretrain.main(arguments)  # five steps: a fifth of them is one
+    with pytest.raises(ConfigError, match="--batch: at least 2 crops"):
+        pretrain.main([*arguments, "--batch", "1"])
     small, large = (torch.load(file)["model"] for file in files)
     assert all(name.startswith("backbone.bottom_up.") for name in large)
     assert set(small) < set(large)

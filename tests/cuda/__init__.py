@@ -8,6 +8,6 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 NEEDS_GPU = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU and D2KD_TEST_GPU=1")
 
-# Parts of names of functions that may wait: non-maximum suppression decides how many boxes are
+# Words of names of functions that may wait: non-maximum suppression decides how many boxes are
 # left.
 MAY_WAIT = ("nms",)

@@ -60,11 +60,15 @@ def test_always_in_eval_without_gradients(teacher_files):
 
 def test_the_check_leaves_the_teacher_in_eval(job_config, tmp_path):
     """DISTILL.TEACHER.CHECK evaluates, and leaves batch norm as it was; a teacher of other classes
-    than the dataset's is not evaluated."""
-    for classes, checked in ((10, True), (3, False)):
+    than the dataset's is not evaluated, be it a C4 detector, of which no RoIs can be read."""
+    c4 = detector_config()
+    c4.MODEL.BACKBONE.NAME, c4.MODEL.ROI_HEADS.NAME = "build_resnet_backbone", "Res5ROIHeads"
+    c4.MODEL.RESNETS.OUT_FEATURES = c4.MODEL.RPN.IN_FEATURES = ["res4"]
+    c4.MODEL.ROI_HEADS.IN_FEATURES, c4.MODEL.ANCHOR_GENERATOR.SIZES = ["res4"], [[16]]
+    for model, checked in ((detector_config(num_classes=10), True), (c4, False)):
         cfg = job_config.clone()
         cfg.OUTPUT_DIR = str(tmp_path)
-        teacher = Teacher(build(detector_config(num_classes=classes)))
+        teacher = Teacher(build(model))
         assert bool(check_teacher(cfg, teacher, DistillTrainer)) == checked
         assert not any(module.training for module in teacher.model.modules())
     names = tuple(map(str, range(10)))

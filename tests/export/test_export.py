@@ -17,11 +17,13 @@ from torch import nn
 
 import d2kd
 from d2kd import ConfigError, ExportedDetector, student_config
-from d2kd.export.command import Export, load_teacher, main
-from d2kd.export.graph import Interface
+from d2kd.export import command
+from d2kd.export.command import Export, load_student, load_teacher, main
+from d2kd.export.graph import Interface, traceable
 from d2kd.export.parity import Parity, compare
 
 from ..detectors import build, detector_config, distiller_config, write_config
+from ..detectors.test_parts import keypoint_config
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
 NEEDS_ONNX = pytest.mark.skipif(not HAS_ONNX, reason="onnx or onnxruntime is not installed")
@@ -111,6 +113,23 @@ def test_a_torchscript_runs_where_it_was_made(exported):
     if path.endswith(".ts"):
         with pytest.raises(ConfigError, match="was exported for cpu, not for cuda"):
             ExportedDetector(path, "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_that_onnxruntime_cannot_use(exported, monkeypatch, capsys):
+    """An onnxruntime with CUDA, on a machine without its libraries, would take the CPU: it is said,
+    and not timed."""
+    _, export, path = exported
+    if path.endswith(".ts"):
+        pytest.skip("of ONNX")
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: both)
+    with pytest.raises(ConfigError, match="onnxruntime cannot use the GPU here"):
+        ExportedDetector(path, "cuda:0")
+    monkeypatch.setattr(export, "files", {"student.onnx": (path, "elsewhere")})
+    monkeypatch.setattr(command, "ExportedDetector", lambda *_: ExportedDetector(path, "cuda"))
+    assert [row.model for row in export.measure(None, 1)] == ["student"]
+    assert "student.onnx is not timed on cpu: onnxruntime cannot use" in capsys.readouterr().out
 
 
 def test_a_file_is_used_as_a_predictor(exported):
@@ -247,13 +266,32 @@ def test_a_teacher_that_only_gives_maps_is_not_timed(digits_root, capsys):
     assert "it gives maps" in maps and "'gone.yaml' is neither a file" in gone
 
 
+def test_predictions_that_a_file_cannot_hold():
+    """A Keypoint R-CNN is refused: its keypoints would be lost without a word."""
+    model = build(keypoint_config()).eval()
+    with pytest.raises(ConfigError, match="pred_keypoint_heatmaps, pred_keypoints would be lost"):
+        traceable(model, torch.zeros(3, 64, 64))
+
+
+def test_weights_with_detectron2s_query(tmp_path):
+    """A "?matching_heuristics=True" after the name of a file is none of its name."""
+    cfg = student("faster")
+    model = build(cfg, 1)
+    cfg.MODEL.WEIGHTS = save(model, tmp_path / "weights.pth") + "?matching_heuristics=True"
+    found = load_student(cfg).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+
+
 def test_mistakes(tmp_path, digits_root):
     """Each is one line, and nothing is written."""
     config = write_config(student_config(student("faster")), tmp_path / "config.yaml")
     output = ["--output", str(tmp_path / "out"), "--formats", "torchscript"]
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy/config.yaml").write_text("LAZY: {model: {}}")
     for words, message in (
         ([], "name the output folder of a training, or a --config-file"),
         ([str(tmp_path / "run")], "is no output folder of a training: no config.yaml"),
+        ([str(tmp_path / "lazy")], "is of a LazyConfig; students of YAML can be exported"),
         (["--config-file", config], "no file '': name the student's weights as MODEL.WEIGHTS"),
         (["--config-file", config, "--images", "no.jpg"], "--images: no file 'no.jpg'"),
         (["--config-file", config, "DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
