@@ -303,9 +303,9 @@ class DSIG(DistillHead):
         """Outputs of a dense pair: classes of the anchors in use, boxes of the foreground."""
         terms = {}
         if "class" in self.weights:
-            logits = pick_classes(pair.logits, self.softmax_classes, 2)
+            mine, theirs = pick_classes(pair.logits, self.softmax_classes, 2)
             terms["class"] = losses.class_logit_loss(
-                *logits, pair.valid, temperature=self.options.class_temperature, dim=2
+                mine, theirs, pair.valid, temperature=self.options.class_temperature, dim=2
             )
         if "box" in self.weights:
             units = pair.student.delta_weights, pair.teacher.delta_weights

@@ -308,9 +308,9 @@ class GlobalKnowledge(DistillHead):
         maps = (bundle.dense.logit_maps for bundle in (student, teacher))
         joined = (join_levels(m, list(m), self.num_classes) for m in maps)
         logits = [at_anchors(x, picked.index).flatten(0, 1) for x in joined]
-        logits = pick_classes(logits, self.softmax_classes, 1)
+        mine, theirs = pick_classes(logits, self.softmax_classes, 1)
         temperature = self.options.soft_labels.temperature
-        return losses.soft_label_loss(*logits, weights, picked.valid.flatten(), temperature)
+        return losses.soft_label_loss(mine, theirs, weights, picked.valid.flatten(), temperature)
 
 
 def _soft_label_need(
