@@ -480,7 +480,7 @@ def test_equal_time_counts(pair, monkeypatch):
     world.time_gain = 2.0
     verdict = choice(pair, weights=["1"]).run()
     assert verdict.winner == "PKD" and not verdict.beats
-    assert verdict.text.startswith("NO GAIN: PKD, the best of 10, has ")
+    assert verdict.text.startswith("NO GAIN: PKD, the best of 5, has ")
     assert "3 seeds would detect" in verdict.text
     assert Path("out/winner.yaml").read_text().startswith("# NO GAIN: PKD")
 

@@ -263,7 +263,7 @@ VERBS = {
     "check {config} --sheet sheet.xyz": "--sheet: 'sheet.xyz' must end in .jpg or .jpeg or .png",
     "check {config} --sheet images.jpg/": "--sheet: .*must end in .jpg",
     "check {config} --sheet file/sheet.jpg": "--sheet: 'file/sheet.jpg': 'file' is not a folder",
-    "check {config} DATASETS.TRAIN ()": "DATASETS.TRAIN is empty",
+    "check {config} DATASETS.TRAIN () DATASETS.TEST ()": "TRAIN and DATASETS.TEST are empty",
     "check {config} DATASETS.TRAIN ('nowhere',)": "no dataset 'nowhere'",
     "check {config} --import gone.py": "--import: no file 'gone.py'",
     "check {config} --sheet '' {coco:negative}": "boxes have a negative width or height",
