@@ -60,9 +60,8 @@ def markdown(data: dict[str, Any]) -> str:
         row = [head]
         for name in names:
             values = [run[head][name] for run in runs if name in run[head]]
-            row.append(
-                f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
-            )
+            ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            row.append(f"{np.mean(values):.2f}{ends}" if values else "-")
         rows.append(row)
     headers = ["head", *(name.replace("cosine_", "cosine with ") for name in names)]
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)

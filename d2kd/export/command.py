@@ -21,7 +21,6 @@ from dataclasses import asdict
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
@@ -32,6 +31,7 @@ from ..compare.pictures import pick_records
 from ..config import student_config
 from ..config_files import read_yaml
 from ..data.custom import check_datasets
+from ..data.image_files import load_image
 from ..data.model_classes import trained_classes
 from ..detectors.foreign import MapsDetector
 from ..detectors.teacher import Teacher
@@ -81,7 +81,7 @@ class Export:
         cfg.MODEL.DEVICE = "cpu"
         check_output_dir(self.output)
         files, classes = images_and_classes(cfg, images)
-        pictures = [read_image(name, cfg.INPUT.FORMAT) for name in files]
+        pictures = [load_image(name, cfg.INPUT.FORMAT) for name in files]
         self.student = load_student(cfg)
         blank = torch.zeros(3, *(size or canvas_size(cfg, pictures)))
         padding = self.student.pixel_mean.flatten().tolist()
@@ -161,7 +161,7 @@ class Export:
 
 def _detect_in_files(detector: ExportedDetector, inputs: list[dict]) -> list[dict]:
     """Detections in the image files that Detectron2's evaluation names."""
-    return [detector(read_image(item["file_name"], "BGR")) for item in inputs]
+    return [detector(load_image(item["file_name"], "BGR")) for item in inputs]
 
 
 def onnx_has_cuda() -> bool:

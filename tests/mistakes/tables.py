@@ -301,6 +301,7 @@ VERBS = {
     "export {config} --size 0 5": "'0' must be a whole number of at least 1",
     "export --formats torchscript {config} MODEL.WEIGHTS gone.pth": "gone.pth",
     "export {config} --images gone.jpg --formats torchscript": "gone.jpg",
+    "export {config} --images file --formats torchscript": "image file cannot be read",
     "export --formats torchscript {config} --output file": "file",
     "compare": "one of the arguments --suite --configs --report-only is required",
     "compare --suite gone.yaml": "--suite: 'gone.yaml' is neither a file nor",
