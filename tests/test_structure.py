@@ -147,4 +147,4 @@ def test_the_package_does_not_grow_unseen():
     """A larger bound is a decision: most of the package is not methods but data, commands and
     comparisons, and what could go again is easily overlooked."""
     lines = sum(len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py"))
-    assert lines <= 31_200
+    assert lines <= 31_120
