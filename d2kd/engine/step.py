@@ -48,7 +48,7 @@ class StepTrainer(TrainerBase):
         self.model = model.train()
         self.moments = moments_of(model)
         self.optimizer = optimizer
-        self._settings = settings_of(optimizer.param_groups)
+        self._settings = group_settings(optimizer.param_groups)
         self._has_new_rates = False
         self.make_loader = make_loader
         self.data_loader = None
@@ -133,7 +133,8 @@ class StepTrainer(TrainerBase):
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        before = state_dict.get("settings") or settings_of(state_dict["optimizer"]["param_groups"])
+        saved = state_dict["optimizer"]["param_groups"]
+        before = state_dict.get("settings") or group_settings(saved)
         self._has_new_rates = change_settings(self.optimizer, before, self._settings)
         if "cost" in state_dict:
             self.cost.load_state_dict(state_dict["cost"])
@@ -186,7 +187,7 @@ def _optimizer_name(groups: list[dict]) -> str:
     return "AdamW" if "betas" in keys else "SGD" if "momentum" in keys else "another optimiser"
 
 
-def settings_of(groups: list[dict]) -> list[dict]:
+def group_settings(groups: list[dict]) -> list[dict]:
     """What is set for each group of an optimiser's parameters; "lr" is that before any schedule."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "initial_lr")}
@@ -196,7 +197,7 @@ def settings_of(groups: list[dict]) -> list[dict]:
 
 
 def change_settings(optimizer: torch.optim.Optimizer, before: list[dict], now: list[dict]) -> bool:
-    """Change what differs between two :func:`settings_of`, and leave what schedules changed.
+    """Change what differs between two :func:`group_settings`, and leave what schedules changed.
 
     Returns:
         Whether learning rates did.
