@@ -58,6 +58,7 @@ def test_pretraining_writes_both_files(tmp_path, digits_root, monkeypatch):
 
 def test_light_backbones_are_pretrained_too(digits_root):
     """One step on a model of timm gives the weights of the detector's backbone, by their names."""
+    pytest.importorskip("timm", reason="needs timm (the extra 'timm')")
     cfg = detector_config("retinanet")
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_timm_fpn_backbone"
     cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.PRETRAINED = "mobilenetv2_100", False

@@ -184,6 +184,17 @@ def test_strides_and_anchors_of_a_config(arch, strides, anchors):
     assert len(anchor_shapes(cfg)) == anchors
 
 
+def test_strides_need_no_weights():
+    """A light backbone's ImageNet weights are neither looked for nor read."""
+    pytest.importorskip("timm", reason="needs timm (the extra 'timm')")
+    cfg = detector_config("faster")
+    cfg.MODEL.BACKBONE.NAME = "build_timm_fpn_backbone"
+    cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.WEIGHTS = "", "no/such/file.pth"
+    cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.PRETRAINED = "mobilenetv2_100", True
+    assert strides_of(cfg) == {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+    assert cfg.MODEL.TIMM.PRETRAINED
+
+
 def test_best_iou_is_that_of_boxes_at_one_centre():
     """Against Detectron2's IoU of centred boxes."""
     from detectron2.structures import Boxes, pairwise_iou

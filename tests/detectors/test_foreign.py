@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 import torchvision
 from torch import nn
@@ -16,6 +15,7 @@ from d2kd.registry import node_name
 
 from . import build, detector_config, distiller_config, make_batch, run_step
 
+timm = pytest.importorskip("timm", reason="needs timm (the extra 'timm')")
 CNN, VIT, PATCH_14 = "resnet10t", "vit_tiny_patch16_224", "vit_small_patch14_dinov2"
 MASK_RCNN = "torchvision:maskrcnn_resnet50_fpn"
 CLASSES = ("DISTILL.TEACHER.OPTS", ["num_classes", 4])

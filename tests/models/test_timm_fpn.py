@@ -7,7 +7,6 @@ import logging
 import sys
 
 import pytest
-import timm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -26,6 +25,7 @@ from d2kd.models import TimmBackbone
 from ..detectors import build, detector_config, distiller_config, make_batch, run_step, write_config
 from ..test_docs import ROOT, code_blocks
 
+timm = pytest.importorskip("timm", reason="needs timm (the extra 'timm')")
 STUDENTS_PAGE = ROOT / "docs" / "students.md"
 LIGHT = "mobilenetv2_100"
 MEAN, STD = [123.675, 116.280, 103.530], [58.395, 57.120, 57.375]

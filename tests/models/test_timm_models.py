@@ -8,17 +8,16 @@ import sys
 from collections import OrderedDict
 
 import pytest
-import timm
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
-from safetensors.torch import save_file
 
 from d2kd import ConfigError, add_distillation_config
 from d2kd.checkpoint_files import read_state_dict
 from d2kd.models import TimmBackbone
 from d2kd.models.timm_models import find_weights
 
+timm = pytest.importorskip("timm", reason="needs timm (the extra 'timm')")
 LIGHT = "mobilenetv2_035"
 LEVELS = ("res2", "res3", "res4", "res5")
 LITE = {
@@ -76,6 +75,8 @@ def test_file(tmp_path, wrap):
 
 
 def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
     model = whole_model()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     weights = str(tmp_path / "weights.safetensors")
