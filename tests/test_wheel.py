@@ -101,7 +101,7 @@ def test_it_trains_and_shows(installed, tmp_path):
 
 def test_it_knows_its_suites(installed, tmp_path):
     """A shipped suite has a name; a mistake in the command is one line."""
-    words = ["--suite", "suites/digits_ssim_ablation.yaml", "--arms", "none"]
+    words = ["--suite", "suites/digits_retinanet_ablations.yaml", "--arms", "none"]
     done = installed.run("d2kd", "compare", *words, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: --arms: no arm 'none'; valid: 'baseline'")
