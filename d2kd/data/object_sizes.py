@@ -41,9 +41,6 @@ def strides_of(cfg: CfgNode) -> dict[str, int]:
     nodes = {"GeneralizedRCNN": "RPN", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
     if architecture(cfg) not in nodes:
         return {}
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.TIMM.PRETRAINED = False
     with torch.device("meta"):  # shapes only
         shapes = build_backbone(cfg).output_shape()
     levels = cfg.MODEL[nodes[architecture(cfg)]].IN_FEATURES

@@ -267,18 +267,19 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
             f"MODEL.WEIGHTS is '{weights}', which is no {node.NAME}: set it to '' (then timm loads "
             "its own weights) or to a checkpoint of this detector"
         )
+    pretrained = node.PRETRAINED and not weights and torch.get_default_device().type != "meta"
     if weights and node.PRETRAINED:
         logger.info("MODEL.WEIGHTS is set: ImageNet weights of %s are not loaded", node.NAME)
     backbone = TimmBackbone(
         node.NAME,
         levels,
-        pretrained=node.PRETRAINED and not weights,
+        pretrained=pretrained,
         weights=node.WEIGHTS,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         norm=node.NORM,
         in_channels=input_shape.channels,
     )
-    if node.PRETRAINED and not weights:
+    if pretrained:
         _warn_of_other_pixels(cfg, backbone.pretrained_cfg)
     return backbone
 
