@@ -25,8 +25,11 @@ if os.environ.get("D2KD_TEST_GPU") != "1":
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_logging():
-    """Log handlers of Detectron2 keep streams of the test that made them, which pytest closes."""
+    """Log handlers of Detectron2 keep streams of the test that made them, which pytest closes; a
+    trainer that finds logging not set up sets it up, and then caplog sees nothing of it."""
     logging.raiseExceptions = False
+    for name in ("detectron2", "d2kd"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session", autouse=True)

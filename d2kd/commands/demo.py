@@ -35,7 +35,7 @@ TWICE, DISTILLED = "baseline x2", "DSIG"  # labels in the suites
 METRICS = ("AP", "AP50", "AP75")
 # Of five seeds, in a clone: python tools/update_docs.py --copy output/demo
 COMMITTED = SHIPPED.parent / "docs/results/demo.jsonl"
-IMAGES = 3
+IMAGES = 5
 NEXT = (
     "d2kd distill --student COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml "
     "--teacher COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml --heads DSIG "
