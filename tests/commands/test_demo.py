@@ -54,7 +54,8 @@ def stages(monkeypatch, digits_root, tmp_path) -> list[str]:
         (folder / "results.json").write_text(text)
 
     def save_picture(runs, path, *, records):
-        assert len(records) == 3 and all(weights.is_file() for _, weights in runs.values())
+        assert len(records) == demo.IMAGES
+        assert all(weights.is_file() for _, weights in runs.values())
         path.write_text(", ".join(runs))
 
     monkeypatch.setattr(comparisons.Comparison, "check", lambda self, runs: None)
