@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 # What Detectron2 and fvcore do with functions that will go: a user of d2kd can do nothing about it.
 for _message in ("pkg_resources is", "`torch.(jit.script|cuda.amp)", "torch.meshgrid: in an"):
     warnings.filterwarnings("ignore", message=_message)
-logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda r: "is_fx_tracing" not in r.msg)
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda r: "is_fx_tracing" not in str(r.msg))
 
 try:
     from . import data, losses, models

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import re
 import runpy
@@ -255,3 +256,11 @@ def test_the_public_api():
     assert d2kd.train.__module__ == "d2kd.engine.train"
     with pytest.raises(AttributeError, match="no attribute 'Distillery'"):
         _ = d2kd.Distillery
+
+
+def test_what_detectron2_causes_in_torch_is_not_shown(caplog):
+    """A deprecation that a user of d2kd can do nothing about; other warnings of torch.fx are."""
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    logger.warning("is_fx_tracing will return true for both")
+    logger.warning(ValueError("another one"))
+    assert [record.getMessage() for record in caplog.records] == ["another one"]
